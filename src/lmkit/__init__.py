@@ -1,0 +1,95 @@
+"""Load any text language model by name, and run it well.
+
+```python
+import lmkit
+
+generator = lmkit.load("causal", "HuggingFaceTB/SmolLM2-135M-Instruct")
+generator("Level up!", max_new_tokens=50).text
+```
+
+Importing this package imports neither torch nor transformers: each name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmkit.errors import (
+        EngineError,
+        InputTooLongError,
+        LanguageError,
+        LmkitError,
+        MissingExtraError,
+        ModelNotFoundError,
+        OptionError,
+        PlacementError,
+        PrecisionError,
+        UnknownOptionError,
+        UnknownTaskError,
+        WeightsError,
+    )
+    from lmkit.generation import Beam, GenerationOptions, Greedy, Sample
+    from lmkit.generator import Chat, Generator, Message
+    from lmkit.loading import LoadOptions, load
+    from lmkit.placement import Placement
+    from lmkit.planning import LoadPlan
+    from lmkit.precision import Precision
+    from lmkit.results import (
+        Candidate,
+        Completion,
+        Generation,
+        MaskSlot,
+        Segment,
+        TextChunk,
+        Timing,
+        TokenLogprob,
+        Translation,
+        Unmasking,
+    )
+    from lmkit.translator import TranslationOptions, Translator
+    from lmkit.unmasker import Unmasker, UnmaskOptions
+
+    __version__: str
+
+_MODULES = {
+    "errors": (
+        "EngineError InputTooLongError LanguageError LmkitError MissingExtraError ModelNotFoundError OptionError "
+        "PlacementError PrecisionError UnknownOptionError UnknownTaskError WeightsError"
+    ),
+    "generation": "Beam GenerationOptions Greedy Sample",
+    "generator": "Chat Generator Message",
+    "loading": "LoadOptions load",
+    "placement": "Placement",
+    "planning": "LoadPlan",
+    "precision": "Precision",
+    "results": (
+        "Candidate Completion Generation MaskSlot Segment TextChunk Timing TokenLogprob Translation Unmasking"
+    ),
+    "translator": "TranslationOptions Translator",
+    "unmasker": "UnmaskOptions Unmasker",
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+__all__ = [  # noqa: PLE0604 - the names of _HOMES, as a literal for type checkers, is in the block above
+    *_HOMES
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used (PEP 562)."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("lmkit")
+    if name not in _HOMES:
+        msg = f"module 'lmkit' has no attribute {name!r}"
+        raise AttributeError(msg)
+    value = getattr(importlib.import_module(f"lmkit.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

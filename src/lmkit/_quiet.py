@@ -1,0 +1,69 @@
+"""Silence for the libraries below, for the duration of a call, and for nobody else afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LIBRARIES = ("transformers", "accelerate", "bitsandbytes", "huggingface_hub", "peft")
+
+_lock = threading.Lock()
+_depth = 0
+_undo = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries below lmkit from logging, warning and drawing bars while it is open.
+
+    Nested and concurrent uses share one silence: the first one in sets it, the last one out puts back
+    what was there. Errors still pass: only messages below ERROR are held.
+    """
+    global _depth  # noqa: PLW0603 - how many are inside is a property of the process, like what is silenced
+    with _lock:
+        if _depth == 0:
+            _undo.enter_context(_silenced())
+        _depth += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                _undo.close()
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in LIBRARIES]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), _without_bars():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(max(logger.level, logging.ERROR))
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging as transformers_logging
+
+    shown, hub_hidden = transformers_logging.is_progress_bar_enabled(), hub.are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # the Hub's as well
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # the Hub's as well
+        (hub.disable_progress_bars if hub_hidden else hub.enable_progress_bars)()

@@ -1,0 +1,137 @@
+"""Text to token ids and back: one tokenizer, shared by threads, never changed by a call."""
+
+from __future__ import annotations
+
+import threading
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from lmkit.errors import InputTooLongError, OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Codec"]
+
+
+class Codec:
+    """Encodes and decodes with a transformers tokenizer.
+
+    Padding and truncation are settings of the tokenizer that its callers share, so lmkit never uses
+    them: it encodes texts one by one and pads and cuts the ids itself. A lock keeps tokenizers written in
+    Python, and those that compile a template, from two callers at a time.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Wrap `tokenizer`, which is not changed."""
+        self.tokenizer: Any = tokenizer
+        self._lock = threading.Lock()
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the text's token ids, with the checkpoint's special tokens around them if `special`."""
+        with self._lock:
+            token_ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        if special and bos is not None and token_ids[:2] == [bos, bos]:
+            # A text that a template has already given its BOS must not get a second one.
+            return token_ids[1:]
+        return token_ids
+
+    def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
+        """Return the ids as `encode` does, and each token's place in the text where the tokenizer knows it."""
+        with self._lock:
+            fast = self.tokenizer.is_fast
+            encoded = self.tokenizer(text, verbose=False, return_offsets_mapping=fast)
+        return encoded["input_ids"], encoded["offset_mapping"] if fast else None
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> tuple[str, list[int]]:  # noqa: ANN401
+        """Write a chat as the checkpoint's template does; control tokens inside messages stay plain text.
+
+        Returns:
+            What the model reads, as text, and as token ids; the template alone brings the BOS.
+
+        Raises:
+            OptionError: The checkpoint has no template, or the template refuses the messages.
+        """
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            msg = (
+                "this checkpoint has no chat template, so there is no telling how it separates messages: "
+                "call the generator with one plain prompt, or load a checkpoint made for chat "
+                "(their names often end in -Instruct, -it or -chat)."
+            )
+            raise OptionError(msg)
+        conversation = [dict(message) for message in messages]
+        try:
+            with self._lock:
+                encoded = self.tokenizer.apply_chat_template(
+                    conversation, add_generation_prompt=True, sanitize_control_tokens=True, **template
+                )
+        except TemplateError as error:
+            msg = f"the checkpoint's chat template refuses these messages: {error}"
+            raise OptionError(msg) from error
+        token_ids: list[int] = list(encoded["input_ids"])
+        return self.tokenizer.decode(token_ids), token_ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of generated tokens, special ones left out."""
+        with self._lock:
+            text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def token(self, token_id: int) -> str:
+        """Return the text of one token, a special one's name included."""
+        with self._lock:
+            text: str = self.tokenizer.decode([token_id])
+        return text
+
+    @cached_property
+    def around(self) -> tuple[int, int]:
+        """How many special tokens `encode` puts before and after a text."""
+        inner, whole = self.encode("a", special=False), self.encode("a")
+        starts = range(len(whole) - len(inner) + 1)
+        before = next((n for n in starts if whole[n : n + len(inner)] == inner), 0)
+        return before, len(whole) - len(inner) - before
+
+
+def fit(
+    token_ids: Sequence[int],
+    limit: int | None,
+    *,
+    keep: int | None = None,
+    around: tuple[int, int] = (0, 0),
+    truncate: Literal["left", "right"] | None = None,
+    row: int = 0,
+) -> tuple[list[int], bool]:
+    """Check that an input fits the model, or cut it where the caller said so.
+
+    Args:
+        token_ids: The input, special tokens included.
+        limit: The most tokens the model takes; None is no limit.
+        keep: How many to keep when cutting; by default `limit`.
+        around: How many special tokens at each end are kept when cutting.
+        truncate: The side to cut, or None to refuse.
+        row: The row's number, for the message.
+
+    Returns:
+        The ids, and whether they were cut.
+
+    Raises:
+        InputTooLongError: The input is longer than `limit` and `truncate` is None.
+    """
+    if limit is None or len(token_ids) <= limit:
+        return list(token_ids), False
+    if truncate is None:
+        msg = (
+            f"row {row} has {len(token_ids)} tokens, the model takes {limit}: shorten or split the text, or "
+            "pass truncate='left' or truncate='right' to cut that end of it."
+        )
+        raise InputTooLongError(msg)
+    before, after = around
+    body = list(token_ids[before : len(token_ids) - after])
+    room = max((keep or limit) - before - after, 1)
+    body = body[-room:] if truncate == "left" else body[:room]
+    return [*token_ids[:before], *body, *token_ids[len(token_ids) - after :]], True

@@ -1,0 +1,10 @@
+"""The engine: requests in, completions out, whatever runs them.
+
+The wrappers know `Engine`, `Request`, `Update`, `Outcome` and `MaskScorer`, and nothing of batches, caches or processors.
+"""
+
+from lmkit.engine.engine import Engine
+from lmkit.engine.masks import MaskScorer
+from lmkit.engine.request import Outcome, Request, Update
+
+__all__ = ["Engine", "MaskScorer", "Outcome", "Request", "Update"]

@@ -1,0 +1,92 @@
+"""Beam search, which lmkit leaves to generate()."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lmkit.engine.decoders import input_device, padded
+from lmkit.engine.request import Outcome
+from lmkit.engine.row import end_tokens, timing
+from lmkit.engine.text import TextFeed
+from lmkit.results import Completion, FinishReason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lmkit.engine.request import Request
+
+__all__ = ["alike", "search"]
+
+
+def alike(request: Request) -> str:
+    """Return a key that requests share if one call of generate() can run them together."""
+    return request.config.to_json_string(use_diff=False)
+
+
+def search(
+    model: Any,  # noqa: ANN401 - models are untyped
+    requests: Sequence[Request],
+    pad: int,
+    decode: Callable[[Sequence[int]], str],
+) -> list[Outcome]:
+    """Run requests of one config together and describe what each of them won.
+
+    Args:
+        model: The transformers model.
+        requests: Requests for which `alike` gives the same key.
+        pad: The token that fills short rows; the mask hides it.
+        decode: Turns token ids into text.
+    """
+    encodes = model.config.is_encoder_decoder
+    started = time.perf_counter()
+    sources = [request.input_ids for request in requests]
+    token_ids, mask = padded(sources, pad, input_device(model), left=not encodes)
+    found = model.generate(
+        inputs=token_ids,
+        attention_mask=mask,
+        generation_config=requests[0].config,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    seconds = time.perf_counter() - started
+    skip = 1 if encodes else token_ids.shape[1]
+    count = len(found.sequences) // len(requests)
+    completions = [
+        _completion(requests[number // count], sequence.tolist()[skip:], float(score), decode)
+        for number, (sequence, score) in enumerate(
+            zip(found.sequences, found.sequences_scores, strict=True)
+        )
+    ]
+    return [
+        _outcome(completions[start : start + count], seconds)
+        for start in range(0, len(completions), count)
+    ]
+
+
+def _outcome(completions: list[Completion], seconds: float) -> Outcome:
+    tokens = max(completion.generated_tokens for completion in completions)
+    return Outcome(tuple(completions), timing(seconds, seconds, tokens))
+
+
+def _completion(
+    request: Request, token_ids: list[int], score: float, decode: Callable[[Sequence[int]], str]
+) -> Completion:
+    """Cut a beam at its end token, and its text before a stop string."""
+    ends = end_tokens(request)
+    length = next((n for n, token_id in enumerate(token_ids) if token_id in ends), None)
+    reason: FinishReason = "length" if length is None else "eos"
+    visible = token_ids[:length]
+    feed = TextFeed(decode, request.stop)
+    feed.read(visible)
+    return Completion(
+        text=feed.text,
+        token_ids=tuple(visible),
+        score=score,
+        finish_reason="stop" if feed.stop_reason is not None else reason,
+        stop_reason=feed.stop_reason,
+        logprobs=None,
+        generated_tokens=len(visible) + (reason == "eos"),
+    )

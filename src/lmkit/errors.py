@@ -1,0 +1,108 @@
+"""The exception tree: every error that lmkit raises on purpose.
+
+```text
+LmkitError
+├── UnknownTaskError   (ValueError)     a task word, or a checkpoint that does another task
+├── ModelNotFoundError (OSError)        a name that is neither here nor reachable
+├── PrecisionError     (ValueError)     a precision that the checkpoint or device cannot do
+├── PlacementError     (ValueError)     devices that are not there, or too small
+├── WeightsError       (OSError)        files that are absent, broken, refused or do not match
+├── LanguageError      (ValueError)     a language the checkpoint does not speak
+├── OptionError        (ValueError)     an option's value, or two that contradict
+│   └── UnknownOptionError (TypeError)  an option's name
+├── InputTooLongError  (ValueError)     more tokens than the model takes
+├── MissingExtraError  (ImportError)    an optional dependency is not installed
+└── EngineError        (RuntimeError)   a run that could not go on
+```
+
+Each message says what was given, what is accepted and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "EngineError",
+    "InputTooLongError",
+    "LanguageError",
+    "LmkitError",
+    "MissingExtraError",
+    "ModelNotFoundError",
+    "OptionError",
+    "PlacementError",
+    "PrecisionError",
+    "UnknownOptionError",
+    "UnknownTaskError",
+    "WeightsError",
+]
+
+
+class LmkitError(Exception):
+    """The base of every error that lmkit raises on purpose.
+
+    Attributes:
+        results: Where one row of a call failed while it ran: the results of all its rows, None in the
+            place of those that failed.
+    """
+
+    results: Sequence[object] = ()
+
+
+class UnknownTaskError(LmkitError, ValueError):
+    """The task is not a word lmkit knows, or not what the checkpoint was made for."""
+
+
+class ModelNotFoundError(LmkitError, OSError):
+    """The name is no file or folder here, not in the cache, and not to be had from the Hub."""
+
+
+class PrecisionError(LmkitError, ValueError):
+    """The precision is not a word lmkit knows, or not one the device can do."""
+
+
+class PlacementError(LmkitError, ValueError):
+    """The devices are not written as lmkit reads them, or not on this machine."""
+
+
+class WeightsError(LmkitError, OSError):
+    """A file of the checkpoint is absent, broken, refused, or does not match the architecture."""
+
+
+class LanguageError(LmkitError, ValueError):
+    """A source or target language that the checkpoint does not speak, or that is missing."""
+
+
+class OptionError(LmkitError, ValueError):
+    """An option has a value that is not accepted, or contradicts another."""
+
+
+class UnknownOptionError(OptionError, TypeError):
+    """An option that does not exist; the message names the nearest that does."""
+
+
+class InputTooLongError(LmkitError, ValueError):
+    """The input has more tokens than the model takes."""
+
+
+class MissingExtraError(LmkitError, ImportError):
+    """A package that only some checkpoints need is not installed."""
+
+
+class EngineError(LmkitError, RuntimeError):
+    """A run that could not go on: a closed model, or a step that failed."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return `" Did you mean 'x'?"` for the closest of `choices`, or nothing if none is close."""
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def listed(words: Iterable[str]) -> str:
+    """Write `words` as a quoted, comma-separated list for a message."""
+    return ", ".join(repr(word) for word in words)

@@ -1,0 +1,303 @@
+"""`load()`: plan, then weights, then wrapper."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import gc
+import logging
+import os
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
+
+from lmkit._quiet import quiet
+from lmkit.errors import (
+    LmkitError,
+    MissingExtraError,
+    PlacementError,
+    UnknownOptionError,
+    WeightsError,
+    listed,
+    nearest,
+)
+from lmkit.generator import Generator
+from lmkit.planning import make_plan
+from lmkit.tasks import auto_class, resolve_task
+from lmkit.translator import Translator
+from lmkit.unmasker import Unmasker
+from lmkit.weights import HubOptions, find
+from lmkit.wrapper import Loaded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from transformers import PreTrainedConfig
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+    from typing_extensions import Unpack
+
+    from lmkit.placement import Devices, Placement
+    from lmkit.planning import LoadPlan
+    from lmkit.precision import PrecisionWord
+    from lmkit.tasks import CausalWord, MaskedWord, Seq2SeqWord, Task, TaskWord
+    from lmkit.weights import Source
+
+__all__ = ["LoadOptions", "load"]
+
+logger = logging.getLogger("lmkit")
+
+
+class LoadOptions(TypedDict, total=False):
+    """The keyword options of `load`.
+
+    Attributes:
+        revision: A branch, tag or commit of a Hub repository; the default branch if left out.
+        token: A Hub token, for private and gated models; True or None uses the one saved by `hf auth login`.
+        cache_dir: Where files from the Hub are kept; the Hub library's own cache if left out.
+        local_files_only: Make no network call; what is not here is a `ModelNotFoundError`.
+        adapter: A LoRA or other PEFT adapter to put on the model: a folder or a Hub id.
+        trust_remote_code: Run the Python code that comes with the checkpoint. It can do anything.
+        allow_pickle: Read pickled weights where there are no safetensors. Unpickling can run any code.
+    """
+
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | os.PathLike[str] | None
+    local_files_only: bool
+    adapter: str | None
+    trust_remote_code: bool
+    allow_pickle: bool
+
+
+PrecisionArgument: TypeAlias = "PrecisionWord | QuantizationConfigMixin"
+
+
+@overload
+def load(
+    task: CausalWord,
+    name: str | os.PathLike[str],
+    precision: PrecisionArgument = "auto",
+    devices: Devices = "auto",
+    **options: Unpack[LoadOptions],
+) -> Generator: ...
+@overload
+def load(
+    task: Seq2SeqWord,
+    name: str | os.PathLike[str],
+    precision: PrecisionArgument = "auto",
+    devices: Devices = "auto",
+    **options: Unpack[LoadOptions],
+) -> Translator: ...
+@overload
+def load(
+    task: MaskedWord,
+    name: str | os.PathLike[str],
+    precision: PrecisionArgument = "auto",
+    devices: Devices = "auto",
+    **options: Unpack[LoadOptions],
+) -> Unmasker: ...
+def load(
+    task: TaskWord,
+    name: str | os.PathLike[str],
+    precision: PrecisionArgument = "auto",
+    devices: Devices = "auto",
+    **options: Unpack[LoadOptions],
+) -> Generator | Translator | Unmasker:
+    """Load a text language model by name.
+
+    ```python
+    generator = lmkit.load("causal", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    translator = lmkit.load("seq2seq", "facebook/m2m100_418M", "bfloat16", "cuda:0")
+    unmasker = lmkit.load("masked", "./my-bert", local_files_only=True)
+    ```
+
+    Args:
+        task: `"causal"`, `"seq2seq"` or `"masked"`, or the name a pipeline has for it.
+        name: A Hub id, a local folder, a `.gguf` file, or `"repo/id:file.gguf"`.
+        precision: `"auto"`, `"float32"`, `"bfloat16"`, `"float16"`, `"int8"`, `"int4"`, `"nf4"`, a short form, or
+            a transformers quantization config.
+        devices: `"auto"`, a device, a list of devices to split over, a dict of budgets, or a `Placement`.
+        **options: See `LoadOptions`.
+
+    Returns:
+        A `Generator`, a `Translator` or an `Unmasker`, by the task.
+
+    Raises:
+        UnknownTaskError: The task is unknown, or the checkpoint was made for another one.
+        ModelNotFoundError: The name is neither here nor reachable.
+        WeightsError: A file is absent, broken, refused, or does not match the architecture.
+        PrecisionError: The precision is unknown, or not to be had for this checkpoint.
+        PlacementError: The devices are not here, or cannot hold the model.
+        MissingExtraError: The checkpoint needs a package that is not installed.
+    """
+    _check_options(options)
+    kind = resolve_task(task)
+    trusted, pickles = options.get("trust_remote_code", False), options.get("allow_pickle", False)
+    cache = options.get("cache_dir")
+    hub = HubOptions(
+        options.get("revision"),
+        options.get("token"),
+        None if cache is None else os.fspath(cache),
+        options.get("local_files_only", False),
+    )
+    with quiet():
+        source = find(os.fspath(name), hub, allow_pickle=pickles, allow_code=trusted)
+        plan, config = make_plan(kind, source, precision, devices, trust_remote_code=trusted, allow_pickle=pickles)
+        tokenizer = _read_tokenizer(source, trusted=trusted)
+        model = _read_model(plan, config, source, trusted=trusted)
+        if (adapter := options.get("adapter")) is not None:
+            _put_on(model, adapter, hub)
+    _tell(plan, model)
+    again = {name: value for name, value in options.items() if name != "token"}  # a pickle keeps no secrets
+    reload = functools.partial(load, task, name, precision, devices, **again)  # type: ignore[call-overload]
+    return _WRAPPERS[kind](Loaded(model, tokenizer, plan, reload))
+
+
+_WRAPPERS: dict[Task, Callable[[Loaded], Generator | Translator | Unmasker]] = {
+    "causal": Generator,
+    "seq2seq": Translator,
+    "masked": Unmasker,
+}
+
+_MOVED = {
+    "load_in_8bit": 'load(task, name, "int8")',
+    "load_in_4bit": 'load(task, name, "int4")',
+    "torch_dtype": 'load(task, name, "bfloat16")',
+    "dtype": 'load(task, name, "bfloat16")',
+    "quantization_config": "load(task, name, quantization_config)",
+    "device_map": 'load(task, name, "auto", devices)',
+    "device": 'load(task, name, "auto", "cuda:0")',
+}
+"""Keywords of from_pretrained and pipeline, and what to write here."""
+
+
+def _check_options(options: Mapping[str, object]) -> None:
+    known = LoadOptions.__annotations__
+    for name in options:
+        if name in _MOVED:
+            msg = f"load() takes no {name}=: write {_MOVED[name]}."
+            raise UnknownOptionError(msg)
+        if name not in known:
+            msg = f"load() takes no {name}=.{nearest(name, known)} Accepted: {listed(known)}."
+            raise UnknownOptionError(msg)
+
+
+def _read_tokenizer(source: Source, *, trusted: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    with _naming(f"the tokenizer of {source.name!r}"):
+        return AutoTokenizer.from_pretrained(
+            source.folder, trust_remote_code=trusted, local_files_only=True, **gguf
+        )
+
+
+def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, *, trusted: bool) -> Any:
+    """Read the weights as planned, or leave nothing behind."""
+    placed, quantization = plan.placement, plan.precision.quantization
+    arguments: dict[str, Any] = {
+        "config": config,
+        "dtype": plan.precision.dtype,
+        "device_map": placed.device_map if isinstance(placed.device_map, str) else dict(placed.device_map),
+        "trust_remote_code": trusted,
+        "local_files_only": True,
+        "output_loading_info": True,
+    }
+    if placed.max_memory:
+        arguments["max_memory"] = dict(placed.max_memory)  # transformers writes into the one it is given
+    if placed.offload_folder is not None:
+        arguments["offload_folder"] = placed.offload_folder
+    if quantization is not None:
+        arguments["quantization_config"] = copy.deepcopy(quantization)
+    if source.gguf_file is not None:
+        arguments["gguf_file"] = source.gguf_file
+    hidden = _without_gguf_bar() if source.gguf_file else contextlib.nullcontext()
+    with _naming(f"the weights of {source.name!r}"), hidden:
+        model, report = auto_class(plan.task).from_pretrained(source.folder, **arguments)
+    try:
+        _check_report(report, plan)
+        _check_offload(model, placed)
+    except LmkitError:
+        del model
+        gc.collect()
+        raise
+    return model
+
+
+@contextlib.contextmanager
+def _without_gguf_bar() -> Iterator[None]:
+    """Hide the one bar that transformers draws past its own switch for bars."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+
+    drawn = gguf.tqdm
+    gguf.tqdm = functools.partial(drawn, disable=True)
+    try:
+        yield
+    finally:
+        gguf.tqdm = drawn
+
+
+def _check_report(report: Mapping[str, Any], plan: LoadPlan) -> None:
+    """Refuse a model of which a part was not in the file: it would be random there."""
+    # transformers leaves out of the report what is tied or what the class declares as not saved.
+    for what, kind in (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for")):
+        if names := sorted(str(name) for name in report.get(what) or ()):
+            shown = f"{listed(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"  # noqa: PLR2004
+            msg = (
+                f"{plan.name!r} {kind} weights that {plan.model_class} needs: {shown}. They would be random: "
+                "load a checkpoint that was saved with this head, or under the task it was saved for."
+            )
+            raise WeightsError(msg)
+
+
+def _check_offload(model: Any, placed: Placement) -> None:
+    where = getattr(model, "hf_device_map", None) or {}
+    if "disk" in where.values() and placed.offload_folder is None:
+        spilled = [name for name, device in where.items() if device == "disk"]
+        msg = (
+            f"the devices cannot hold {listed(spilled[:3])} ({len(spilled)} of {len(where)} parts): raise a budget, "
+            "choose a smaller precision, or name a folder for them: devices={…, 'disk': 'offload/'}."
+        )
+        raise PlacementError(msg)
+
+
+def _put_on(model: Any, adapter: str, hub: HubOptions) -> None:
+    with _naming(f"the adapter {adapter!r}"):
+        model.load_adapter(adapter, token=hub.token, local_files_only=hub.local_files_only)
+
+
+def _tell(plan: LoadPlan, model: Any) -> None:
+    for what, reason in plan.reasons.items():
+        logger.info("%s: %s: %s", plan.name, what, reason)
+    where = getattr(model, "hf_device_map", None) or {}
+    slow = {device for device in where.values() if device in ("cpu", "disk")}
+    if slow and len(set(where.values())) > 1:
+        logger.warning("%s: parts of it are offloaded to %s, which is slow", plan.name, listed(sorted(slow)))
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Turn what the libraries below raise while reading a file into errors that name it."""
+    try:
+        yield
+    except LmkitError:
+        raise
+    except ImportError as error:
+        raise _missing(what, error) from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        msg = f"{what} cannot be read: {type(error).__name__}: {error}"
+        raise WeightsError(msg) from error
+
+
+_EXTRAS = {
+    "gguf": "lmkit[gguf]",
+    "sentencepiece": "lmkit[translate]",
+    "sacremoses": "lmkit[translate]",
+    "protobuf": "lmkit[translate]",
+    "peft": "peft",
+}
+
+
+def _missing(what: str, error: ImportError) -> MissingExtraError:
+    named = next((name for name in _EXTRAS if name in str(error).lower()), None)
+    package = _EXTRAS[named] if named else (error.name or "the package that it names")
+    return MissingExtraError(f'{what} needs a package that is not installed: pip install "{package}" ({error})')

@@ -1,0 +1,329 @@
+"""The frozen dataclasses that every call returns.
+
+The same shape whatever the input's: `str(result)` is the text, `to_dict()` plain JSON types, and in a
+notebook a result draws itself with everything escaped, because model output is untrusted text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+__all__ = [
+    "Candidate",
+    "Completion",
+    "FinishReason",
+    "Generation",
+    "MaskSlot",
+    "Segment",
+    "TextChunk",
+    "Timing",
+    "TokenLogprob",
+    "Translation",
+    "Unmasking",
+]
+
+FinishReason: TypeAlias = Literal["eos", "stop", "length", "cancelled"]
+"""Why a row ended: its end token, a stop string, its budget of tokens, or its caller."""
+
+
+class Result:
+    """What all results share: `to_dict` and the notebook's picture."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain JSON types; a float that JSON cannot write becomes None."""
+        plain = _plain(self)
+        assert isinstance(plain, dict)  # noqa: S101 - narrows the type; a dataclass is a dict here
+        return plain
+
+    def _repr_html_(self) -> str:
+        """Draw the result as a table for a notebook, every cell escaped."""
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td><pre>{html.escape(_cell(value))}</pre></td></tr>"
+            for name, value in self._shown().items()
+        )
+        return f"<table>{rows}</table>"
+
+    def _shown(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob(Result):
+    """How likely the model found one generated token, before any option reshaped its scores.
+
+    Attributes:
+        token: The token's text.
+        token_id: Its place in the vocabulary.
+        logprob: Natural logarithm of the model's own probability.
+        top: The most likely tokens at this place, as many as `logprobs=` asked for.
+    """
+
+    token: str
+    token_id: int
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Timing(Result):
+    """What a row took on the clock, shared work of its batch included.
+
+    Attributes:
+        seconds: From the start of its batch to its last token.
+        seconds_to_first_token: From the start of its batch to its first token.
+        tokens_per_second: Generated tokens over `seconds`.
+    """
+
+    seconds: float
+    seconds_to_first_token: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Completion(Result):
+    """One continuation of a prompt.
+
+    Attributes:
+        text: The new text only, cut before a stop string.
+        token_ids: The new tokens, the end-of-sequence token left out.
+        score: A beam's length-normalised log-probability; None for other modes.
+        finish_reason: Why it ended.
+        stop_reason: The stop string that ended it, if one did.
+        logprobs: One entry per generated token, if `logprobs=` asked for them.
+        generated_tokens: How many tokens the model produced, the end token included.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    score: float | None
+    finish_reason: FinishReason
+    stop_reason: str | None
+    logprobs: tuple[TokenLogprob, ...] | None
+    generated_tokens: int
+
+    def __str__(self) -> str:
+        """Return the text."""
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Generation(Result):
+    """What a prompt was continued with; the fields of its first completion can be read directly.
+
+    Attributes:
+        prompt: The text that was continued; of a chat, its messages as the template wrote them.
+        completions: `num_return_sequences` of them, a beam search's best first.
+        prompt_tokens: How many tokens the model read.
+        seed: What reproduces the row, if it was sampled.
+        truncated: True if `truncate=` cut the prompt.
+        timing: What the row took.
+    """
+
+    prompt: str
+    completions: tuple[Completion, ...]
+    prompt_tokens: int
+    seed: int | None
+    truncated: bool
+    timing: Timing
+
+    def __str__(self) -> str:
+        """Return the first completion's text."""
+        return self.text
+
+    @property
+    def text(self) -> str:
+        """The first completion's text."""
+        return self.completions[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The first completion's new tokens."""
+        return self.completions[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the first completion ended."""
+        return self.completions[0].finish_reason
+
+    @property
+    def stop_reason(self) -> str | None:
+        """The stop string that ended the first completion, if one did."""
+        return self.completions[0].stop_reason
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """The first completion's log-probabilities, if asked for."""
+        return self.completions[0].logprobs
+
+    @property
+    def generated_tokens(self) -> int:
+        """How many tokens the model produced for the first completion."""
+        return self.completions[0].generated_tokens
+
+    def _shown(self) -> dict[str, Any]:
+        shown: dict[str, Any] = {"prompt": self.prompt}
+        for number, completion in enumerate(self.completions, start=1):
+            name = "text" if len(self.completions) == 1 else f"text {number}"
+            shown[name] = completion.text
+        reason = self.finish_reason + (f" ({self.stop_reason!r})" if self.stop_reason else "")
+        shown["finish_reason"] = reason
+        shown["tokens"] = f"{self.prompt_tokens} read, {self.generated_tokens} generated"
+        shown["speed"] = f"{self.timing.tokens_per_second:.1f} tokens/s"
+        return shown
+
+
+@dataclass(frozen=True, slots=True)
+class Segment(Result):
+    """A piece of a document and of its translation, in characters, ends exclusive.
+
+    Attributes:
+        source_start: Where the piece begins in the source.
+        source_end: Where it ends in the source.
+        start: Where its translation begins in `text`.
+        end: Where its translation ends in `text`.
+    """
+
+    source_start: int
+    source_end: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Translation(Generation):
+    """What a text was translated to, or turned into by a preset.
+
+    Attributes:
+        source: The text as given.
+        source_language: The checkpoint's code of the source language, where it has one.
+        target_language: The checkpoint's code of the target language, where it has one.
+        segments: Which part of the source became which part of the text.
+    """
+
+    source: str
+    source_language: str | None
+    target_language: str | None
+    segments: tuple[Segment, ...]
+
+    def _shown(self) -> dict[str, Any]:
+        shown = Generation._shown(self)  # noqa: SLF001 - zero-argument super() fails under slots
+        languages = f"{self.source_language or '?'} → {self.target_language or '?'}"
+        return {"source": self.source, "languages": languages} | {
+            name: value for name, value in shown.items() if name != "prompt"
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TextChunk(Result):
+    """A piece of a streamed text.
+
+    Attributes:
+        text: The new characters; joined in order they are the row's whole text.
+        index: Which row of the call the piece belongs to.
+        finish_reason: Why the row ended, on its last chunk only.
+    """
+
+    text: str
+    index: int
+    finish_reason: FinishReason | None = None
+
+    def __str__(self) -> str:
+        """Return the piece of text."""
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate(Result):
+    """A way of filling the masks: all of them, or one.
+
+    Attributes:
+        text: The whole text, filled.
+        tokens: The text of each filled-in token, in order of the masks.
+        token_ids: Their places in the vocabulary.
+        score: Their probability (joint, by the chain rule, where there are several).
+    """
+
+    text: str
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    score: float
+
+    def __str__(self) -> str:
+        """Return the filled text."""
+        return self.text
+
+    @property
+    def token(self) -> str:
+        """What the first mask was filled with."""
+        return self.tokens[0]
+
+    @property
+    def token_id(self) -> int:
+        """Where the first mask's token is in the vocabulary."""
+        return self.token_ids[0]
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSlot(Result):
+    """One mask of the text and the independent guesses for it.
+
+    Attributes:
+        start: Where the mask begins in the text as given, in characters.
+        end: Where it ends, exclusive.
+        candidates: Guesses for this mask alone, the others left masked; best first, or in the
+            order of `targets`.
+    """
+
+    start: int
+    end: int
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unmasking(Result):
+    """What a text's masks were filled with.
+
+    Attributes:
+        text: The text as given.
+        masks: Its masks, each with independent guesses.
+        candidates: Ways of filling the whole text, best first.
+    """
+
+    text: str
+    masks: tuple[MaskSlot, ...]
+    candidates: tuple[Candidate, ...]
+
+    def __str__(self) -> str:
+        """Return the text filled in the best way."""
+        return self.candidates[0].text
+
+    def _shown(self) -> dict[str, Any]:
+        ways = {f"way {n}": f"{way.score:.3f}  {way.text}" for n, way in enumerate(self.candidates, start=1)}
+        return {"text": self.text} | ways
+
+
+def _plain(value: object) -> object:
+    """Turn dataclasses and tuples into dicts and lists, and floats JSON cannot write into None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: _plain(getattr(value, name)) for name in names + _derived(value)}
+    return value
+
+
+def _derived(value: object) -> list[str]:
+    """Name the properties of a result, which its JSON carries as well."""
+    return [name for name in dir(type(value)) if isinstance(getattr(type(value), name), property)]
+
+
+def _cell(value: object) -> str:
+    return value if isinstance(value, str) else repr(value)

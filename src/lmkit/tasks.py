@@ -1,0 +1,104 @@
+"""Task words to transformers' Auto classes, and which task a checkpoint was made for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+from lmkit.errors import UnknownTaskError, listed, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedConfig
+
+__all__ = ["CausalWord", "MaskedWord", "Seq2SeqWord", "Task", "TaskWord"]
+
+Task: TypeAlias = Literal["causal", "seq2seq", "masked"]
+CausalWord: TypeAlias = Literal["causal", "text-generation"]
+Seq2SeqWord: TypeAlias = Literal["seq2seq", "translation", "summarization", "text2text-generation"]
+MaskedWord: TypeAlias = Literal["masked", "fill-mask"]
+TaskWord: TypeAlias = CausalWord | Seq2SeqWord | MaskedWord
+
+TASK_WORDS: Final[Mapping[str, Task]] = {
+    "causal": "causal",
+    "text-generation": "causal",
+    "seq2seq": "seq2seq",
+    "translation": "seq2seq",
+    "summarization": "seq2seq",
+    "text2text-generation": "seq2seq",
+    "masked": "masked",
+    "fill-mask": "masked",
+}
+"""Each task's name and the names people know from pipelines."""
+
+
+def resolve_task(word: str) -> Task:
+    """Return the task a word stands for.
+
+    Raises:
+        UnknownTaskError: The word is none of `TASK_WORDS`; the nearest one is named.
+    """
+    if word not in TASK_WORDS:
+        msg = f"unknown task {word!r}.{nearest(str(word), TASK_WORDS)} Accepted: {listed(TASK_WORDS)}."
+        raise UnknownTaskError(msg)
+    return TASK_WORDS[word]
+
+
+def auto_class(task: Task) -> Any:  # noqa: ANN401 - transformers' Auto classes are untyped
+    """Return the transformers Auto class that loads models for a task."""
+    import transformers
+
+    return {
+        "causal": transformers.AutoModelForCausalLM,
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
+        "masked": transformers.AutoModelForMaskedLM,
+    }[task]
+
+
+def check_task(task: Task, config: PreTrainedConfig, name: str) -> str:
+    """Return the name of the architecture to load, if the checkpoint was made for the task.
+
+    Twenty model types can be built both as causal and as masked models, so the type alone does not tell:
+    BERT loaded as "causal" would generate nonsense. What the checkpoint says its architecture is decides.
+
+    Raises:
+        UnknownTaskError: The checkpoint was made for another task, which is named, or for none of them.
+    """
+    saved = (config.architectures or [None])[0]
+    fitting = fitting_tasks(config)
+    if task in fitting:
+        classes = _classes(task, config)
+        return saved if saved in classes else classes[0]
+    kind = f"{saved or 'a model'} (model type {config.model_type!r})"
+    if fitting:
+        msg = f"{name!r} is {kind}, made for {listed(fitting)}, not {task!r}: load({fitting[0]!r}, …)."
+    else:
+        msg = f"{name!r} is {kind}, which does none of lmkit's tasks: {listed(Task.__args__)}."
+    raise UnknownTaskError(msg)
+
+
+def fitting_tasks(config: PreTrainedConfig) -> list[Task]:
+    """Return the tasks a checkpoint was made for, by the architecture it names, else by its model type."""
+    tasks: tuple[Task, ...] = ("causal", "seq2seq", "masked")
+    saved = (config.architectures or [None])[0]
+    named = [task for task in tasks if saved in _all_classes(task)]
+    if named:
+        return [task for task in named if _classes(task, config)]
+    possible = [task for task in tasks if _classes(task, config)]
+    if "masked" in possible and "causal" in possible and not getattr(config, "is_decoder", False):
+        possible.remove("causal")
+    return possible
+
+
+def _classes(task: Task, config: PreTrainedConfig) -> list[str]:
+    """Return the names of the classes that load this model type for a task."""
+    return _names(auto_class(task)._model_mapping._model_mapping.get(config.model_type, ()))  # noqa: SLF001
+
+
+def _all_classes(task: Task) -> set[str]:
+    mapping = auto_class(task)._model_mapping._model_mapping  # noqa: SLF001 - the names, without importing models
+    return {name for entry in mapping.values() for name in _names(entry)}
+
+
+def _names(entry: str | tuple[str, ...]) -> list[str]:
+    return [entry] if isinstance(entry, str) else list(entry)

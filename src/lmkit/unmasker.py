@@ -1,0 +1,329 @@
+"""`Unmasker`: masks in a text filled in by a masked language model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, overload
+
+import torch
+
+from lmkit.encoding import fit
+from lmkit.engine import MaskScorer
+from lmkit.errors import LmkitError, OptionError
+from lmkit.results import Candidate, MaskSlot, Unmasking
+from lmkit.wrapper import Loaded, News, Wrapper, rows_of
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import AsyncIterator, Iterator
+
+    from typing_extensions import Unpack
+
+    from lmkit.generation import PerRow
+
+__all__ = ["UnmaskOptions", "Unmasker"]
+
+
+class UnmaskOptions(TypedDict, total=False):
+    """The options of every call that fills masks.
+
+    `top_k` is how many candidates to give (5); `targets` are the only words to consider, one list for all
+    rows or a list of lists.
+    """
+
+    top_k: PerRow[int]
+    targets: Sequence[str] | Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A text on its way to the model.
+
+    Attributes:
+        text: As given.
+        spans: Where its masks are, in characters.
+        token_ids: What the model reads, masks included.
+        positions: Where its masks are, in tokens.
+        top_k: How many candidates to give.
+        targets: Per mask, the words to consider and their token ids; None considers the vocabulary.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    token_ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    top_k: int
+    targets: tuple[dict[int, str], ...] | None
+
+
+class Unmasker(Wrapper[Job, Unmasking]):
+    """A masked language model: fills in what a text leaves out.
+
+    ```python
+    unmasker = lmkit.load("masked", "google-bert/bert-base-uncased")
+    unmasker("I love [MASK].").candidates[0].token
+    ```
+
+    A mask may be written as the checkpoint's own mask token, or as `[MASK]` or `<mask>` for any checkpoint.
+    All options are those of `UnmaskOptions`.
+    """
+
+    _accepted: ClassVar[frozenset[str]] = frozenset(UnmaskOptions.__annotations__)
+
+    def __init__(self, loaded: Loaded) -> None:
+        """Take over a loaded model; `lmkit.load` calls this."""
+        super().__init__(loaded)
+        tokenizer: Any = loaded.tokenizer
+        if tokenizer.mask_token is None:
+            msg = f"the tokenizer of {self.name!r} has no mask token, so there is nothing to fill in."
+            raise OptionError(msg)
+        ways = {str(tokenizer.mask_token), "[MASK]", "<mask>"}
+        self._mask = re.compile("|".join(re.escape(way) for way in sorted(ways)))
+        self._scorer: MaskScorer | None = MaskScorer(loaded.model, tokenizer.pad_token_id or 0)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._scorer is not None:
+            self._scorer.close()
+        self._scorer = None
+        super().close()
+
+    @overload
+    def __call__(self, texts: str, **options: Unpack[UnmaskOptions]) -> Unmasking: ...
+    @overload
+    def __call__(
+        self, texts: Iterable[str], **options: Unpack[UnmaskOptions]
+    ) -> list[Unmasking]: ...
+    def __call__(
+        self, texts: str | Iterable[str], **options: Unpack[UnmaskOptions]
+    ) -> Unmasking | list[Unmasking]:
+        """Fill the masks of one text, or of each of a list of texts.
+
+        Several masks are filled one after the other from the left, each knowing those before it; a way of filling
+        them all is scored by the product of the probabilities on the way (the chain rule), and the `top_k` best
+        ways are followed.
+
+        Args:
+            texts: A text with at least one mask, or an iterable of such texts.
+            **options: See `UnmaskOptions`; each is one value, or a list with one per text.
+
+        Returns:
+            One result for a text, a list of the same length and order for a list.
+
+        Raises:
+            OptionError: A text has no mask, a target is not one token, or an option is not accepted.
+            InputTooLongError: A text is longer than the model takes.
+            EngineError: The model was closed, or a row failed; its `results` hold the other rows.
+        """
+        rows, single = rows_of(texts, str, "a text")
+        results = self._call(rows, options)
+        return results[0] if single else results
+
+    @overload
+    def map(
+        self,
+        texts: Iterable[str],
+        *,
+        on_error: Literal["raise"] = "raise",
+        **options: Unpack[UnmaskOptions],
+    ) -> Iterator[Unmasking]: ...
+    @overload
+    def map(
+        self, texts: Iterable[str], *, on_error: Literal["return"], **options: Unpack[UnmaskOptions]
+    ) -> Iterator[Unmasking | LmkitError]: ...
+    def map(
+        self,
+        texts: Iterable[str],
+        *,
+        on_error: Literal["raise", "return"] = "raise",
+        **options: Unpack[UnmaskOptions],
+    ) -> Iterator[Any]:
+        """Fill texts as they come, lazily and in order, reading a bounded number ahead.
+
+        Args:
+            texts: Any iterable, an endless one too.
+            on_error: `"return"` puts the error of a row that fails in its place instead of raising it.
+            **options: See `UnmaskOptions`; one value each, for all texts.
+        """
+        return self._map(texts, options, on_error)
+
+    def stream(
+        self, texts: str | Iterable[str], **options: Unpack[UnmaskOptions]
+    ) -> Iterator[Unmasking]:
+        """Fill texts and yield each result as soon as it is there, in order.
+
+        A mask is filled in one step, so there are no pieces of a result to show.
+        """
+        return self._results(self._valid(rows_of(texts, str, "a text")[0], options))
+
+    def _results(self, jobs: list[Job]) -> Iterator[Unmasking]:
+        for news in self._run(jobs, stream=True, cancelled=None):
+            if news.error is not None:
+                raise news.error
+            if news.result is not None:
+                yield news.result
+
+    @overload
+    async def acall(self, texts: str, **options: Unpack[UnmaskOptions]) -> Unmasking: ...
+    @overload
+    async def acall(
+        self, texts: Iterable[str], **options: Unpack[UnmaskOptions]
+    ) -> list[Unmasking]: ...
+    async def acall(
+        self, texts: str | Iterable[str], **options: Unpack[UnmaskOptions]
+    ) -> Unmasking | list[Unmasking]:
+        """Do as a call does, for asyncio."""
+        rows, single = rows_of(texts, str, "a text")
+        results = await self._acall(rows, options)
+        return results[0] if single else results
+
+    def astream(
+        self, texts: str | Iterable[str], **options: Unpack[UnmaskOptions]
+    ) -> AsyncIterator[Unmasking]:
+        """Do as `stream` does, for asyncio."""
+        return self._alternate(self.stream(texts, **options))
+
+    def _job(self, given: str, options: dict[str, Any], row: int) -> Job:
+        spans = tuple(match.span() for match in self._mask.finditer(given))
+        if not spans:
+            msg = f"row {row} has no mask: write [MASK] or <mask> where a word is to be filled in. Given: {given!r}."
+            raise OptionError(msg)
+        tokenizer: Any = self.tokenizer
+        token_ids = self._codec.encode(self._mask.sub(lambda _: tokenizer.mask_token, given))
+        token_ids, _ = fit(token_ids, self._plan.context_length, row=row)
+        positions = tuple(n for n, token_id in enumerate(token_ids) if token_id == tokenizer.mask_token_id)
+        top_k = options.get("top_k")
+        if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
+            msg = f"top_k={top_k!r} is not accepted: top_k takes a whole number of at least 1."
+            raise OptionError(msg)
+        targets = options.get("targets")
+        named = None if targets is None else tuple(self._targets(targets, given[:start]) for start, _ in spans)
+        return Job(given, spans, tuple(token_ids), positions, top_k or 5, named)
+
+    def _targets(self, targets: Sequence[str], left: str) -> dict[int, str]:
+        """Return the token of each target, as it would stand behind the text `left`."""
+        if isinstance(targets, str) or not targets or not all(isinstance(word, str) for word in targets):
+            msg = f"targets={targets!r} is not accepted: targets takes a list of words, at least one."
+            raise OptionError(msg)
+        spaced = left.endswith((" ", "\t", "\n"))
+        return {self._token_of(word, spaced=spaced): word for word in targets}
+
+    def _token_of(self, word: str, *, spaced: bool) -> int:
+        unknown = self.tokenizer.unk_token_id
+        ways = [f" {word}", word] if spaced else [word]
+        encoded = [self._codec.encode(way, special=False) for way in ways]
+        for token_ids in encoded:
+            if len(token_ids) == 1 and token_ids[0] != unknown:
+                return token_ids[0]
+        pieces = self.tokenizer.convert_ids_to_tokens(encoded[0])
+        msg = (
+            f"the target {word!r} is not one token of this checkpoint's vocabulary, but {pieces}: "
+            "choose a word that is, or write one mask per piece and leave out targets."
+        )
+        raise OptionError(msg)
+
+    def _run(
+        self, jobs: Sequence[Job], *, stream: bool, cancelled: threading.Event | None
+    ) -> Iterator[News[Unmasking]]:
+        size = 1 if stream else 32
+        for start in range(0, len(jobs), size):
+            if self._scorer is None:
+                self._opened  # noqa: B018 - raises: the wrapper was closed
+            if cancelled is not None and cancelled.is_set():
+                return
+            batch = jobs[start : start + size]
+            for place, result in enumerate(self._fill_all(batch), start):
+                if isinstance(result, LmkitError):
+                    yield News(place, error=result)
+                else:
+                    yield News(place, result=result)
+
+    def _fill_all(self, jobs: Sequence[Job]) -> list[Unmasking | LmkitError]:
+        """Fill texts together; if the batch fails, each alone, so that one does not take others down."""
+        assert self._scorer is not None  # noqa: S101 - checked by the caller
+        try:
+            scores = self._scorer.score([job.token_ids for job in jobs], [job.positions for job in jobs])
+            return [self._fill(job, found) for job, found in zip(jobs, scores, strict=True)]
+        except LmkitError as error:
+            if len(jobs) == 1:
+                return [error]
+            return [result for job in jobs for result in self._fill_all([job])]
+
+    def _fill(self, job: Job, scores: torch.Tensor) -> Unmasking:
+        slots = []
+        for mask, (start, end) in enumerate(job.spans):
+            chosen = self._choices(job, mask, scores[mask])
+            guesses = tuple(
+                self._candidate(job, {mask: token_id}, score) for token_id, score in chosen
+            )
+            slots.append(MaskSlot(start, end, guesses))
+        ways = [((token_id,), score) for token_id, score in self._choices(job, 0, scores[0])]
+        for mask in range(1, len(job.spans)):
+            ways = self._extend(job, mask, ways)
+        ways.sort(key=lambda way: -way[1])
+        whole = tuple(
+            self._candidate(job, dict(enumerate(token_ids)), score) for token_ids, score in ways[: job.top_k]
+        )
+        return Unmasking(job.text, tuple(slots), whole)
+
+    def _choices(self, job: Job, mask: int, scores: torch.Tensor) -> list[tuple[int, float]]:
+        """Return tokens and log-probabilities for one mask: the targets in their order, or the best."""
+        if job.targets is not None:
+            return [(token_id, float(scores[token_id])) for token_id in job.targets[mask]]
+        best = scores.topk(min(job.top_k, len(scores)))
+        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+    def _extend(
+        self, job: Job, mask: int, ways: list[tuple[tuple[int, ...], float]]
+    ) -> list[tuple[tuple[int, ...], float]]:
+        """Fill one more mask in every way so far, and keep the best `top_k`."""
+        assert self._scorer is not None  # noqa: S101 - checked by the caller
+        rows = []
+        for token_ids, _ in ways:
+            row = list(job.token_ids)
+            for position, token_id in zip(job.positions, token_ids, strict=False):
+                row[position] = token_id
+            rows.append(row)
+        scores = self._scorer.score(rows, [[job.positions[mask]]] * len(rows))
+        longer = [
+            ((*token_ids, token_id), score + more)
+            for (token_ids, score), found in zip(ways, scores, strict=True)
+            for token_id, more in self._choices(job, mask, found[0])
+        ]
+        return sorted(longer, key=lambda way: -way[1])[: job.top_k]
+
+    def _candidate(self, job: Job, filled: dict[int, int], logprob: float) -> Candidate:
+        """Write tokens into the text as given, which otherwise stays as it is."""
+        text, end = "", 0
+        tokens = []
+        for mask, token_id in filled.items():
+            word, glued = self._word(token_id)
+            word = job.targets[mask][token_id].strip() if job.targets is not None else word
+            start = job.spans[mask][0]
+            text += job.text[end:start]
+            if glued:
+                text = text.rstrip()
+            text, end = text + word, job.spans[mask][1]
+            tokens.append(word)
+        text += job.text[end:]
+        score = float(torch.tensor(logprob, dtype=torch.float64).exp())
+        return Candidate(text, tuple(tokens), tuple(filled.values()), score)
+
+    def _word(self, token_id: int) -> tuple[str, bool]:
+        """Return a token's text, and whether it continues the word before it."""
+        raw = str(self.tokenizer.convert_ids_to_tokens(token_id))
+        if raw.startswith("##"):
+            return raw[2:], True
+        starts = raw.startswith(_WORD_STARTS)
+        return self._codec.token(token_id).strip(), self._marks_words and not starts and raw.isalnum()
+
+    @property
+    def _marks_words(self) -> bool:
+        """Whether the tokenizer marks the pieces that begin a word, as byte-level and sentencepiece ones do."""
+        pieces = self.tokenizer.convert_ids_to_tokens(self._codec.encode("a a", special=False))
+        return any(str(piece).startswith(_WORD_STARTS) for piece in pieces)
+
+
+_WORD_STARTS = ("Ġ", "▁")

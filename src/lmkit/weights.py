@@ -1,0 +1,300 @@
+"""The files of a checkpoint: where they are, and whether they are whole, safe and complete."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmkit.errors import ModelNotFoundError, WeightsError, listed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Source"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "spm.model",
+)
+"""A folder with none of these has no tokenizer."""
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.bpe")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a checkpoint's files are on this machine.
+
+    Attributes:
+        name: As the caller wrote it.
+        folder: The folder that holds the files.
+        gguf_file: The file's name in the folder, for a GGUF checkpoint.
+    """
+
+    name: str
+    folder: Path
+    gguf_file: str | None = None
+
+    def read_config(self) -> dict[str, Any]:
+        """Read `config.json`.
+
+        Raises:
+            WeightsError: It is absent, or not a JSON object.
+        """
+        config = read_json(self.folder / "config.json")
+        if not isinstance(config, dict):
+            msg = f"{self.folder / 'config.json'} holds a JSON {type(config).__name__}, not an object: restore it."
+            raise WeightsError(msg)
+        return config
+
+
+@dataclass(frozen=True, slots=True)
+class HubOptions:
+    """How the Hub is asked; see `lmkit.load` for the fields."""
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | None = None
+    local_files_only: bool = False
+
+
+def find(name: str, hub: HubOptions, *, allow_pickle: bool = False, allow_code: bool = False) -> Source:
+    """Find a checkpoint by name: a local folder, a GGUF file, the cache, then the Hub.
+
+    Args:
+        name: A folder, a `.gguf` file, a Hub id, or `"repo/id:file.gguf"`.
+        hub: How to ask the Hub.
+        allow_pickle: Whether pickled weights are fetched where there are no safetensors.
+        allow_code: Whether the checkpoint's own Python files are fetched.
+
+    Raises:
+        ModelNotFoundError: It is in none of those places; the message says where lmkit looked.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Source(name, path)
+    if path.suffix == ".gguf" and path.is_file():
+        return Source(name, path.parent, path.name)
+    repo, _, file = name.partition(":")
+    if not _HUB_ID.fullmatch(repo) or name.endswith((".gguf", "/")) and not file or repo.startswith("."):
+        msg = f"{name!r} is not here: no such file or folder as {path.absolute()}, and not a Hub id (owner/name)."
+        raise ModelNotFoundError(msg)
+    try:
+        return _from_cache(name, repo, file, hub)
+    except (FileNotFoundError, WeightsError) as absent:
+        return _from_hub(name, repo, file, hub, absent, pickle=allow_pickle, code=allow_code)
+
+
+def _from_cache(name: str, repo: str, file: str, hub: HubOptions) -> Source:
+    """Use what was fetched before, without a network call; raise if any of it is absent."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(
+        snapshot_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, local_files_only=True)
+    )
+    source = Source(name, folder, file or None)
+    if file and not (folder / file).is_file():
+        raise FileNotFoundError(folder / file)
+    if not file:
+        source.read_config()
+        weight_files(source, allow_pickle=True)
+    return source
+
+
+def _from_hub(  # noqa: PLR0913 - one call site
+    name: str, repo: str, file: str, hub: HubOptions, absent: Exception, *, pickle: bool, code: bool
+) -> Source:
+    """Fetch the files a load needs, and no others."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import HFValidationError
+
+    cache = hub.cache_dir or constants.HF_HUB_CACHE
+    where = f"no folder {Path(name).absolute()}, nothing whole in the cache {cache}"
+    if hub.local_files_only or constants.HF_HUB_OFFLINE:
+        msg = f"{name!r} was not found: {where} ({absent}), and the Hub was not asked (offline was asked for)."
+        raise ModelNotFoundError(msg) from absent
+    try:
+        # Asked first and once: unlike a download, this does not retry for 23 seconds without a network.
+        info = HfApi(token=hub.token).model_info(repo, revision=hub.revision, timeout=20)
+        names = [sibling.rfilename for sibling in info.siblings or ()]
+        wanted = [file] if file else wanted_files(names, pickle=pickle, code=code)
+        folder = snapshot_download(
+            repo, revision=hub.revision, cache_dir=hub.cache_dir, token=hub.token, allow_patterns=wanted
+        )
+    except (HfHubHTTPError, OfflineModeIsEnabled, HFValidationError, OSError, _network_error()) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        msg = (
+            f"{name!r} was not found: {where}, and {constants.ENDPOINT} answered: {reason} "
+            "Check the spelling and the connection; a private or gated model needs token=."
+        )
+        raise ModelNotFoundError(msg) from error
+    return Source(name, Path(folder), file or None)
+
+
+def _network_error() -> type[Exception]:
+    """Return what huggingface_hub's HTTP client raises when nobody answers; which client it is has changed."""
+    from huggingface_hub.utils import get_session
+
+    client = __import__(type(get_session()).__module__.partition(".")[0])
+    found: type[Exception] = getattr(client, "TransportError", OSError)
+    return found
+
+
+def wanted_files(names: Sequence[str], *, pickle: bool, code: bool) -> list[str]:
+    """Choose from a repository's files the ones a load needs: no second format of the same weights."""
+    top = [name for name in names if "/" not in name]
+    wanted = [name for name in top if any(Path(name).match(pattern) for pattern in _SIDE_FILES)]
+    safe = [name for name in top if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)]
+    pickled = [name for name in top if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", name)]
+    wanted += safe or (pickled if pickle else [])
+    if code:
+        wanted += [name for name in top if name.endswith(".py")]
+    return wanted
+
+
+def weight_files(source: Source, *, allow_pickle: bool) -> list[Path]:
+    """Return a folder's weight files, all of them there.
+
+    Raises:
+        WeightsError: There are none, a shard is absent, or they are pickles and those are not allowed.
+    """
+    folder = source.folder
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{suffix}.index.json"
+        single = folder / f"{stem}.{suffix}"
+        files = _shards(index) if index.is_file() and not single.is_file() else [single]
+        if files == [single] and not single.is_file():
+            continue
+        if suffix == "bin" and not allow_pickle:
+            msg = (
+                f"{source.name!r} has only pickled weights ({files[0].name}), and unpickling can run any code its "
+                "author put in: load a safetensors version, convert it, or pass allow_pickle=True if you trust it."
+            )
+            raise WeightsError(msg)
+        return files
+    msg = f"{folder} has no weights: looked for model.safetensors, model.safetensors.index.json and a .gguf file."
+    raise WeightsError(msg)
+
+
+def _shards(index: Path) -> list[Path]:
+    content = read_json(index)
+    weights = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weights, dict):
+        msg = f"{index} has no 'weight_map' that names the shards: restore it from where the model came from."
+        raise WeightsError(msg)
+    files = [index.parent / name for name in sorted(set(weights.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        msg = f"{index.parent} lacks {listed(missing)}, which {index.name} names: fetch the missing shards."
+        raise WeightsError(msg)
+    return files
+
+
+def check_weights(source: Source, *, allow_pickle: bool) -> None:
+    """Check that the weight files are there and whole, by their headers alone.
+
+    Raises:
+        WeightsError: A file is absent, truncated or corrupt; the message names it.
+    """
+    if source.gguf_file is not None:
+        _check_gguf(source.folder / source.gguf_file)
+        return
+    for file in weight_files(source, allow_pickle=allow_pickle):
+        if file.suffix == ".safetensors":
+            read_header(file)
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """Read a safetensors file's header and check that the data it describes is all there.
+
+    Returns:
+        The header: per tensor its `dtype`, `shape` and `data_offsets`.
+
+    Raises:
+        WeightsError: The file is truncated or corrupt.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        start = opened.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size  # noqa: PLR2004 - the format's own
+        if 8 + length > size:
+            raise _broken(file, f"it has {size:,} bytes, fewer than its header says")
+        try:
+            header = json.loads(opened.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+            raise _broken(file, "its header is not safetensors JSON") from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise _broken(file, f"it has {size:,} bytes where its header describes {expected:,}")
+    return dict(header)
+
+
+def _broken(file: Path, what: str) -> WeightsError:
+    return WeightsError(f"{file} is truncated or corrupt: {what}. Fetch it again.")
+
+
+def _check_gguf(file: Path) -> None:
+    with file.open("rb") as opened:
+        magic = opened.read(4)
+    if magic != b"GGUF":
+        msg = f"{file} is not a GGUF file: it begins with {magic!r}. Fetch it again."
+        raise WeightsError(msg)
+
+
+def check_tokenizer(source: Source) -> None:
+    """Check that a folder has a tokenizer.
+
+    Raises:
+        WeightsError: It has none of `TOKENIZER_FILES`.
+    """
+    if source.gguf_file is None and not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
+        msg = f"{source.folder} has no tokenizer: looked for {listed(TOKENIZER_FILES)}. Save one beside the model."
+        raise WeightsError(msg)
+
+
+def check_code(source: Source, config: dict[str, Any], *, trusted: bool) -> None:
+    """Refuse a checkpoint that transformers can only load by running the checkpoint's own code.
+
+    Raises:
+        WeightsError: It needs its own code and `trusted` is False.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if trusted or "auto_map" not in config or config.get("model_type") in CONFIG_MAPPING:
+        return
+    code = sorted({str(value) for value in config["auto_map"].values()})
+    msg = (
+        f"{source.name!r} needs its own code ({listed(code)}), which could do anything on this machine: "
+        "read it, and pass trust_remote_code=True if you trust it."
+    )
+    raise WeightsError(msg)
+
+
+def read_json(file: Path) -> object:
+    """Read a JSON file.
+
+    Raises:
+        WeightsError: It is absent or not JSON; the message names it.
+    """
+    try:
+        content: object = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        msg = f"{file.parent} has no {file.name}, so it is not a checkpoint: pass the folder that holds one."
+        raise WeightsError(msg) from error
+    except ValueError as error:
+        msg = f"{file} is not JSON: {error}. Restore it from where the model came from."
+        raise WeightsError(msg) from error
+    return content

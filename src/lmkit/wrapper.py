@@ -1,0 +1,309 @@
+"""What `Generator`, `Translator` and `Unmasker` share: the verbs, the attributes, and how to close."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+
+from lmkit.encoding import Codec
+from lmkit.errors import EngineError, LmkitError, OptionError
+from lmkit.generation import split
+from lmkit.results import TextChunk
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+    from types import TracebackType
+
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Self
+
+    from lmkit.planning import LoadPlan
+
+__all__ = ["Loaded", "News", "OnError", "Wrapper"]
+
+JobT = TypeVar("JobT")
+ResultT = TypeVar("ResultT")
+ItemT = TypeVar("ItemT")
+OnError = Literal["raise", "return"]
+"""What `map` does with a row that fails: raise its error in its place, or return it in its place."""
+
+READ_AHEAD = 32
+"""How many inputs `map` reads before it runs them together: one batch of the engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model, its tokenizer, the plan they were loaded by, and how to load them again."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    plan: LoadPlan
+    reload: Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class News(Generic[ResultT]):
+    """What a run tells of one row: new text, its result, or its error."""
+
+    index: int
+    text: str = ""
+    result: ResultT | None = None
+    error: LmkitError | None = None
+
+
+class Wrapper(ABC, Generic[JobT, ResultT]):
+    """A loaded model with verbs. Subclasses say what a row is and how rows are run."""
+
+    _accepted: ClassVar[frozenset[str]]
+
+    def __init__(self, loaded: Loaded) -> None:
+        """Take over a loaded model; `lmkit.load` calls this."""
+        self._loaded: Loaded | None = loaded
+        self._reload = loaded.reload
+        self._plan = loaded.plan
+        self._codec = Codec(loaded.tokenizer)
+
+    @abstractmethod
+    def _job(self, given: Any, options: dict[str, Any], row: int) -> JobT:  # noqa: ANN401 - a text or a chat
+        """Check one row and prepare it; raise an `LmkitError` if it cannot be run."""
+
+    @abstractmethod
+    def _run(
+        self, jobs: Sequence[JobT], *, stream: bool, cancelled: threading.Event | None
+    ) -> Iterator[News[ResultT]]:
+        """Run prepared rows and tell what happens to each."""
+
+    @property
+    def name(self) -> str:
+        """The name the model was loaded by."""
+        return self._plan.name
+
+    @property
+    def plan(self) -> LoadPlan:
+        """What was decided before the weights were read, with reasons."""
+        return self._plan
+
+    @property
+    def precision(self) -> str:
+        """The precision the weights are held in, as a word."""
+        return self._plan.precision.name
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model; no call changes it."""
+        return self._opened.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The transformers tokenizer; no call changes it."""
+        return self._opened.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs."""
+        from lmkit.engine.decoders import input_device
+
+        return input_device(self.model)
+
+    @property
+    def memory_bytes(self) -> int:
+        """How many bytes the weights and buffers hold."""
+        return int(self.model.get_memory_footprint())
+
+    @property
+    def _opened(self) -> Loaded:
+        if self._loaded is None:
+            msg = f"{self.name} was closed and its memory given back: call lmkit.load(…) to open it again."
+            raise EngineError(msg)
+        return self._loaded
+
+    def close(self) -> None:
+        """Give the memory back; work in flight ends with an `EngineError` at its next step."""
+        self._loaded = None
+
+    def __enter__(self) -> Self:
+        """Return the wrapper; leaving the block closes it."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the wrapper."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Show the class, the name, the precision and where the model is."""
+        state = "closed" if self._loaded is None else f"{self.precision} on {self.device}"
+        return f"<lmkit.{type(self).__name__} {self.name!r}, {state}>"
+
+    def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
+        """Pickle how the model was loaded, not its weights: unpickling loads it again."""
+        return self._reload, ()
+
+    def _jobs(
+        self, inputs: Sequence[Any], options: Mapping[str, Any]
+    ) -> list[JobT | LmkitError]:
+        """Prepare every row of a call; a row that cannot be run is its error."""
+        rows = split(options, len(inputs), self._accepted)
+        self._opened  # noqa: B018 - a closed wrapper refuses here, before any row is read
+        jobs: list[JobT | LmkitError] = []
+        for number, (given, row) in enumerate(zip(inputs, rows, strict=True)):
+            try:
+                jobs.append(self._job(given, row, number))
+            except LmkitError as error:
+                jobs.append(error)
+        return jobs
+
+    def _valid(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> list[JobT]:
+        """Prepare every row; the first that cannot be run raises, before any of them ran."""
+        jobs: list[JobT] = []
+        for job in self._jobs(inputs, options):
+            if isinstance(job, LmkitError):
+                raise job
+            jobs.append(job)
+        return jobs
+
+    def _call(
+        self,
+        inputs: Sequence[Any],
+        options: Mapping[str, Any],
+        cancelled: threading.Event | None = None,
+    ) -> list[ResultT]:
+        """Run all rows; an error of one is raised after the others ended, and carries their results."""
+        jobs = self._valid(inputs, options)
+        results: list[ResultT | None] = [None] * len(jobs)
+        failed: LmkitError | None = None
+        for news in self._run(jobs, stream=False, cancelled=cancelled):
+            failed = failed or news.error
+            if news.result is not None:
+                results[news.index] = news.result
+        if failed is not None:
+            failed.results = results
+            raise failed
+        return [result for result in results if result is not None]
+
+    def _map(
+        self, inputs: Iterable[Any], options: Mapping[str, Any], on_error: OnError
+    ) -> Iterator[ResultT | LmkitError]:
+        """Check the options now; read and run the inputs when asked for results."""
+        if on_error not in ("raise", "return"):
+            msg = f"on_error={on_error!r} is not accepted: pass 'raise' or 'return'."
+            raise OptionError(msg)
+        split(options, 1, self._accepted)
+        self._opened  # noqa: B018 - a closed wrapper refuses now
+        return self._mapped(iter(inputs), options, on_error)
+
+    def _mapped(
+        self, inputs: Iterator[Any], options: Mapping[str, Any], on_error: OnError
+    ) -> Iterator[ResultT | LmkitError]:
+        while True:
+            window: list[Any] = []
+            broken: Exception | None = None
+            try:
+                window.extend(itertools.islice(inputs, READ_AHEAD))
+            except Exception as error:  # noqa: BLE001 - raised again below, after the rows read before it
+                broken = error
+            for result in self._window(window, options):
+                if isinstance(result, LmkitError) and on_error == "raise":
+                    raise result
+                yield result
+            if broken is not None:
+                raise broken
+            if len(window) < READ_AHEAD:
+                return
+
+    def _window(self, window: list[Any], options: Mapping[str, Any]) -> list[ResultT | LmkitError]:
+        """Run the inputs that `map` has read; each gives its result or its error."""
+        jobs = self._jobs(window, options)
+        places = [place for place, job in enumerate(jobs) if not isinstance(job, LmkitError)]
+        ready = [job for job in jobs if not isinstance(job, LmkitError)]
+        results: dict[int, ResultT | LmkitError] = {
+            place: job for place, job in enumerate(jobs) if isinstance(job, LmkitError)
+        }
+        for news in self._run(ready, stream=False, cancelled=None):
+            ended = news.result if news.error is None else news.error
+            if ended is not None:
+                results[places[news.index]] = ended
+        return [results[place] for place in range(len(jobs))]
+
+    def _stream(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> Iterator[TextChunk]:
+        """Check all rows now; compute when asked for chunks."""
+        copies = options.get("num_return_sequences")
+        if copies not in (None, 1):
+            msg = f"num_return_sequences={copies!r} cannot be streamed: call the model, or stream one."
+            raise OptionError(msg)
+        return self._streamed(self._valid(inputs, options))
+
+    def _streamed(self, jobs: list[JobT]) -> Iterator[TextChunk]:
+        failed: LmkitError | None = None
+        with contextlib.closing(self._run(jobs, stream=True, cancelled=None)) as run:  # type: ignore[type-var]
+            for news in run:
+                failed = failed or news.error
+                if news.text or news.result is not None:
+                    reason = getattr(news.result, "finish_reason", None)
+                    yield TextChunk(news.text, news.index, reason)
+        if failed is not None:
+            raise failed
+
+    async def _acall(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> list[ResultT]:
+        """Run in a thread; cancelling the task ends the rows at their next step."""
+        cancelled = threading.Event()
+        return await finished(asyncio.to_thread(self._call, inputs, options, cancelled), cancelled.set)
+
+    def _astream(
+        self, inputs: Sequence[Any], options: Mapping[str, Any]
+    ) -> AsyncIterator[TextChunk]:
+        """Check all rows now; step in a thread when asked for chunks."""
+        return self._alternate(self._stream(inputs, options))
+
+    async def _alternate(self, items: Iterator[ItemT]) -> AsyncIterator[ItemT]:
+        """Take items one by one in a thread; leaving the loop or cancelling the task ends the rows."""
+        try:
+            while (item := await finished(asyncio.to_thread(next, items, None), lambda: None)) is not None:
+                yield item
+        finally:
+            items.close()  # type: ignore[attr-defined]
+
+
+async def finished(work: Any, cancel: Callable[[], None]) -> Any:  # noqa: ANN401 - passes a result through
+    """Await work in a thread; if the task is cancelled, call `cancel` and still wait for the thread.
+
+    A thread cannot be killed, and leaving it behind would let it go on with a model that its caller
+    believes to be free.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        cancel()
+        with contextlib.suppress(Exception):
+            await task
+        raise
+
+
+def rows_of(inputs: Any, kind: type | tuple[type, ...], what: str) -> tuple[list[Any], bool]:  # noqa: ANN401
+    """Return the rows of a call, and whether it was a single one.
+
+    Args:
+        inputs: One row, or an iterable of rows.
+        kind: The type of a row.
+        what: What a row is called in the message.
+
+    Raises:
+        OptionError: The input, or one of its rows, is something else.
+    """
+    if isinstance(inputs, kind):
+        return [inputs], True
+    rows = list(inputs) if hasattr(inputs, "__iter__") and not isinstance(inputs, (bytes, dict)) else [inputs]
+    for number, row in enumerate(rows):
+        if not isinstance(row, kind):
+            given = repr(row) if len(repr(row)) < 60 else f"{type(row).__name__} object"  # noqa: PLR2004
+            msg = f"row {number} is {given}, not {what}: pass {what}, or a list of them."
+            raise OptionError(msg)
+    return rows, False

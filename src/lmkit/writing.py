@@ -1,0 +1,114 @@
+"""What `Generator` and `Translator` share: rows that the engine continues token by token."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lmkit.engine import Engine, Request
+from lmkit.generation import Options, Sample, build_config
+from lmkit.results import Generation
+from lmkit.wrapper import Loaded, News, Wrapper
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from lmkit.engine import Outcome
+
+__all__ = ["Job", "Writer"]
+
+ResultT = TypeVar("ResultT", bound=Generation)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A row on its way to the engine, with what its result will say.
+
+    Attributes:
+        request: What the engine is asked for.
+        text: What the model reads, as text.
+        truncated: Whether the text was cut.
+        source: A translation's text as given.
+        source_language: A translation's source, as the checkpoint's code.
+        target_language: A translation's target, as the checkpoint's code.
+    """
+
+    request: Request
+    text: str
+    truncated: bool
+    source: str = ""
+    source_language: str | None = None
+    target_language: str | None = None
+
+
+class Writer(Wrapper[Job, ResultT]):
+    """A wrapper whose rows are written by the engine."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        """Take over a loaded model and start an engine for it."""
+        super().__init__(loaded)
+        model: Any = loaded.model
+        self._start: int | None = None
+        if model.config.is_encoder_decoder:
+            config = model.generation_config
+            start = config.decoder_start_token_id
+            self._start = config.bos_token_id if start is None else start
+        self._engine: Engine | None = Engine(model, self._codec, self._start)
+
+    def close(self) -> None:
+        """Give the memory back; work in flight ends with an `EngineError` at its next step."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
+        super().close()
+
+    def _request(
+        self,
+        options: Options,
+        token_ids: Sequence[int],
+        *,
+        room: int,
+        forced_bos_token_id: int | None = None,
+    ) -> Request:
+        """Make the request of a row whose answer may take at most `room` tokens."""
+        config = build_config(
+            options,
+            self._checkpoint_config,
+            prefix_tokens=len(token_ids) if self._start is None else 1,
+            max_new_tokens=min(options.max_new_tokens, room),
+            forced_bos_token_id=forced_bos_token_id,
+        )
+        sampled = isinstance(options.mode, Sample)
+        return Request(
+            input_ids=tuple(token_ids),
+            config=config,
+            copies=options.num_return_sequences if sampled else 1,
+            stop=options.stop,
+            seed=options.seed if sampled else None,
+            logprobs=options.logprobs,
+        )
+
+    @property
+    def _checkpoint_config(self) -> Any:  # noqa: ANN401 - the models' attribute is untyped
+        return self._opened.model.generation_config
+
+    def _options(self, given: Mapping[str, Any]) -> Options:
+        return Options.of(given, self._checkpoint_config).with_seed()
+
+    def _run(
+        self, jobs: Sequence[Job], *, stream: bool, cancelled: threading.Event | None
+    ) -> Iterator[News[ResultT]]:
+        if self._engine is None:
+            self._opened  # noqa: B018 - raises: the wrapper was closed
+            return
+        requests = [job.request for job in jobs]
+        for update in self._engine.run(requests, stream=stream, cancelled=cancelled):
+            ended = update.outcome
+            result = None if ended is None else self._result(jobs[update.index], ended)
+            yield News(update.index, update.text, result, update.error)
+
+    @abstractmethod
+    def _result(self, job: Job, outcome: Outcome) -> ResultT:
+        """Describe a row that ended."""
