@@ -64,16 +64,51 @@ _MODULES = {
     "placement": "Placement",
     "planning": "LoadPlan",
     "precision": "Precision",
-    "results": (
-        "Candidate Completion Generation MaskSlot Segment TextChunk Timing TokenLogprob Translation Unmasking"
-    ),
+    "results": ("Candidate Completion Generation MaskSlot Segment TextChunk Timing TokenLogprob Translation Unmasking"),
     "translator": "TranslationOptions Translator",
     "unmasker": "UnmaskOptions Unmasker",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 
-__all__ = [  # noqa: PLE0604 - the names of _HOMES, as a literal for type checkers, is in the block above
-    *_HOMES
+__all__ = [
+    "Beam",
+    "Candidate",
+    "Chat",
+    "Completion",
+    "EngineError",
+    "Generation",
+    "GenerationOptions",
+    "Generator",
+    "Greedy",
+    "InputTooLongError",
+    "LanguageError",
+    "LmkitError",
+    "LoadOptions",
+    "LoadPlan",
+    "MaskSlot",
+    "Message",
+    "MissingExtraError",
+    "ModelNotFoundError",
+    "OptionError",
+    "Placement",
+    "PlacementError",
+    "Precision",
+    "PrecisionError",
+    "Sample",
+    "Segment",
+    "TextChunk",
+    "Timing",
+    "TokenLogprob",
+    "Translation",
+    "TranslationOptions",
+    "Translator",
+    "UnknownOptionError",
+    "UnknownTaskError",
+    "UnmaskOptions",
+    "Unmasker",
+    "Unmasking",
+    "WeightsError",
+    "load",
 ]
 
 

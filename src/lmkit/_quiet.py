@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,14 +56,16 @@ def _silenced() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    from huggingface_hub import utils as hub
+    from huggingface_hub import utils
     from transformers.utils import logging as transformers_logging
 
-    shown, hub_hidden = transformers_logging.is_progress_bar_enabled(), hub.are_progress_bars_disabled()
-    transformers_logging.disable_progress_bar()  # the Hub's as well
+    own: Any = transformers_logging  # neither module is typed
+    hub: Any = utils
+    shown, hub_hidden = own.is_progress_bar_enabled(), hub.are_progress_bars_disabled()
+    own.disable_progress_bar()  # the Hub's as well
     try:
         yield
     finally:
         if shown:
-            transformers_logging.enable_progress_bar()  # the Hub's as well
+            own.enable_progress_bar()  # the Hub's as well
         (hub.disable_progress_bars if hub_hidden else hub.enable_progress_bars)()

@@ -46,7 +46,7 @@ class Codec:
             encoded = self.tokenizer(text, verbose=False, return_offsets_mapping=fast)
         return encoded["input_ids"], encoded["offset_mapping"] if fast else None
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> tuple[str, list[int]]:  # noqa: ANN401
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> tuple[str, list[int]]:
         """Write a chat as the checkpoint's template does; control tokens inside messages stay plain text.
 
         Returns:
@@ -68,7 +68,10 @@ class Codec:
         try:
             with self._lock:
                 encoded = self.tokenizer.apply_chat_template(
-                    conversation, add_generation_prompt=True, sanitize_control_tokens=True, **template
+                    conversation,
+                    add_generation_prompt=True,
+                    sanitize_control_tokens=True,
+                    **template,
                 )
         except TemplateError as error:
             msg = f"the checkpoint's chat template refuses these messages: {error}"

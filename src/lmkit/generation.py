@@ -157,9 +157,10 @@ class Options:
         for name in _LISTS & plain.keys():
             plain[name] = tuple(plain[name])  # type: ignore[arg-type]
         plain["mode"] = _mode(known, recommended)
-        return cls(**plain)._checked()  # type: ignore[arg-type]
+        return cls(**plain)  # type: ignore[arg-type]
 
-    def _checked(self) -> Options:
+    def __post_init__(self) -> None:
+        """Refuse options that contradict each other."""
         copies, mode = self.num_return_sequences, self.mode
         if copies > 1 and isinstance(mode, Greedy):
             msg = (
@@ -175,11 +176,8 @@ class Options:
                 msg = "logprobs and num_beams contradict: a beam has one score, `Completion.score`."
                 raise OptionError(msg)
         if (self.min_new_tokens or 0) > self.max_new_tokens:
-            msg = (
-                f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}."
-            )
+            msg = f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}."
             raise OptionError(msg)
-        return self
 
     def with_seed(self) -> Options:
         """Draw a fresh seed for a row that samples and has none; the global random state is not used."""
@@ -345,11 +343,17 @@ def _token_ids(value: object) -> bool:
 
 
 _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "mode": ("Greedy(), Sample(…) or Beam(…)", lambda value: isinstance(value, (Greedy, Sample, Beam))),
+    "mode": (
+        "Greedy(), Sample(…) or Beam(…)",
+        lambda value: isinstance(value, (Greedy, Sample, Beam)),
+    ),
     "sample": ("True or False", lambda value: isinstance(value, bool)),
     "temperature": ("a number of at least 0", _number(0)),
     "top_p": ("a number above 0 and at most 1", _number(0, 1, above=True)),
-    "top_k": ("a whole number of at least 0, where 0 keeps all", lambda v: v is None or _integer(0)(v)),
+    "top_k": (
+        "a whole number of at least 0, where 0 keeps all",
+        lambda v: v is None or _integer(0)(v),
+    ),
     "min_p": ("a number from 0 to 1", lambda value: value is None or _number(0, 1)(value)),
     "num_beams": ("a whole number of at least 1", _integer(1)),
     "length_penalty": ("a number", _number(-math.inf)),

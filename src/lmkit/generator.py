@@ -55,11 +55,11 @@ class Generator(Writer[Generation]):
     _accepted: ClassVar[frozenset[str]] = GENERATION_OPTIONS
 
     @overload
-    def __call__(self, prompts: str, **options: Unpack[GenerationOptions]) -> Generation: ...
+    def __call__(  # type: ignore[overload-overlap]  # a str is an iterable of str too: it comes first
+        self, prompts: str, **options: Unpack[GenerationOptions]
+    ) -> Generation: ...
     @overload
-    def __call__(
-        self, prompts: Iterable[str], **options: Unpack[GenerationOptions]
-    ) -> list[Generation]: ...
+    def __call__(self, prompts: Iterable[str], **options: Unpack[GenerationOptions]) -> list[Generation]: ...
     def __call__(
         self, prompts: str | Iterable[str], **options: Unpack[GenerationOptions]
     ) -> Generation | list[Generation]:
@@ -84,9 +84,7 @@ class Generator(Writer[Generation]):
     @overload
     def chat(self, messages: Chat, **options: Unpack[GenerationOptions]) -> Generation: ...
     @overload
-    def chat(
-        self, messages: Sequence[Chat], **options: Unpack[GenerationOptions]
-    ) -> list[Generation]: ...
+    def chat(self, messages: Sequence[Chat], **options: Unpack[GenerationOptions]) -> list[Generation]: ...
     def chat(
         self,
         messages: Chat | Sequence[Chat],
@@ -122,7 +120,11 @@ class Generator(Writer[Generation]):
     ) -> Iterator[Generation]: ...
     @overload
     def map(
-        self, prompts: Iterable[str], *, on_error: Literal["return"], **options: Unpack[GenerationOptions]
+        self,
+        prompts: Iterable[str],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[GenerationOptions],
     ) -> Iterator[Generation | LmkitError]: ...
     def map(
         self,
@@ -140,9 +142,7 @@ class Generator(Writer[Generation]):
         """
         return self._map(prompts, options, on_error)
 
-    def stream(
-        self, prompts: str | Iterable[str], **options: Unpack[GenerationOptions]
-    ) -> Iterator[TextChunk]:
+    def stream(self, prompts: str | Iterable[str], **options: Unpack[GenerationOptions]) -> Iterator[TextChunk]:
         """Continue prompts and yield their text while it grows.
 
         A row's chunks joined are its whole text; its last chunk has a `finish_reason`. Leaving the loop
@@ -164,11 +164,11 @@ class Generator(Writer[Generation]):
         return self._stream(chats_of(messages, template or {})[0], options)
 
     @overload
-    async def acall(self, prompts: str, **options: Unpack[GenerationOptions]) -> Generation: ...
+    async def acall(  # type: ignore[overload-overlap]  # a str is an iterable of str too: it comes first
+        self, prompts: str, **options: Unpack[GenerationOptions]
+    ) -> Generation: ...
     @overload
-    async def acall(
-        self, prompts: Iterable[str], **options: Unpack[GenerationOptions]
-    ) -> list[Generation]: ...
+    async def acall(self, prompts: Iterable[str], **options: Unpack[GenerationOptions]) -> list[Generation]: ...
     async def acall(
         self, prompts: str | Iterable[str], **options: Unpack[GenerationOptions]
     ) -> Generation | list[Generation]:
@@ -177,9 +177,7 @@ class Generator(Writer[Generation]):
         results = await self._acall(rows, options)
         return results[0] if single else results
 
-    def astream(
-        self, prompts: str | Iterable[str], **options: Unpack[GenerationOptions]
-    ) -> AsyncIterator[TextChunk]:
+    def astream(self, prompts: str | Iterable[str], **options: Unpack[GenerationOptions]) -> AsyncIterator[TextChunk]:
         """Do as `stream` does, for asyncio."""
         return self._astream(rows_of(prompts, str, "a text")[0], options)
 
@@ -218,7 +216,7 @@ class Generator(Writer[Generation]):
         )
 
 
-def chats_of(messages: Any, template: Mapping[str, Any]) -> tuple[list[Messages], bool]:  # noqa: ANN401
+def chats_of(messages: Any, template: Mapping[str, Any]) -> tuple[list[Messages], bool]:
     """Return the chats of a call, and whether it was a single one.
 
     Raises:

@@ -74,8 +74,8 @@ class Languages:
             return self._prefixed(text, source, target)
         if source is not None or target is not None:
             msg = (
-                f"this checkpoint is not told languages, but source={source!r} and target={target!r} were given: it does "
-                "one thing only (one pair of languages, or none). Leave them out."
+                f"this checkpoint is not told languages, but source={source!r} and target={target!r} were given: it "
+                "does one thing only (one pair of languages, or none). Leave them out."
             )
             raise LanguageError(msg)
         return Prepared(text)
@@ -92,17 +92,16 @@ class Languages:
         return Prepared(str(values.pop("prefix", None) or "") + text, preset=values)
 
     def _codes(self, text: str, source: str | None, target: str | None) -> Prepared:
-        codes = {"source": self._code("source", source), "target": self._code("target", target)}
-        language = self.codes[codes["source"]]
-        before, after = (
-            tuple(language if token_id is None else token_id for token_id in part) for part in self.layout
-        )
+        source, target = self._code("source", source), self._code("target", target)
+        language = self.codes[source]
+        before, after = (tuple(language if token_id is None else token_id for token_id in part) for part in self.layout)
         return Prepared(
             text,
             before=before,  # type: ignore[arg-type]
             after=after,  # type: ignore[arg-type]
-            forced_bos_token_id=self.codes[codes["target"]],
-            **codes,
+            forced_bos_token_id=self.codes[target],
+            source=source,
+            target=target,
         )
 
     def _code(self, which: str, language: str | None) -> str:
@@ -175,7 +174,7 @@ def _language_tokens(tokenizer: Any) -> dict[str, int | None]:
     """
     if not hasattr(tokenizer, "src_lang"):
         return {}
-    named = list(getattr(tokenizer, "lang_code_to_token", None) or getattr(tokenizer, "lang_code_to_id", ()))
+    named = list(getattr(tokenizer, "lang_code_to_token", {}) or getattr(tokenizer, "lang_code_to_id", {}))
     special = [str(token) for token in tokenizer.all_special_tokens if _CODE.fullmatch(str(token))]
     ids = {code: tokenizer.convert_tokens_to_ids(_token(tokenizer, code)) for code in named or special}
     return {code: token_id for code, token_id in ids.items() if token_id != tokenizer.unk_token_id}

@@ -148,7 +148,7 @@ def load(
             _put_on(model, adapter, hub)
     _tell(plan, model)
     again = {name: value for name, value in options.items() if name != "token"}  # a pickle keeps no secrets
-    reload = functools.partial(load, task, name, precision, devices, **again)  # type: ignore[call-overload]
+    reload = functools.partial(load, task, name, precision, devices, **again)
     return _WRAPPERS[kind](Loaded(model, tokenizer, plan, reload))
 
 
@@ -186,9 +186,7 @@ def _read_tokenizer(source: Source, *, trusted: bool) -> Any:
 
     gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     with _naming(f"the tokenizer of {source.name!r}"):
-        return AutoTokenizer.from_pretrained(
-            source.folder, trust_remote_code=trusted, local_files_only=True, **gguf
-        )
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trusted, local_files_only=True, **gguf)
 
 
 def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, *, trusted: bool) -> Any:
@@ -226,8 +224,9 @@ def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, *, tru
 @contextlib.contextmanager
 def _without_gguf_bar() -> Iterator[None]:
     """Hide the one bar that transformers draws past its own switch for bars."""
-    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers import modeling_gguf_pytorch_utils
 
+    gguf: Any = modeling_gguf_pytorch_utils
     drawn = gguf.tqdm
     gguf.tqdm = functools.partial(drawn, disable=True)
     try:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Devices", "Placement"]
 
-Devices: TypeAlias = "str | int | torch.device | Sequence[str | int | torch.device] | Mapping[str, str | int] | Placement"
+Devices: TypeAlias = (
+    "str | int | torch.device | Sequence[str | int | torch.device] | Mapping[str, str | int] | Placement"
+)
 """What `devices=` accepts."""
 
 ACCEPTED = (
@@ -70,7 +72,12 @@ def resolve_placement(devices: Devices) -> Placement:
         names = [present(device) for device in devices]
         if len(names) == 1:
             return Placement({"": names[0]})
-        return Placement("auto", {_key(name): _free_bytes(name) for name in names}, None, f"split over {listed(names)}")
+        return Placement(
+            "auto",
+            {_key(name): _free_bytes(name) for name in names},
+            None,
+            f"split over {listed(names)}",
+        )
     msg = f"devices={devices!r} is not accepted: pass {ACCEPTED}."
     raise PlacementError(msg)
 
@@ -150,7 +157,7 @@ def _free_bytes(name: str) -> int:
     import torch
 
     if name == "cpu":
-        import psutil
+        import psutil  # type: ignore[import-untyped]  # accelerate requires it
 
         return int(psutil.virtual_memory().available * 0.9)
     return int(torch.accelerator.get_memory_info(torch.device(name))[0] * 0.9)

@@ -56,7 +56,7 @@ class LoadPlan:
 def make_plan(
     task: Task,
     source: Source,
-    precision: Any,  # noqa: ANN401 - a word, or a transformers quantization config
+    precision: Any,
     devices: Devices,
     *,
     trust_remote_code: bool,
@@ -141,7 +141,19 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 _UNBOUNDED = frozenset({"bloom", "mpt", "mamba", "mamba2", "falcon_mamba", "rwkv", "xlnet", "transfo-xl"})
 _OFFSET_BY_PADDING = frozenset(
-    "camembert data2vec-text esm ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta "
-    "xlm-roberta-xl xmod".split()
+    [
+        "camembert",
+        "data2vec-text",
+        "esm",
+        "ibert",
+        "longformer",
+        "luke",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    ]
 )
 """Model types whose position ids begin behind the padding token's id."""

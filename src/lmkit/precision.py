@@ -95,7 +95,7 @@ _QUANTIZED = {
 }
 
 
-def _passed_through(config: Any, saved: str | torch.dtype | None, device_type: str) -> Precision:  # noqa: ANN401
+def _passed_through(config: Any, saved: str | torch.dtype | None, device_type: str) -> Precision:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     if not isinstance(config, QuantizationConfigMixin):
@@ -104,7 +104,12 @@ def _passed_through(config: Any, saved: str | torch.dtype | None, device_type: s
             "or a transformers quantization config."
         )
         raise PrecisionError(msg)
-    return Precision("custom", _automatic(_dtype(saved), device_type)[0], config, "the quantization config as passed")
+    return Precision(
+        "custom",
+        _automatic(_dtype(saved), device_type)[0],
+        config,
+        "the quantization config as passed",
+    )
 
 
 def _dtype(saved: str | torch.dtype | None) -> torch.dtype | None:
@@ -135,14 +140,18 @@ def computes_bfloat16() -> bool:
 
 
 def _bitsandbytes(name: str, computed: torch.dtype) -> QuantizationConfigMixin:
-    from transformers import BitsAndBytesConfig
+    import transformers
 
-    if name == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    # Left alone, bitsandbytes takes fp4 and computes in float32.
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=computed,
-    )
+    hf: Any = transformers  # its config classes are untyped
+
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if name != "int8":
+        # Left alone, bitsandbytes takes fp4 and computes in float32.
+        options = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": computed,
+        }
+    config: QuantizationConfigMixin = hf.BitsAndBytesConfig(**options)
+    return config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
 
 from lmkit.errors import UnknownTaskError, listed, nearest
 
@@ -44,7 +44,7 @@ def resolve_task(word: str) -> Task:
     return TASK_WORDS[word]
 
 
-def auto_class(task: Task) -> Any:  # noqa: ANN401 - transformers' Auto classes are untyped
+def auto_class(task: Task) -> Any:
     """Return the transformers Auto class that loads models for a task."""
     import transformers
 
@@ -64,7 +64,7 @@ def check_task(task: Task, config: PreTrainedConfig, name: str) -> str:
     Raises:
         UnknownTaskError: The checkpoint was made for another task, which is named, or for none of them.
     """
-    saved = (config.architectures or [None])[0]
+    saved = (config.architectures or [""])[0]
     fitting = fitting_tasks(config)
     if task in fitting:
         classes = _classes(task, config)
@@ -73,18 +73,19 @@ def check_task(task: Task, config: PreTrainedConfig, name: str) -> str:
     if fitting:
         msg = f"{name!r} is {kind}, made for {listed(fitting)}, not {task!r}: load({fitting[0]!r}, …)."
     else:
-        msg = f"{name!r} is {kind}, which does none of lmkit's tasks: {listed(Task.__args__)}."
+        msg = f"{name!r} is {kind}, which does none of lmkit's tasks: {listed(get_args(Task))}."
     raise UnknownTaskError(msg)
 
 
 def fitting_tasks(config: PreTrainedConfig) -> list[Task]:
     """Return the tasks a checkpoint was made for, by the architecture it names, else by its model type."""
     tasks: tuple[Task, ...] = ("causal", "seq2seq", "masked")
-    saved = (config.architectures or [None])[0]
-    named = [task for task in tasks if saved in _all_classes(task)]
+    saved = (config.architectures or [""])[0]
+    named: list[Task] = [task for task in tasks if saved in _all_classes(task)]
     if named:
-        return [task for task in named if _classes(task, config)]
-    possible = [task for task in tasks if _classes(task, config)]
+        fitting: list[Task] = [task for task in named if _classes(task, config)]
+        return fitting
+    possible: list[Task] = [task for task in tasks if _classes(task, config)]
     if "masked" in possible and "causal" in possible and not getattr(config, "is_decoder", False):
         possible.remove("causal")
     return possible

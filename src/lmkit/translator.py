@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 from lmkit.encoding import fit
@@ -13,7 +12,7 @@ from lmkit.wrapper import Loaded, rows_of
 from lmkit.writing import Job, Writer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
     from typing_extensions import Unpack
 
@@ -65,11 +64,11 @@ class Translator(Writer[Translation]):
         return tuple(self._languages.presets)
 
     @overload
-    def __call__(self, texts: str, **options: Unpack[TranslationOptions]) -> Translation: ...
+    def __call__(  # type: ignore[overload-overlap]  # a str is an iterable of str too: it comes first
+        self, texts: str, **options: Unpack[TranslationOptions]
+    ) -> Translation: ...
     @overload
-    def __call__(
-        self, texts: Iterable[str], **options: Unpack[TranslationOptions]
-    ) -> list[Translation]: ...
+    def __call__(self, texts: Iterable[str], **options: Unpack[TranslationOptions]) -> list[Translation]: ...
     def __call__(
         self, texts: str | Iterable[str], **options: Unpack[TranslationOptions]
     ) -> Translation | list[Translation]:
@@ -102,7 +101,11 @@ class Translator(Writer[Translation]):
     ) -> Iterator[Translation]: ...
     @overload
     def map(
-        self, texts: Iterable[str], *, on_error: Literal["return"], **options: Unpack[TranslationOptions]
+        self,
+        texts: Iterable[str],
+        *,
+        on_error: Literal["return"],
+        **options: Unpack[TranslationOptions],
     ) -> Iterator[Translation | LmkitError]: ...
     def map(
         self,
@@ -120,9 +123,7 @@ class Translator(Writer[Translation]):
         """
         return self._map(texts, options, on_error)
 
-    def stream(
-        self, texts: str | Iterable[str], **options: Unpack[TranslationOptions]
-    ) -> Iterator[TextChunk]:
+    def stream(self, texts: str | Iterable[str], **options: Unpack[TranslationOptions]) -> Iterator[TextChunk]:
         """Translate texts and yield the translations while they grow.
 
         A row's chunks joined are its whole text; its last chunk has a `finish_reason`. A beam search
@@ -131,11 +132,11 @@ class Translator(Writer[Translation]):
         return self._stream(rows_of(texts, str, "a text")[0], options)
 
     @overload
-    async def acall(self, texts: str, **options: Unpack[TranslationOptions]) -> Translation: ...
+    async def acall(  # type: ignore[overload-overlap]  # a str is an iterable of str too: it comes first
+        self, texts: str, **options: Unpack[TranslationOptions]
+    ) -> Translation: ...
     @overload
-    async def acall(
-        self, texts: Iterable[str], **options: Unpack[TranslationOptions]
-    ) -> list[Translation]: ...
+    async def acall(self, texts: Iterable[str], **options: Unpack[TranslationOptions]) -> list[Translation]: ...
     async def acall(
         self, texts: str | Iterable[str], **options: Unpack[TranslationOptions]
     ) -> Translation | list[Translation]:
@@ -144,9 +145,7 @@ class Translator(Writer[Translation]):
         results = await self._acall(rows, options)
         return results[0] if single else results
 
-    def astream(
-        self, texts: str | Iterable[str], **options: Unpack[TranslationOptions]
-    ) -> AsyncIterator[TextChunk]:
+    def astream(self, texts: str | Iterable[str], **options: Unpack[TranslationOptions]) -> AsyncIterator[TextChunk]:
         """Do as `stream` does, for asyncio."""
         return self._astream(rows_of(texts, str, "a text")[0], options)
 
@@ -159,9 +158,7 @@ class Translator(Writer[Translation]):
         token_ids, cut = fit(token_ids, context, around=around, truncate=chosen.truncate, row=row)
         # The decoder has as many places as the encoder; its start token takes one.
         room = chosen.max_new_tokens if context is None else context - 1
-        request = self._request(
-            chosen, token_ids, room=room, forced_bos_token_id=prepared.forced_bos_token_id
-        )
+        request = self._request(chosen, token_ids, room=room, forced_bos_token_id=prepared.forced_bos_token_id)
         return Job(request, prepared.text, cut, given, prepared.source, prepared.target)
 
     def _encode(self, prepared: Prepared) -> tuple[list[int], tuple[int, int]]:
@@ -169,7 +166,10 @@ class Translator(Writer[Translation]):
         if prepared.before is None:
             return self._codec.encode(prepared.text), self._codec.around
         body = self._codec.encode(prepared.text, special=False)
-        return [*prepared.before, *body, *prepared.after], (len(prepared.before), len(prepared.after))
+        return [*prepared.before, *body, *prepared.after], (
+            len(prepared.before),
+            len(prepared.after),
+        )
 
     def _result(self, job: Job, outcome: Outcome) -> Translation:
         best = outcome.completions[0].text

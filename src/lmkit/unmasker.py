@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict, overload
 
 import torch
 
@@ -17,13 +16,16 @@ from lmkit.wrapper import Loaded, News, Wrapper, rows_of
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
     from typing_extensions import Unpack
 
     from lmkit.generation import PerRow
 
 __all__ = ["UnmaskOptions", "Unmasker"]
+
+Way: TypeAlias = tuple[tuple[int, ...], float]
+"""Tokens for the first masks of a text, and their joint log-probability."""
 
 
 class UnmaskOptions(TypedDict, total=False):
@@ -91,14 +93,12 @@ class Unmasker(Wrapper[Job, Unmasking]):
         super().close()
 
     @overload
-    def __call__(self, texts: str, **options: Unpack[UnmaskOptions]) -> Unmasking: ...
+    def __call__(  # type: ignore[overload-overlap]  # a str is an iterable of str too: it comes first
+        self, texts: str, **options: Unpack[UnmaskOptions]
+    ) -> Unmasking: ...
     @overload
-    def __call__(
-        self, texts: Iterable[str], **options: Unpack[UnmaskOptions]
-    ) -> list[Unmasking]: ...
-    def __call__(
-        self, texts: str | Iterable[str], **options: Unpack[UnmaskOptions]
-    ) -> Unmasking | list[Unmasking]:
+    def __call__(self, texts: Iterable[str], **options: Unpack[UnmaskOptions]) -> list[Unmasking]: ...
+    def __call__(self, texts: str | Iterable[str], **options: Unpack[UnmaskOptions]) -> Unmasking | list[Unmasking]:
         """Fill the masks of one text, or of each of a list of texts.
 
         Several masks are filled one after the other from the left, each knowing those before it; a way of filling
@@ -149,9 +149,7 @@ class Unmasker(Wrapper[Job, Unmasking]):
         """
         return self._map(texts, options, on_error)
 
-    def stream(
-        self, texts: str | Iterable[str], **options: Unpack[UnmaskOptions]
-    ) -> Iterator[Unmasking]:
+    def stream(self, texts: str | Iterable[str], **options: Unpack[UnmaskOptions]) -> Iterator[Unmasking]:
         """Fill texts and yield each result as soon as it is there, in order.
 
         A mask is filled in one step, so there are no pieces of a result to show.
@@ -166,22 +164,18 @@ class Unmasker(Wrapper[Job, Unmasking]):
                 yield news.result
 
     @overload
-    async def acall(self, texts: str, **options: Unpack[UnmaskOptions]) -> Unmasking: ...
+    async def acall(  # type: ignore[overload-overlap]  # a str is an iterable of str too: it comes first
+        self, texts: str, **options: Unpack[UnmaskOptions]
+    ) -> Unmasking: ...
     @overload
-    async def acall(
-        self, texts: Iterable[str], **options: Unpack[UnmaskOptions]
-    ) -> list[Unmasking]: ...
-    async def acall(
-        self, texts: str | Iterable[str], **options: Unpack[UnmaskOptions]
-    ) -> Unmasking | list[Unmasking]:
+    async def acall(self, texts: Iterable[str], **options: Unpack[UnmaskOptions]) -> list[Unmasking]: ...
+    async def acall(self, texts: str | Iterable[str], **options: Unpack[UnmaskOptions]) -> Unmasking | list[Unmasking]:
         """Do as a call does, for asyncio."""
         rows, single = rows_of(texts, str, "a text")
         results = await self._acall(rows, options)
         return results[0] if single else results
 
-    def astream(
-        self, texts: str | Iterable[str], **options: Unpack[UnmaskOptions]
-    ) -> AsyncIterator[Unmasking]:
+    def astream(self, texts: str | Iterable[str], **options: Unpack[UnmaskOptions]) -> AsyncIterator[Unmasking]:
         """Do as `stream` does, for asyncio."""
         return self._alternate(self.stream(texts, **options))
 
@@ -255,17 +249,13 @@ class Unmasker(Wrapper[Job, Unmasking]):
         slots = []
         for mask, (start, end) in enumerate(job.spans):
             chosen = self._choices(job, mask, scores[mask])
-            guesses = tuple(
-                self._candidate(job, {mask: token_id}, score) for token_id, score in chosen
-            )
+            guesses = tuple(self._candidate(job, {mask: token_id}, score) for token_id, score in chosen)
             slots.append(MaskSlot(start, end, guesses))
-        ways = [((token_id,), score) for token_id, score in self._choices(job, 0, scores[0])]
+        ways: list[Way] = [((token_id,), score) for token_id, score in self._choices(job, 0, scores[0])]
         for mask in range(1, len(job.spans)):
             ways = self._extend(job, mask, ways)
         ways.sort(key=lambda way: -way[1])
-        whole = tuple(
-            self._candidate(job, dict(enumerate(token_ids)), score) for token_ids, score in ways[: job.top_k]
-        )
+        whole = tuple(self._candidate(job, dict(enumerate(token_ids)), score) for token_ids, score in ways[: job.top_k])
         return Unmasking(job.text, tuple(slots), whole)
 
     def _choices(self, job: Job, mask: int, scores: torch.Tensor) -> list[tuple[int, float]]:
@@ -275,9 +265,7 @@ class Unmasker(Wrapper[Job, Unmasking]):
         best = scores.topk(min(job.top_k, len(scores)))
         return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
-    def _extend(
-        self, job: Job, mask: int, ways: list[tuple[tuple[int, ...], float]]
-    ) -> list[tuple[tuple[int, ...], float]]:
+    def _extend(self, job: Job, mask: int, ways: list[Way]) -> list[Way]:
         """Fill one more mask in every way so far, and keep the best `top_k`."""
         assert self._scorer is not None  # noqa: S101 - checked by the caller
         rows = []

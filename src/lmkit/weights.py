@@ -88,7 +88,7 @@ def find(name: str, hub: HubOptions, *, allow_pickle: bool = False, allow_code: 
     if path.suffix == ".gguf" and path.is_file():
         return Source(name, path.parent, path.name)
     repo, _, file = name.partition(":")
-    if not _HUB_ID.fullmatch(repo) or name.endswith((".gguf", "/")) and not file or repo.startswith("."):
+    if not _HUB_ID.fullmatch(repo) or (name.endswith((".gguf", "/")) and not file) or repo.startswith("."):
         msg = f"{name!r} is not here: no such file or folder as {path.absolute()}, and not a Hub id (owner/name)."
         raise ModelNotFoundError(msg)
     try:
@@ -101,9 +101,7 @@ def _from_cache(name: str, repo: str, file: str, hub: HubOptions) -> Source:
     """Use what was fetched before, without a network call; raise if any of it is absent."""
     from huggingface_hub import snapshot_download
 
-    folder = Path(
-        snapshot_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, local_files_only=True)
-    )
+    folder = Path(snapshot_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, local_files_only=True))
     source = Source(name, folder, file or None)
     if file and not (folder / file).is_file():
         raise FileNotFoundError(folder / file)
@@ -113,13 +111,12 @@ def _from_cache(name: str, repo: str, file: str, hub: HubOptions) -> Source:
     return source
 
 
-def _from_hub(  # noqa: PLR0913 - one call site
+def _from_hub(
     name: str, repo: str, file: str, hub: HubOptions, absent: Exception, *, pickle: bool, code: bool
 ) -> Source:
     """Fetch the files a load needs, and no others."""
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    from huggingface_hub.utils import HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     cache = hub.cache_dir or constants.HF_HUB_CACHE
     where = f"no folder {Path(name).absolute()}, nothing whole in the cache {cache}"
@@ -132,9 +129,19 @@ def _from_hub(  # noqa: PLR0913 - one call site
         names = [sibling.rfilename for sibling in info.siblings or ()]
         wanted = [file] if file else wanted_files(names, pickle=pickle, code=code)
         folder = snapshot_download(
-            repo, revision=hub.revision, cache_dir=hub.cache_dir, token=hub.token, allow_patterns=wanted
+            repo,
+            revision=hub.revision,
+            cache_dir=hub.cache_dir,
+            token=hub.token,
+            allow_patterns=wanted,
         )
-    except (HfHubHTTPError, OfflineModeIsEnabled, HFValidationError, OSError, _network_error()) as error:
+    except (
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        HFValidationError,
+        OSError,
+        _network_error(),
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         msg = (
             f"{name!r} was not found: {where}, and {constants.ENDPOINT} answered: {reason} "
@@ -146,7 +153,7 @@ def _from_hub(  # noqa: PLR0913 - one call site
 
 def _network_error() -> type[Exception]:
     """Return what huggingface_hub's HTTP client raises when nobody answers; which client it is has changed."""
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils._http import get_session
 
     client = __import__(type(get_session()).__module__.partition(".")[0])
     found: type[Exception] = getattr(client, "TransportError", OSError)

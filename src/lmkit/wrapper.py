@@ -18,10 +18,10 @@ from lmkit.results import TextChunk
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
+    from typing import Self
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from typing_extensions import Self
 
     from lmkit.planning import LoadPlan
 
@@ -70,13 +70,11 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
         self._codec = Codec(loaded.tokenizer)
 
     @abstractmethod
-    def _job(self, given: Any, options: dict[str, Any], row: int) -> JobT:  # noqa: ANN401 - a text or a chat
+    def _job(self, given: Any, options: dict[str, Any], row: int) -> JobT:
         """Check one row and prepare it; raise an `LmkitError` if it cannot be run."""
 
     @abstractmethod
-    def _run(
-        self, jobs: Sequence[JobT], *, stream: bool, cancelled: threading.Event | None
-    ) -> Iterator[News[ResultT]]:
+    def _run(self, jobs: Sequence[JobT], *, stream: bool, cancelled: threading.Event | None) -> Iterator[News[ResultT]]:
         """Run prepared rows and tell what happens to each."""
 
     @property
@@ -114,7 +112,8 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
     @property
     def memory_bytes(self) -> int:
         """How many bytes the weights and buffers hold."""
-        return int(self.model.get_memory_footprint())
+        model: Any = self.model  # this method is untyped
+        return int(model.get_memory_footprint())
 
     @property
     def _opened(self) -> Loaded:
@@ -132,7 +131,10 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Close the wrapper."""
         self.close()
@@ -146,9 +148,7 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
         """Pickle how the model was loaded, not its weights: unpickling loads it again."""
         return self._reload, ()
 
-    def _jobs(
-        self, inputs: Sequence[Any], options: Mapping[str, Any]
-    ) -> list[JobT | LmkitError]:
+    def _jobs(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> list[JobT | LmkitError]:
         """Prepare every row of a call; a row that cannot be run is its error."""
         rows = split(options, len(inputs), self._accepted)
         self._opened  # noqa: B018 - a closed wrapper refuses here, before any row is read
@@ -254,11 +254,12 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
     async def _acall(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> list[ResultT]:
         """Run in a thread; cancelling the task ends the rows at their next step."""
         cancelled = threading.Event()
-        return await finished(asyncio.to_thread(self._call, inputs, options, cancelled), cancelled.set)
+        results: list[ResultT] = await finished(
+            asyncio.to_thread(self._call, inputs, options, cancelled), cancelled.set
+        )
+        return results
 
-    def _astream(
-        self, inputs: Sequence[Any], options: Mapping[str, Any]
-    ) -> AsyncIterator[TextChunk]:
+    def _astream(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> AsyncIterator[TextChunk]:
         """Check all rows now; step in a thread when asked for chunks."""
         return self._alternate(self._stream(inputs, options))
 
@@ -271,7 +272,7 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
             items.close()  # type: ignore[attr-defined]
 
 
-async def finished(work: Any, cancel: Callable[[], None]) -> Any:  # noqa: ANN401 - passes a result through
+async def finished(work: Any, cancel: Callable[[], None]) -> Any:
     """Await work in a thread; if the task is cancelled, call `cancel` and still wait for the thread.
 
     A thread cannot be killed, and leaving it behind would let it go on with a model that its caller
@@ -287,7 +288,7 @@ async def finished(work: Any, cancel: Callable[[], None]) -> Any:  # noqa: ANN40
         raise
 
 
-def rows_of(inputs: Any, kind: type | tuple[type, ...], what: str) -> tuple[list[Any], bool]:  # noqa: ANN401
+def rows_of(inputs: Any, kind: type | tuple[type, ...], what: str) -> tuple[list[Any], bool]:
     """Return the rows of a call, and whether it was a single one.
 
     Args:

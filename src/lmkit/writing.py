@@ -91,15 +91,13 @@ class Writer(Wrapper[Job, ResultT]):
         )
 
     @property
-    def _checkpoint_config(self) -> Any:  # noqa: ANN401 - the models' attribute is untyped
+    def _checkpoint_config(self) -> Any:
         return self._opened.model.generation_config
 
     def _options(self, given: Mapping[str, Any]) -> Options:
         return Options.of(given, self._checkpoint_config).with_seed()
 
-    def _run(
-        self, jobs: Sequence[Job], *, stream: bool, cancelled: threading.Event | None
-    ) -> Iterator[News[ResultT]]:
+    def _run(self, jobs: Sequence[Job], *, stream: bool, cancelled: threading.Event | None) -> Iterator[News[ResultT]]:
         if self._engine is None:
             self._opened  # noqa: B018 - raises: the wrapper was closed
             return

@@ -1,6 +1,6 @@
 """The engine: requests in, completions out, whatever runs them.
 
-The wrappers know `Engine`, `Request`, `Update`, `Outcome` and `MaskScorer`, and nothing of batches, caches or processors.
+The wrappers know the names below, and nothing of batches, caches or processors.
 """
 
 from lmkit.engine.engine import Engine

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lmkit.engine.decoders import input_device, padded
 from lmkit.engine.request import Outcome
 from lmkit.engine.row import end_tokens, timing
@@ -27,7 +25,7 @@ def alike(request: Request) -> str:
 
 
 def search(
-    model: Any,  # noqa: ANN401 - models are untyped
+    model: Any,
     requests: Sequence[Request],
     pad: int,
     decode: Callable[[Sequence[int]], str],
@@ -56,14 +54,9 @@ def search(
     count = len(found.sequences) // len(requests)
     completions = [
         _completion(requests[number // count], sequence.tolist()[skip:], float(score), decode)
-        for number, (sequence, score) in enumerate(
-            zip(found.sequences, found.sequences_scores, strict=True)
-        )
+        for number, (sequence, score) in enumerate(zip(found.sequences, found.sequences_scores, strict=True))
     ]
-    return [
-        _outcome(completions[start : start + count], seconds)
-        for start in range(0, len(completions), count)
-    ]
+    return [_outcome(completions[start : start + count], seconds) for start in range(0, len(completions), count)]
 
 
 def _outcome(completions: list[Completion], seconds: float) -> Outcome:

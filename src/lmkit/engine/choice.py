@@ -31,7 +31,7 @@ class Chooser:
 
     def __init__(
         self,
-        model: Any,  # noqa: ANN401 - models are untyped
+        model: Any,
         codec: Codec,
         decoder_start: int | None,
     ) -> None:
@@ -78,7 +78,7 @@ class Chooser:
 
     def _process(self, row: Row, processors: LogitsProcessorList, logits: torch.Tensor) -> int:
         prefix = row.request.input_ids if self._start is None else (self._start,)
-        token_ids = torch.tensor([[*prefix, *row.token_ids]])
+        token_ids: Any = torch.tensor([[*prefix, *row.token_ids]])
         # Processors write into the scores they are given, and `logits` is still needed for logprobs.
         scores = processors(token_ids, logits[None].to("cpu", copy=True))[0]
         if not row.request.config.do_sample:
@@ -101,6 +101,7 @@ class Chooser:
 
     def _named(self, token_id: int, values: torch.Tensor) -> tuple[str, int, float]:
         return self._codec.token(token_id), token_id, float(values[token_id])
+
 
 _NO_SCORES = (
     "row {index}: the model gave no finite score at token {step}, so there is nothing to choose from. "

@@ -16,11 +16,41 @@ if TYPE_CHECKING:
 
     from lmkit.engine.row import Row
 
-__all__ = ["CachedDecoder", "Decoder", "PreparedDecoder", "drives", "input_device", "padded", "pads"]
+__all__ = [
+    "CachedDecoder",
+    "Decoder",
+    "PreparedDecoder",
+    "drives",
+    "input_device",
+    "padded",
+    "pads",
+]
 
 PADDING_SENSITIVE = frozenset(
-    "bart bigbird_pegasus blenderbot blenderbot-small blt cpmant deepseek_v4 git marian mbart mvp pegasus "
-    "plbart prophetnet recurrent_gemma reformer rwkv trocr whisper xlm xlnet xlstm".split()
+    [
+        "bart",
+        "bigbird_pegasus",
+        "blenderbot",
+        "blenderbot-small",
+        "blt",
+        "cpmant",
+        "deepseek_v4",
+        "git",
+        "marian",
+        "mbart",
+        "mvp",
+        "pegasus",
+        "plbart",
+        "prophetnet",
+        "recurrent_gemma",
+        "reformer",
+        "rwkv",
+        "trocr",
+        "whisper",
+        "xlm",
+        "xlnet",
+        "xlstm",
+    ]
 )
 """Causal model types whose result left padding changes: found by running tiny checkpoints of all types."""
 
@@ -41,12 +71,12 @@ class Decoder(Protocol):
         ...
 
 
-def pads(model: Any) -> bool:  # noqa: ANN401 - models are untyped
+def pads(model: Any) -> bool:
     """Say whether rows of different lengths may share a batch of this model."""
     return bool(model.config.is_encoder_decoder or model.config.model_type not in PADDING_SENSITIVE)
 
 
-def drives(model: Any) -> bool:  # noqa: ANN401 - models are untyped
+def drives(model: Any) -> bool:
     """Say whether `CachedDecoder` can run the model: it takes a cache of plain and sliding layers."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -57,13 +87,13 @@ def drives(model: Any) -> bool:  # noqa: ANN401 - models are untyped
     return all(type(layer) in known for layer in _cache(model).layers)
 
 
-def _cache(model: Any) -> Any:  # noqa: ANN401 - models are untyped
+def _cache(model: Any) -> Any:
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
-def input_device(model: Any) -> torch.device:  # noqa: ANN401 - models are untyped
+def input_device(model: Any) -> torch.device:
     """Return where a model's inputs belong; a fully offloaded one sits on `meta` and computes elsewhere."""
     placed = getattr(model, "hf_device_map", None) or {}
     for where in placed.values():
@@ -89,7 +119,7 @@ def padded(
 class CachedDecoder:
     """lmkit's own batch: plain `forward` calls over a cache that lmkit holds."""
 
-    def __init__(self, model: Any, rows: Sequence[Row], pad: int, decoder_start: int | None) -> None:  # noqa: ANN401
+    def __init__(self, model: Any, rows: Sequence[Row], pad: int, decoder_start: int | None) -> None:
         """Lay out the rows: prompts padded on the left, an encoder's sources on the right."""
         self._model = model
         accepted = inspect.signature(model.forward).parameters
@@ -139,13 +169,14 @@ class CachedDecoder:
             }
         else:
             # Without padding generate() passes no mask, which takes a faster attention: the same here.
-            inputs = {"input_ids": token_ids, "attention_mask": None if self._mask.all() else self._mask}
+            inputs = {
+                "input_ids": token_ids,
+                "attention_mask": None if self._mask.all() else self._mask,
+            }
             if self._positions:
                 places = (self._mask.cumsum(-1) - 1).masked_fill(self._mask == 0, 0)
                 inputs["position_ids"] = places[:, -token_ids.shape[1] :]
-        outputs = self._model(
-            **inputs, **self._kept, past_key_values=self._cache, use_cache=True, return_dict=True
-        )
+        outputs = self._model(**inputs, **self._kept, past_key_values=self._cache, use_cache=True, return_dict=True)
         scores: torch.Tensor = outputs.logits[:, -1].float()
         return scores
 
@@ -156,10 +187,13 @@ class PreparedDecoder:
     Rows that ended stay in the batch and are fed padding, as in generate().
     """
 
-    def __init__(self, model: Any, rows: Sequence[Row], pad: int) -> None:  # noqa: ANN401
+    def __init__(self, model: Any, rows: Sequence[Row], pad: int) -> None:
         """Have generate() prepare the batch; it hands back instead of decoding."""
         token_ids, mask = padded(
-            [row.request.input_ids for row in rows], pad, input_device(model), left=not model.config.is_encoder_decoder
+            [row.request.input_ids for row in rows],
+            pad,
+            input_device(model),
+            left=not model.config.is_encoder_decoder,
         )
         self._model = model
         self._pad = pad
@@ -189,7 +223,10 @@ class PreparedDecoder:
     def _forward(self, new: int | None) -> torch.Tensor:
         model = self._model
         inputs = model.prepare_inputs_for_generation(
-            self._token_ids, next_sequence_length=new, is_first_iteration=new is None, **self._kwargs
+            self._token_ids,
+            next_sequence_length=new,
+            is_first_iteration=new is None,
+            **self._kwargs,
         )
         outputs = model(**inputs, return_dict=True)
         self._kwargs = model._update_model_kwargs_for_generation(  # noqa: SLF001 - what generate() calls
@@ -200,12 +237,12 @@ class PreparedDecoder:
 
 
 def _hand_back(
-    model: Any,  # noqa: ANN401, ARG001 - generate() decides the signature
+    model: Any,  # noqa: ARG001 - generate() decides the signature
     input_ids: torch.Tensor,
     logits_processor: object,  # noqa: ARG001
     stopping_criteria: object,  # noqa: ARG001
     generation_config: object,  # noqa: ARG001
-    **model_kwargs: Any,  # noqa: ANN401
+    **model_kwargs: Any,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Return what generate() prepared, in place of a decoding loop."""
     return input_ids, model_kwargs

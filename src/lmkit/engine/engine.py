@@ -38,7 +38,7 @@ class Engine:
     threads may run at the same time; they take turns, one forward pass each.
     """
 
-    def __init__(self, model: Any, codec: Codec, start: int | None) -> None:  # noqa: ANN401 - untyped
+    def __init__(self, model: Any, codec: Codec, start: int | None) -> None:
         """Serve `model`.
 
         Args:
@@ -101,9 +101,7 @@ class Engine:
             del ordered[: len(batch)]
             yield batch
 
-    def _advance(
-        self, rows: list[Row], ended: dict[int, list[Row]], cancelled: threading.Event
-    ) -> Iterator[Update]:
+    def _advance(self, rows: list[Row], ended: dict[int, list[Row]], cancelled: threading.Event) -> Iterator[Update]:
         """Step one batch until all its rows have ended; `ended` collects the copies of each request."""
         for row in rows:
             row.start_clock()

@@ -37,9 +37,7 @@ class MaskScorer:
         """Refuse further work."""
         self._closed = True
 
-    def score(
-        self, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
-    ) -> list[torch.Tensor]:
+    def score(self, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Return, per row, natural log-probabilities in float32 at its positions.
 
         Args:

@@ -32,9 +32,7 @@ class Row:
         processors: What reshapes its scores, once built.
     """
 
-    def __init__(
-        self, request: Request, index: int, copy: int, codec: Codec, *, stream: bool
-    ) -> None:
+    def __init__(self, request: Request, index: int, copy: int, codec: Codec, *, stream: bool) -> None:
         """Prepare the row; nothing is computed yet."""
         self.request = request
         self.index = index
