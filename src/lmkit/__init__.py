@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from lmkit.generation import Beam, GenerationOptions, Greedy, Sample
-    from lmkit.generator import Chat, Generator, Message
+    from lmkit.generator import Chat, Generator, GeneratorOptions, Message
     from lmkit.loading import LoadOptions, load
     from lmkit.placement import Placement
     from lmkit.planning import LoadPlan
@@ -59,7 +59,7 @@ _MODULES = {
         "PlacementError PrecisionError UnknownOptionError UnknownTaskError WeightsError"
     ),
     "generation": "Beam GenerationOptions Greedy Sample",
-    "generator": "Chat Generator Message",
+    "generator": "Chat Generator GeneratorOptions Message",
     "loading": "LoadOptions load",
     "placement": "Placement",
     "planning": "LoadPlan",
@@ -79,6 +79,7 @@ __all__ = [
     "Generation",
     "GenerationOptions",
     "Generator",
+    "GeneratorOptions",
     "Greedy",
     "InputTooLongError",
     "LanguageError",

@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, overload
 
 from lmkit.encoding import fit
 from lmkit.errors import OptionError
-from lmkit.generation import GENERATION_OPTIONS
+from lmkit.generation import GENERATION_OPTIONS, GenerationOptions
 from lmkit.results import Generation
-from lmkit.wrapper import rows_of
 from lmkit.writing import Job, Writer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Iterator
 
     from typing_extensions import Unpack
 
     from lmkit.engine import Outcome
     from lmkit.errors import LmkitError
-    from lmkit.generation import GenerationOptions
+    from lmkit.generation import PerRow
     from lmkit.results import TextChunk
 
-__all__ = ["Chat", "Generator", "Message"]
+__all__ = ["Chat", "Generator", "GeneratorOptions", "Message"]
 
 Message: TypeAlias = Mapping[str, Any]
 """One message of a chat: a dict with `role` and `content`, as transformers takes it."""
 
-Chat: TypeAlias = "Sequence[Message]"
+Chat: TypeAlias = Sequence[Message]
 """The messages of a chat, the oldest first."""
 
+Prompts: TypeAlias = Iterable[str] | Iterable[Chat]
+"""Several rows: texts, or chats."""
 
-@dataclass(frozen=True, slots=True)
-class Messages:
-    """A chat on its way to the model, with what its template is given beside the messages."""
 
-    messages: Chat
-    template: Mapping[str, Any]
+class GeneratorOptions(GenerationOptions, total=False):
+    """The options of every call of a `Generator`: those of generation, and one for chats.
+
+    `template` is what the checkpoint's chat template is given beside the messages, such as
+    `{"tools": [...]}` or `{"enable_thinking": False}`.
+    """
+
+    template: PerRow[Mapping[str, Any]]
 
 
 class Generator(Writer[Generation]):
@@ -49,25 +52,26 @@ class Generator(Writer[Generation]):
     generator.chat([{"role": "user", "content": "Hello!"}], temperature=0.7, seed=1).text
     ```
 
-    All options are those of `GenerationOptions`. Results hold the new text only.
+    Every verb takes a text or a chat, or a list of them. All options are those of `GeneratorOptions`. Results hold
+    the new text only.
     """
 
-    _accepted: ClassVar[frozenset[str]] = GENERATION_OPTIONS
+    _accepted: ClassVar[frozenset[str]] = GENERATION_OPTIONS | {"template"}
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a str is an iterable of str too: it comes first
-        self, prompts: str, **options: Unpack[GenerationOptions]
+        self, prompts: str | Chat, **options: Unpack[GeneratorOptions]
     ) -> Generation: ...
     @overload
-    def __call__(self, prompts: Iterable[str], **options: Unpack[GenerationOptions]) -> list[Generation]: ...
+    def __call__(self, prompts: Prompts, **options: Unpack[GeneratorOptions]) -> list[Generation]: ...
     def __call__(
-        self, prompts: str | Iterable[str], **options: Unpack[GenerationOptions]
+        self, prompts: str | Chat | Prompts, **options: Unpack[GeneratorOptions]
     ) -> Generation | list[Generation]:
         """Continue one prompt, or each of a list of prompts.
 
         Args:
             prompts: A text, or an iterable of texts.
-            **options: See `GenerationOptions`; each is one value, or a list with one per prompt.
+            **options: See `GeneratorOptions`; each is one value, or a list with one per prompt.
 
         Returns:
             One result for a text, a list of the same length and order for a list.
@@ -77,72 +81,71 @@ class Generator(Writer[Generation]):
             InputTooLongError: A prompt fills the model's context and `truncate` is not given.
             EngineError: The model was closed, or a row failed; its `results` hold the other rows.
         """
-        rows, single = rows_of(prompts, str, "a text")
+        rows, single = prompts_of(prompts)
         results = self._call(rows, options)
         return results[0] if single else results
 
     @overload
-    def chat(self, messages: Chat, **options: Unpack[GenerationOptions]) -> Generation: ...
+    def chat(self, messages: Chat, **options: Unpack[GeneratorOptions]) -> Generation: ...
     @overload
-    def chat(self, messages: Sequence[Chat], **options: Unpack[GenerationOptions]) -> list[Generation]: ...
+    def chat(self, messages: Iterable[Chat], **options: Unpack[GeneratorOptions]) -> list[Generation]: ...
     def chat(
-        self,
-        messages: Chat | Sequence[Chat],
-        *,
-        template: Mapping[str, Any] | None = None,
-        **options: Unpack[GenerationOptions],
+        self, messages: Chat | Iterable[Chat], **options: Unpack[GeneratorOptions]
     ) -> Generation | list[Generation]:
         """Answer one chat, or each of a list of chats, by the checkpoint's own template.
 
-        Control tokens written inside a message reach the model as plain text.
+        The same as a call with messages, but a text is an error. Control tokens written inside a message reach the
+        model as plain text.
 
         Args:
-            messages: Dicts with `role` and `content`, the oldest first; or a list of such lists.
-            template: What the template is given beside the messages, such as `{"tools": […]}` or
-                `{"enable_thinking": False}`.
-            **options: See `GenerationOptions`.
+            messages: Dicts with `role` and `content`, the oldest first; or an iterable of such lists.
+            **options: See `GeneratorOptions`.
 
         Raises:
             OptionError: The checkpoint has no chat template, or it refuses the messages.
             InputTooLongError: A chat fills the model's context and `truncate` is not given.
         """
-        chats, single = chats_of(messages, template or {})
-        results = self._call(chats, options)
+        rows, single = prompts_of(messages)
+        for number, row in enumerate(rows):
+            if isinstance(row, str):
+                msg = f"row {number} is {row!r}, not a chat: pass {_MESSAGE}, or call the generator with a text."
+                raise OptionError(msg)
+        results = self._call(rows, options)
         return results[0] if single else results
 
     @overload
     def map(
         self,
-        prompts: Iterable[str],
+        prompts: Prompts,
         *,
         on_error: Literal["raise"] = "raise",
-        **options: Unpack[GenerationOptions],
+        **options: Unpack[GeneratorOptions],
     ) -> Iterator[Generation]: ...
     @overload
     def map(
         self,
-        prompts: Iterable[str],
+        prompts: Prompts,
         *,
         on_error: Literal["return"],
-        **options: Unpack[GenerationOptions],
+        **options: Unpack[GeneratorOptions],
     ) -> Iterator[Generation | LmkitError]: ...
     def map(
         self,
-        prompts: Iterable[str],
+        prompts: Prompts,
         *,
         on_error: Literal["raise", "return"] = "raise",
-        **options: Unpack[GenerationOptions],
+        **options: Unpack[GeneratorOptions],
     ) -> Iterator[Any]:
         """Continue prompts as they come, lazily and in order, reading a bounded number ahead.
 
         Args:
             prompts: Any iterable, an endless one too.
             on_error: `"return"` puts the error of a row that fails in its place instead of raising it.
-            **options: See `GenerationOptions`; one value each, for all prompts.
+            **options: See `GeneratorOptions`; one value each, for all prompts.
         """
         return self._map(prompts, options, on_error)
 
-    def stream(self, prompts: str | Iterable[str], **options: Unpack[GenerationOptions]) -> Iterator[TextChunk]:
+    def stream(self, prompts: str | Chat | Prompts, **options: Unpack[GeneratorOptions]) -> Iterator[TextChunk]:
         """Continue prompts and yield their text while it grows.
 
         A row's chunks joined are its whole text; its last chunk has a `finish_reason`. Leaving the loop
@@ -151,41 +154,35 @@ class Generator(Writer[Generation]):
         Raises:
             OptionError: As for a call; also for `num_return_sequences` above 1.
         """
-        return self._stream(rows_of(prompts, str, "a text")[0], options)
-
-    def chat_stream(
-        self,
-        messages: Chat | Sequence[Chat],
-        *,
-        template: Mapping[str, Any] | None = None,
-        **options: Unpack[GenerationOptions],
-    ) -> Iterator[TextChunk]:
-        """Answer chats as `chat` does and yield the text while it grows, as `stream` does."""
-        return self._stream(chats_of(messages, template or {})[0], options)
+        return self._stream(prompts_of(prompts)[0], options)
 
     @overload
     async def acall(  # type: ignore[overload-overlap]  # a str is an iterable of str too: it comes first
-        self, prompts: str, **options: Unpack[GenerationOptions]
+        self, prompts: str | Chat, **options: Unpack[GeneratorOptions]
     ) -> Generation: ...
     @overload
-    async def acall(self, prompts: Iterable[str], **options: Unpack[GenerationOptions]) -> list[Generation]: ...
+    async def acall(self, prompts: Prompts, **options: Unpack[GeneratorOptions]) -> list[Generation]: ...
     async def acall(
-        self, prompts: str | Iterable[str], **options: Unpack[GenerationOptions]
+        self, prompts: str | Chat | Prompts, **options: Unpack[GeneratorOptions]
     ) -> Generation | list[Generation]:
         """Do as a call does, for asyncio; cancelling the task ends its rows at their next step."""
-        rows, single = rows_of(prompts, str, "a text")
+        rows, single = prompts_of(prompts)
         results = await self._acall(rows, options)
         return results[0] if single else results
 
-    def astream(self, prompts: str | Iterable[str], **options: Unpack[GenerationOptions]) -> AsyncIterator[TextChunk]:
+    def astream(self, prompts: str | Chat | Prompts, **options: Unpack[GeneratorOptions]) -> AsyncIterator[TextChunk]:
         """Do as `stream` does, for asyncio."""
-        return self._astream(rows_of(prompts, str, "a text")[0], options)
+        return self._astream(prompts_of(prompts)[0], options)
 
-    def _job(self, given: str | Messages, options: dict[str, Any], row: int) -> Job:
+    def _job(self, given: str | Chat, options: dict[str, Any], row: int) -> Job:
+        template = options.pop("template", None)
         chosen = self._options(options)
-        if isinstance(given, Messages):
-            prompt, token_ids = self._codec.encode_chat(given.messages, **given.template)
-            around = (0, 0)
+        around = (0, 0)
+        if not isinstance(given, str):
+            prompt, token_ids = self._codec.encode_chat(given, **(template or {}))
+        elif template is not None:
+            msg = f"row {row} is a text, and template= belongs to chats: leave it out, or pass messages."
+            raise OptionError(msg)
         else:
             prompt, token_ids, around = given, self._codec.encode(given), self._codec.around
         token_ids = token_ids or self._beginning(row)
@@ -216,20 +213,33 @@ class Generator(Writer[Generation]):
         )
 
 
-def chats_of(messages: Any, template: Mapping[str, Any]) -> tuple[list[Messages], bool]:
-    """Return the chats of a call, and whether it was a single one.
+_MESSAGE = "a list of messages like {'role': 'user', 'content': 'Hello!'}"
+
+
+def prompts_of(given: Any) -> tuple[list[str | Chat], bool]:
+    """Return the rows of a call, texts or chats, and whether it was a single one.
 
     Raises:
-        OptionError: A message is not a dict with a role.
+        OptionError: A row is neither a text nor a list of messages with roles.
     """
-    given = list(messages) if isinstance(messages, Iterable) and not isinstance(messages, str) else [messages]
-    single = bool(given) and isinstance(given[0], (Mapping, str))
-    rows: list[Messages] = []
-    for chat in [given] if single else given:
-        parts, _ = rows_of(chat, Mapping, "a message like {'role': 'user', 'content': 'Hello!'}")
-        for message in parts:
-            if "role" not in message:
-                msg = f"the message {message!r} has no 'role': write 'system', 'user' or 'assistant'."
-                raise OptionError(msg)
-        rows.append(Messages(parts, template))
-    return rows, single
+    if isinstance(given, str):
+        return [given], True
+    rows = list(given) if isinstance(given, Iterable) and not isinstance(given, (bytes, Mapping)) else [given]
+    if rows and isinstance(rows[0], Mapping) and rows[0] is not given:
+        return [chat_of(rows, 0)], True
+    return [row if isinstance(row, str) else chat_of(row, number) for number, row in enumerate(rows)], False
+
+
+def chat_of(messages: Any, row: int) -> Chat:
+    """Check the messages of one chat.
+
+    Raises:
+        OptionError: There are none, or one is not a dict with a role.
+    """
+    listed = list(messages) if isinstance(messages, Iterable) and not isinstance(messages, (bytes, Mapping)) else []
+    wrong = [message for message in listed if not (isinstance(message, Mapping) and "role" in message)]
+    if wrong or not listed:
+        shown = repr(wrong[0] if wrong else messages)
+        msg = f"row {row} has {shown}, not a text and not {_MESSAGE}, with roles such as 'system', 'user', 'assistant'."
+        raise OptionError(msg)
+    return listed

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
 from lmkit._quiet import quiet
 from lmkit.errors import (
     LmkitError,
-    MissingExtraError,
     PlacementError,
     UnknownOptionError,
     WeightsError,
@@ -22,10 +21,11 @@ from lmkit.errors import (
 )
 from lmkit.generator import Generator
 from lmkit.planning import make_plan
+from lmkit.precision import computes_bfloat16
 from lmkit.tasks import auto_class, resolve_task
 from lmkit.translator import Translator
 from lmkit.unmasker import Unmasker
-from lmkit.weights import HubOptions, find
+from lmkit.weights import HubOptions, find, reading
 from lmkit.wrapper import Loaded
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _read_tokenizer(source: Source, *, trusted: bool) -> Any:
     from transformers import AutoTokenizer
 
     gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    with _naming(f"the tokenizer of {source.name!r}"):
+    with reading(f"the tokenizer of {source.name!r}"):
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trusted, local_files_only=True, **gguf)
 
 
@@ -205,11 +205,11 @@ def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, *, tru
     if placed.offload_folder is not None:
         arguments["offload_folder"] = placed.offload_folder
     if quantization is not None:
-        arguments["quantization_config"] = copy.deepcopy(quantization)
+        arguments["quantization_config"] = _without_traps(copy.deepcopy(quantization), plan, config)
     if source.gguf_file is not None:
         arguments["gguf_file"] = source.gguf_file
     hidden = _without_gguf_bar() if source.gguf_file else contextlib.nullcontext()
-    with _naming(f"the weights of {source.name!r}"), hidden:
+    with reading(f"the weights of {source.name!r}"), hidden:
         model, report = auto_class(plan.task).from_pretrained(source.folder, **arguments)
     try:
         _check_report(report, plan)
@@ -219,6 +219,27 @@ def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, *, tru
         gc.collect()
         raise
     return model
+
+
+def _without_traps(quantization: Any, plan: LoadPlan, config: PreTrainedConfig) -> Any:
+    """Leave out what bitsandbytes' 4-bit kernel for bfloat16 processors cannot multiply.
+
+    It asserts that the outputs of a linear layer are a multiple of 32, at the first forward pass.
+    """
+    four_bit = getattr(quantization, "load_in_4bit", False)
+    if not (four_bit and plan.placement.device_type == "cpu" and computes_bfloat16()):
+        return quantization
+    import torch
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    with torch.device("meta"):
+        model = auto_class(plan.task).from_config(config)
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    if awkward := [name for name, module in linear if module.out_features % 32]:
+        # A list of one's own replaces the one that transformers would make.
+        own = quantization.llm_int8_skip_modules or get_keys_to_not_convert(model)
+        quantization.llm_int8_skip_modules = [*own, *awkward]
+    return quantization
 
 
 @contextlib.contextmanager
@@ -260,7 +281,7 @@ def _check_offload(model: Any, placed: Placement) -> None:
 
 
 def _put_on(model: Any, adapter: str, hub: HubOptions) -> None:
-    with _naming(f"the adapter {adapter!r}"):
+    with reading(f"the adapter {adapter!r}"):
         model.load_adapter(adapter, token=hub.token, local_files_only=hub.local_files_only)
 
 
@@ -271,32 +292,3 @@ def _tell(plan: LoadPlan, model: Any) -> None:
     slow = {device for device in where.values() if device in ("cpu", "disk")}
     if slow and len(set(where.values())) > 1:
         logger.warning("%s: parts of it are offloaded to %s, which is slow", plan.name, listed(sorted(slow)))
-
-
-@contextlib.contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """Turn what the libraries below raise while reading a file into errors that name it."""
-    try:
-        yield
-    except LmkitError:
-        raise
-    except ImportError as error:
-        raise _missing(what, error) from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        msg = f"{what} cannot be read: {type(error).__name__}: {error}"
-        raise WeightsError(msg) from error
-
-
-_EXTRAS = {
-    "gguf": "lmkit[gguf]",
-    "sentencepiece": "lmkit[translate]",
-    "sacremoses": "lmkit[translate]",
-    "protobuf": "lmkit[translate]",
-    "peft": "peft",
-}
-
-
-def _missing(what: str, error: ImportError) -> MissingExtraError:
-    named = next((name for name in _EXTRAS if name in str(error).lower()), None)
-    package = _EXTRAS[named] if named else (error.name or "the package that it names")
-    return MissingExtraError(f'{what} needs a package that is not installed: pip install "{package}" ({error})')

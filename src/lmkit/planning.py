@@ -13,7 +13,7 @@ from lmkit.errors import UnknownTaskError, listed
 from lmkit.placement import resolve_placement
 from lmkit.precision import resolve_precision
 from lmkit.tasks import TASK_WORDS, check_task
-from lmkit.weights import check_code, check_tokenizer, check_weights
+from lmkit.weights import check_code, check_tokenizer, check_weights, reading
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,7 +74,8 @@ def make_plan(
     model_class = check_task(task, config, source.name)
     placed = resolve_placement(devices)
     # Only what the checkpoint says: PreTrainedConfig.dtype is None where config.json has none.
-    chosen = resolve_precision(precision, None if source.gguf_file else config.dtype, placed.device_type)
+    saved = None if source.gguf_file else config.dtype
+    chosen = resolve_precision(precision, saved, placed.device_type, packed=packing(source, config))
     check_weights(source, allow_pickle=allow_pickle)
     check_tokenizer(source)
     architecture = (config.architectures or [config.model_type])[0]
@@ -92,6 +93,17 @@ def make_plan(
         reasons=reasons,
     )
     return plan, config
+
+
+def packing(source: Source, config: PreTrainedConfig) -> str | None:
+    """Name how a checkpoint's weights are quantized in its file already; None if they are not."""
+    if source.gguf_file is not None:
+        return "gguf"
+    saved = getattr(config, "quantization_config", None)
+    if saved is None:
+        return None
+    method = saved.get("quant_method") if isinstance(saved, dict) else saved.quant_method
+    return str(getattr(method, "value", method))
 
 
 def read_config(source: Source, *, trusted: bool) -> PreTrainedConfig:
@@ -114,9 +126,10 @@ def read_config(source: Source, *, trusted: bool) -> PreTrainedConfig:
                 f"update transformers, or load a checkpoint made for one of {listed(sorted(set(TASK_WORDS.values())))}."
             )
             raise UnknownTaskError(msg)
-    config: PreTrainedConfig = AutoConfig.from_pretrained(
-        source.folder, trust_remote_code=trusted, local_files_only=True, **gguf
-    )
+    with reading(f"the config of {source.name!r}"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            source.folder, trust_remote_code=trusted, local_files_only=True, **gguf
+        )
     return config
 
 

@@ -57,7 +57,11 @@ class Precision:
 
 
 def resolve_precision(
-    precision: str | QuantizationConfigMixin, saved: str | torch.dtype | None, device_type: str
+    precision: str | QuantizationConfigMixin,
+    saved: str | torch.dtype | None,
+    device_type: str,
+    *,
+    packed: str | None = None,
 ) -> Precision:
     """Turn a word, or a quantization config, into what the weights will be held in.
 
@@ -65,22 +69,32 @@ def resolve_precision(
         precision: One of `PRECISION_WORDS`, or a transformers quantization config.
         saved: The checkpoint's own dtype; None if it has none, as a GGUF file.
         device_type: Where the model will compute, such as `"cpu"` or `"cuda"`.
+        packed: How the file's weights are quantized already, such as `"gguf"`; None if they are not.
 
     Raises:
-        PrecisionError: An unknown word; the nearest one is named.
+        PrecisionError: An unknown word, the nearest one is named; or one this checkpoint cannot do.
     """
     import torch
 
-    if not isinstance(precision, str):
-        return _passed_through(precision, saved, device_type)
-    if precision not in PRECISION_WORDS:
+    if isinstance(precision, str) and precision not in PRECISION_WORDS:
         msg = (
             f"unknown precision {precision!r}.{nearest(precision, PRECISION_WORDS)} "
             f"Accepted: {listed(PRECISION_WORDS)}, or a transformers quantization config."
         )
         raise PrecisionError(msg)
+    if packed is not None and (not isinstance(precision, str) or PRECISION_WORDS[precision] in _QUANTIZED):
+        msg = (
+            f"precision={precision!r} would quantize weights that the file holds quantized already ({packed}): "
+            "pass 'auto', 'float32', 'bfloat16' or 'float16', or load the unquantized checkpoint."
+        )
+        raise PrecisionError(msg)
+    if not isinstance(precision, str):
+        return _passed_through(precision, saved, device_type)
     name = PRECISION_WORDS[precision]
     computed, reason = _automatic(_dtype(saved), device_type)
+    if packed not in (None, "gguf"):
+        dtype = computed if name == "auto" else getattr(torch, name)
+        return Precision(str(packed), dtype, None, f"the checkpoint is quantized already: {packed}")
     if name == "auto":
         return Precision(str(computed).removeprefix("torch."), computed, None, reason)
     if name in ("int8", "int4", "nf4"):

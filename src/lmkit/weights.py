@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import struct
@@ -9,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmkit.errors import ModelNotFoundError, WeightsError, listed
+from lmkit.errors import LmkitError, MissingExtraError, ModelNotFoundError, WeightsError, listed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 __all__ = ["Source"]
 
@@ -305,3 +306,32 @@ def read_json(file: Path) -> object:
         msg = f"{file} is not JSON: {error}. Restore it from where the model came from."
         raise WeightsError(msg) from error
     return content
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn what the libraries below raise while reading a file into errors that name it."""
+    try:
+        yield
+    except LmkitError:
+        raise
+    except ImportError as error:
+        raise _missing(what, error) from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        msg = f"{what} cannot be read: {type(error).__name__}: {error}"
+        raise WeightsError(msg) from error
+
+
+EXTRAS = {
+    "gguf": "lmkit[gguf]",
+    "sentencepiece": "lmkit[translate]",
+    "sacremoses": "lmkit[translate]",
+    "protobuf": "lmkit[translate]",
+    "peft": "peft",
+}
+
+
+def _missing(what: str, error: ImportError) -> MissingExtraError:
+    named = next((name for name in EXTRAS if name in str(error).lower()), None)
+    package = EXTRAS[named] if named else (error.name or "the package that it names")
+    return MissingExtraError(f'{what} needs a package that is not installed: pip install "{package}" ({error})')

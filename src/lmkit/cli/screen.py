@@ -1,0 +1,72 @@
+"""What the commands write: results to standard output, errors in one line to standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from lmkit.errors import LmkitError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+__all__ = ["complain", "note", "reported", "visible", "write", "write_json"]
+
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters other than line feeds and tabs, and those that turn the direction of writing."""
+
+
+def visible(text: str) -> str:
+    r"""Write control characters as JSON does (`\u001b`): what a model says must not steer a terminal."""
+    return _HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def write(text: str, end: str = "\n") -> None:
+    """Write to standard output at once; exactly the text, unless it is a terminal."""
+    sys.stdout.write((visible(text) if sys.stdout.isatty() else text) + end)
+    sys.stdout.flush()
+
+
+def write_json(content: Mapping[str, Any]) -> None:
+    """Write one line of JSON, in ASCII where standard output is not UTF-8."""
+    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
+    write(json.dumps(content, ensure_ascii=encoding != "utf8"))
+
+
+def note(message: str) -> None:
+    """Write one line to standard error."""
+    sys.stderr.write(visible(" ".join(f"lmkit: {message}".split())) + "\n")
+    sys.stderr.flush()
+
+
+def complain(error: BaseException, where: str = "") -> None:
+    """Say in one line what went wrong."""
+    if isinstance(error, LmkitError):
+        note(f"error: {where}{error}")
+    else:
+        what = ": ".join(part for part in (type(error).__name__, str(error)) if part)
+        note(f"error: {where}{what} (--debug shows where)")
+
+
+@contextlib.contextmanager
+def reported(*, debug: bool) -> Iterator[None]:
+    """Turn what ends a command early into one line and an exit code."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except BrokenPipeError:
+        # Who reads has had enough. Python flushes standard output once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except Exception as error:
+        if debug:
+            raise
+        complain(error)
+        raise typer.Exit(1) from None
