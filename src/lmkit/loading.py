@@ -10,6 +10,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
 
+from lmkit._gguf import gguf_read_once
 from lmkit._quiet import quiet
 from lmkit.errors import (
     LmkitError,
@@ -29,7 +30,7 @@ from lmkit.weights import HubOptions, find, reading
 from lmkit.wrapper import Loaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from transformers import PreTrainedConfig
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -141,9 +142,10 @@ def load(
     )
     with quiet():
         source = find(os.fspath(name), hub, allow_pickle=pickles, allow_code=trusted)
-        plan, config = make_plan(kind, source, precision, devices, trust_remote_code=trusted, allow_pickle=pickles)
-        tokenizer = _read_tokenizer(source, trusted=trusted)
-        model = _read_model(plan, config, source, trusted=trusted)
+        with _reading_gguf(source):
+            plan, config = make_plan(kind, source, precision, devices, trust_remote_code=trusted, allow_pickle=pickles)
+            tokenizer = _read_tokenizer(source, trusted=trusted)
+            model = _read_model(plan, config, source, trusted=trusted)
         if (adapter := options.get("adapter")) is not None:
             _put_on(model, adapter, hub)
     _tell(plan, model)
@@ -181,6 +183,14 @@ def _check_options(options: Mapping[str, object]) -> None:
             raise UnknownOptionError(msg)
 
 
+def _reading_gguf(source: Source) -> contextlib.AbstractContextManager[None]:
+    if source.gguf_file is None:
+        return contextlib.nullcontext()
+    with reading(source.name):  # a missing package is an error that says so
+        import gguf  # noqa: F401
+    return gguf_read_once()
+
+
 def _read_tokenizer(source: Source, *, trusted: bool) -> Any:
     from transformers import AutoTokenizer
 
@@ -208,8 +218,7 @@ def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, *, tru
         arguments["quantization_config"] = _without_traps(copy.deepcopy(quantization), plan, config)
     if source.gguf_file is not None:
         arguments["gguf_file"] = source.gguf_file
-    hidden = _without_gguf_bar() if source.gguf_file else contextlib.nullcontext()
-    with reading(f"the weights of {source.name!r}"), hidden:
+    with reading(f"the weights of {source.name!r}"):
         model, report = auto_class(plan.task).from_pretrained(source.folder, **arguments)
     try:
         _check_report(report, plan)
@@ -240,20 +249,6 @@ def _without_traps(quantization: Any, plan: LoadPlan, config: PreTrainedConfig) 
         own = quantization.llm_int8_skip_modules or get_keys_to_not_convert(model)
         quantization.llm_int8_skip_modules = [*own, *awkward]
     return quantization
-
-
-@contextlib.contextmanager
-def _without_gguf_bar() -> Iterator[None]:
-    """Hide the one bar that transformers draws past its own switch for bars."""
-    from transformers import modeling_gguf_pytorch_utils
-
-    gguf: Any = modeling_gguf_pytorch_utils
-    drawn = gguf.tqdm
-    gguf.tqdm = functools.partial(drawn, disable=True)
-    try:
-        yield
-    finally:
-        gguf.tqdm = drawn
 
 
 def _check_report(report: Mapping[str, Any], plan: LoadPlan) -> None:

@@ -27,7 +27,7 @@ from lmkit.cli.options import (
 )
 from lmkit.cli.screen import complain, note, write, write_json
 from lmkit.errors import InputTooLongError, LmkitError
-from lmkit.results import TextChunk, Unmasking
+from lmkit.results import Unmasking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -99,10 +99,11 @@ def _version(asked: bool) -> None:  # noqa: FBT001 - typer calls it so
         raise typer.Exit
 
 
+Version = Annotated[bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)]
+
+
 @app.callback()
-def _lmkit(
-    *, version: Annotated[bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)] = False,
-) -> None:  # fmt: skip
+def _lmkit(*, version: Version = False) -> None:
     """Load any text language model by name, and run it well."""
 
 
@@ -113,7 +114,7 @@ def main() -> None:
     app(prog_name="lmkit")
 
 
-def respond(  # noqa: PLR0917
+def respond(
     checkpoint: Loading,
     task: str,
     given: Given,
@@ -122,12 +123,11 @@ def respond(  # noqa: PLR0917
     prepare: Callable[[str], Any] = str,
 ) -> None:
     """Answer one text, or line after line; `prepare` makes of each what the model is given."""
+    given.check()
     if not given.lines:
-        text = given.whole()  # read first: a wrong command should not wait for a model
+        text = given.whole()  # before loading: what cannot be read need not wait for it
         tell(checkpoint.load(task), prepare(text), options, output)
         return
-    if given.nowhere:
-        given.whole()
     model = checkpoint.load(task)
     inputs = (prepare(line) for line in given.rows())
     # Who types lines wants each answered before the next; map() reads ahead.
@@ -149,14 +149,15 @@ def respond(  # noqa: PLR0917
 
 def tell(model: Any, given: Any, options: dict[str, Any], output: Output) -> str:
     """Answer one input, in a terminal piece by piece, and return the answer."""
-    if output.json or not sys.stdout.isatty():
+    if output.json or not sys.stdout.isatty() or model.plan.task == "masked":
         result = model(given, **options)
         remark(options, output, cut=show(result, output) == "length")
         return str(result)
     reason, answer = None, ""
     try:
-        for piece in model.stream(given, **options):
-            answer, reason = answer + str(piece), show(piece, output)
+        for chunk in model.stream(given, **options):
+            write(chunk.text, end="")
+            answer, reason = answer + chunk.text, chunk.finish_reason
     finally:
         write("")
     remark(options, output, cut=reason == "length")
@@ -164,10 +165,8 @@ def tell(model: Any, given: Any, options: dict[str, Any], output: Output) -> str
 
 
 def show(result: Result, output: Output) -> str | None:
-    """Write a result or a piece of one, and return why it ended."""
-    if isinstance(result, TextChunk):
-        write(result.text, end="")
-    elif output.json:
+    """Write a result, and return why it ended."""
+    if output.json:
         write_json(result.to_dict())
     elif isinstance(result, Unmasking):
         write("\n".join(f"{way.score:.4f}\t{way.text}" for way in result.candidates))

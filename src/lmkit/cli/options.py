@@ -26,7 +26,7 @@ __all__ = ["Chatting", "Checkpoint", "Decoding", "Filling", "Given", "Loading", 
 class Checkpoint:
     """Which checkpoint, and how far it is trusted."""
 
-    name: Annotated[str, typer.Argument(help="A Hub id, a folder, or a .gguf file.")]
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A Hub id, a folder, or a .gguf file.")]
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit on the Hub.")] = None
     local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Make no network call.")] = False
     trust_remote_code: Annotated[
@@ -59,7 +59,9 @@ class Loading(Checkpoint):
 class Given:
     """Where the texts come from."""
 
-    text: Annotated[str | None, typer.Argument(help="The text; - or none at all reads standard input.")] = None
+    text: Annotated[
+        str | None, typer.Argument(metavar="TEXT", help="The text; - or none at all reads standard input.")
+    ] = None
     file: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, allow_dash=True, help="Read the text from a UTF-8 file.")
     ] = None
@@ -75,6 +77,15 @@ class Given:
         """Whether the text comes from a keyboard."""
         return "-" in (self.text, str(self.file)) and sys.stdin.isatty()
 
+    def check(self) -> None:
+        """Refuse, before a model is loaded, what says too much or too little."""
+        if self.text is not None and self.file is not None:
+            msg = "pass TEXT or --file, not both."
+            raise typer.BadParameter(msg)
+        if self.nowhere:
+            msg = "there is no text: pass TEXT or --file, or pipe one in."
+            raise typer.BadParameter(msg)
+
     def whole(self) -> str:
         """Return the text; that of a file or a pipe without its last line feed, as `$(…)` does."""
         with self._opened() as stream:
@@ -89,12 +100,6 @@ class Given:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[TextIO]:
-        if self.text is not None and self.file is not None:
-            msg = "pass TEXT or --file, not both."
-            raise typer.BadParameter(msg)
-        if self.nowhere:
-            msg = "there is no text: pass TEXT or --file, or pipe one in."
-            raise typer.BadParameter(msg)
         piped = "-" in (self.text, str(self.file)) or (self.text is None and self.file is None)
         try:
             if piped:
