@@ -99,7 +99,9 @@ class EngineError(LmkitError, RuntimeError):
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest of `choices`, or nothing if none is close."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    choices = list(choices)
+    begun = [choice for choice in choices if word and choice.lower().startswith(word.lower())]
+    found = begun or difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
