@@ -26,7 +26,7 @@ from lmkit.precision import computes_bfloat16
 from lmkit.tasks import auto_class, resolve_task
 from lmkit.translator import Translator
 from lmkit.unmasker import Unmasker
-from lmkit.weights import HubOptions, find, reading
+from lmkit.weights import HubOptions, find, find_adapter, reading
 from lmkit.wrapper import Loaded
 
 if TYPE_CHECKING:
@@ -276,8 +276,9 @@ def _check_offload(model: Any, placed: Placement) -> None:
 
 
 def _put_on(model: Any, adapter: str, hub: HubOptions) -> None:
+    folder = find_adapter(adapter, hub)
     with reading(f"the adapter {adapter!r}"):
-        model.load_adapter(adapter, token=hub.token, local_files_only=hub.local_files_only)
+        model.load_adapter(str(folder), adapter_kwargs={"local_files_only": True})
 
 
 def _tell(plan: LoadPlan, model: Any) -> None:

@@ -30,6 +30,7 @@ TOKENIZER_FILES = (
 )
 """A folder with none of these has no tokenizer."""
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.bpe")
 
@@ -150,6 +151,35 @@ def _from_hub(
         )
         raise ModelNotFoundError(msg) from error
     return Source(name, Path(folder), file or None)
+
+
+def find_adapter(name: str, hub: HubOptions) -> Path:
+    """Find a PEFT adapter by the name of a folder or a Hub id, and check its safetensors file.
+
+    Raises:
+        ModelNotFoundError: It is neither here nor reachable.
+        WeightsError: Its weights are absent, truncated or corrupt.
+    """
+    from huggingface_hub import snapshot_download
+
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        options: dict[str, Any] = {
+            "cache_dir": hub.cache_dir,
+            "token": hub.token,
+            "local_files_only": hub.local_files_only,
+        }
+        try:
+            found = snapshot_download(name, allow_patterns=["adapter_config.json", ADAPTER_WEIGHTS], **options)
+        except (OSError, ValueError, _network_error()) as error:
+            msg = f"the adapter {name!r} was not found: no folder {folder.absolute()}, and the Hub answered: {error}"
+            raise ModelNotFoundError(msg) from error
+        folder = Path(str(found))
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        msg = f"{folder} has no {ADAPTER_WEIGHTS}, so it is no adapter that lmkit reads: save one as safetensors."
+        raise WeightsError(msg)
+    read_header(folder / ADAPTER_WEIGHTS)
+    return folder
 
 
 def _network_error() -> type[Exception]:

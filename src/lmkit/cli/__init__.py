@@ -71,8 +71,11 @@ def chat(checkpoint: Loading, given: Given, chatting: Chatting, output: Output) 
     if given.nowhere and not given.lines:
         talk(checkpoint.load("causal"), before, options, output)
     else:
-        as_chat = lambda text: [*before, {"role": "user", "content": text}]  # noqa: E731 - it reads best here
-        respond(checkpoint, "causal", given, options, output, as_chat)
+
+        def as_chat(text: str) -> list[dict[str, str]]:
+            return [*before, {"role": "user", "content": text}]
+
+        respond(checkpoint, "causal", given, options, output, prepare=as_chat)
 
 
 def info(checkpoint: Checkpoint, output: Output) -> None:
@@ -120,6 +123,7 @@ def respond(
     given: Given,
     options: dict[str, Any],
     output: Output,
+    *,
     prepare: Callable[[str], Any] = str,
 ) -> None:
     """Answer one text, or line after line; `prepare` makes of each what the model is given."""

@@ -62,9 +62,9 @@ class Given:
     text: Annotated[
         str | None, typer.Argument(metavar="TEXT", help="The text; - or none at all reads standard input.")
     ] = None
-    file: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, allow_dash=True, help="Read the text from a UTF-8 file.")
-    ] = None
+    file: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Read the text from a UTF-8 file.")] = (
+        None
+    )
     lines: Annotated[bool, typer.Option("--lines", help="Take each line as a text of its own, as it comes.")] = False
 
     @property
@@ -75,7 +75,7 @@ class Given:
     @property
     def typed(self) -> bool:
         """Whether the text comes from a keyboard."""
-        return "-" in (self.text, str(self.file)) and sys.stdin.isatty()
+        return self.text == "-" and sys.stdin.isatty()
 
     def check(self) -> None:
         """Refuse, before a model is loaded, what says too much or too little."""
@@ -100,17 +100,16 @@ class Given:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[TextIO]:
-        piped = "-" in (self.text, str(self.file)) or (self.text is None and self.file is None)
         try:
-            if piped:
-                yield _standard_input()
-            elif self.file is not None:
+            if self.file is not None:
                 with self.file.open(encoding="utf-8-sig") as stream:
                     yield stream
+            elif self.text in (None, "-"):
+                yield _standard_input()
             else:
                 yield io.StringIO(self.text)
         except UnicodeDecodeError as error:
-            msg = f"{'standard input' if piped else self.file} is not UTF-8 text: {error}. Convert it first."
+            msg = f"{self.file or 'standard input'} is not UTF-8 text: {error}. Convert it first."
             raise OptionError(msg) from error
 
 
