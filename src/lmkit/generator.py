@@ -174,6 +174,10 @@ class Generator(Writer[Generation]):
         """Do as `stream` does, for asyncio."""
         return self._astream(prompts_of(prompts)[0], options)
 
+    def _check(self, options: dict[str, Any]) -> None:
+        options.pop("template", None)
+        super()._check(options)
+
     def _job(self, given: str | Chat, options: dict[str, Any], row: int) -> Job:
         template = options.pop("template", None)
         chosen = self._options(options)

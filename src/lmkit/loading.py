@@ -8,6 +8,7 @@ import functools
 import gc
 import logging
 import os
+import sys
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
 
 from lmkit._gguf import gguf_read_once
@@ -26,7 +27,7 @@ from lmkit.precision import computes_bfloat16
 from lmkit.tasks import auto_class, resolve_task
 from lmkit.translator import Translator
 from lmkit.unmasker import Unmasker
-from lmkit.weights import HubOptions, find, find_adapter, reading
+from lmkit.weights import HubOptions, Wanted, find, find_adapter, reading
 from lmkit.wrapper import Loaded
 
 if TYPE_CHECKING:
@@ -140,8 +141,10 @@ def load(
         None if cache is None else os.fspath(cache),
         options.get("local_files_only", False),
     )
+    # Who waits for a download in a terminal sees the Hub library's bars.
+    with contextlib.nullcontext() if sys.stderr.isatty() else quiet():
+        source = find(os.fspath(name), hub, Wanted(pickle=pickles, code=trusted))
     with quiet():
-        source = find(os.fspath(name), hub, allow_pickle=pickles, allow_code=trusted)
         with _reading_gguf(source):
             plan, config = make_plan(kind, source, precision, devices, trust_remote_code=trusted, allow_pickle=pickles)
             tokenizer = _read_tokenizer(source, trusted=trusted)

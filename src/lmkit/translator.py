@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from lmkit.engine import Outcome
     from lmkit.errors import LmkitError
+    from lmkit.generation import Options
     from lmkit.results import TextChunk
 
 __all__ = ["TranslationOptions", "Translator"]
@@ -149,10 +150,17 @@ class Translator(Writer[Translation]):
         """Do as `stream` does, for asyncio."""
         return self._astream(rows_of(texts, str, "a text")[0], options)
 
-    def _job(self, given: str, options: dict[str, Any], row: int) -> Job:
+    def _check(self, options: dict[str, Any]) -> None:
+        self._told("", options)
+
+    def _told(self, given: str, options: dict[str, Any]) -> tuple[Prepared, Options]:
+        """Write a text as the family wants it, and check the options beside the languages."""
         words = {name: options.pop(name, None) for name in ("source", "target", "preset")}
         prepared = self._languages.prepare(given, **words)
-        chosen = self._options(from_preset(prepared, options) | options)
+        return prepared, self._options(from_preset(prepared, options) | options)
+
+    def _job(self, given: str, options: dict[str, Any], row: int) -> Job:
+        prepared, chosen = self._told(given, options)
         token_ids, around = self._encode(prepared)
         context = self._plan.context_length
         token_ids, cut = fit(token_ids, context, around=around, truncate=chosen.truncate, row=row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict, overload
 
@@ -16,7 +17,7 @@ from lmkit.wrapper import Loaded, News, Wrapper, rows_of
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Iterable, Iterator
 
     from typing_extensions import Unpack
 
@@ -179,6 +180,16 @@ class Unmasker(Wrapper[Job, Unmasking]):
         """Do as `stream` does, for asyncio."""
         return self._alternate(self.stream(texts, **options))
 
+    def _check(self, options: dict[str, Any]) -> None:
+        top_k, targets = options.get("top_k"), options.get("targets")
+        if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
+            msg = f"top_k={top_k!r} is not accepted: top_k takes a whole number of at least 1."
+            raise OptionError(msg)
+        words = isinstance(targets, Sequence) and not isinstance(targets, str) and targets
+        if targets is not None and not (words and all(isinstance(word, str) for word in targets)):
+            msg = f"targets={targets!r} is not accepted: targets takes a list of words, at least one."
+            raise OptionError(msg)
+
     def _job(self, given: str, options: dict[str, Any], row: int) -> Job:
         spans = tuple(match.span() for match in self._mask.finditer(given))
         if not spans:
@@ -188,19 +199,13 @@ class Unmasker(Wrapper[Job, Unmasking]):
         token_ids = self._codec.encode(self._mask.sub(lambda _: tokenizer.mask_token, given))
         token_ids, _ = fit(token_ids, self._plan.context_length, row=row)
         positions = tuple(n for n, token_id in enumerate(token_ids) if token_id == tokenizer.mask_token_id)
-        top_k = options.get("top_k")
-        if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
-            msg = f"top_k={top_k!r} is not accepted: top_k takes a whole number of at least 1."
-            raise OptionError(msg)
+        self._check(options)
         targets = options.get("targets")
         named = None if targets is None else tuple(self._targets(targets, given[:start]) for start, _ in spans)
-        return Job(given, spans, tuple(token_ids), positions, top_k or 5, named)
+        return Job(given, spans, tuple(token_ids), positions, options.get("top_k") or 5, named)
 
     def _targets(self, targets: Sequence[str], left: str) -> dict[int, str]:
         """Return the token of each target, as it would stand behind the text `left`."""
-        if isinstance(targets, str) or not targets or not all(isinstance(word, str) for word in targets):
-            msg = f"targets={targets!r} is not accepted: targets takes a list of words, at least one."
-            raise OptionError(msg)
         spaced = left.endswith((" ", "\t", "\n"))
         return {self._token_of(word, spaced=spaced): word for word in targets}
 

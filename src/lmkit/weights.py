@@ -72,17 +72,32 @@ class HubOptions:
     local_files_only: bool = False
 
 
-def find(name: str, hub: HubOptions, *, allow_pickle: bool = False, allow_code: bool = False) -> Source:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which files of a checkpoint are needed.
+
+    Attributes:
+        weights: The weights; without them only what describes the checkpoint.
+        pickle: Pickled weights, where there are no safetensors.
+        code: The checkpoint's own Python files.
+    """
+
+    weights: bool = True
+    pickle: bool = False
+    code: bool = False
+
+
+def find(name: str, hub: HubOptions, wanted: Wanted) -> Source:
     """Find a checkpoint by name: a local folder, a GGUF file, the cache, then the Hub.
 
     Args:
         name: A folder, a `.gguf` file, a Hub id, or `"repo/id:file.gguf"`.
         hub: How to ask the Hub.
-        allow_pickle: Whether pickled weights are fetched where there are no safetensors.
-        allow_code: Whether the checkpoint's own Python files are fetched.
+        wanted: Which files to fetch, and which must be in the cache to use it.
 
     Raises:
         ModelNotFoundError: It is in none of those places; the message says where lmkit looked.
+        WeightsError: The Hub has it as pickled weights alone, and those are not wanted.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -94,12 +109,12 @@ def find(name: str, hub: HubOptions, *, allow_pickle: bool = False, allow_code: 
         msg = f"{name!r} is not here: no such file or folder as {path.absolute()}, and not a Hub id (owner/name)."
         raise ModelNotFoundError(msg)
     try:
-        return _from_cache(name, repo, file, hub)
+        return _from_cache(name, repo, file, hub, wanted)
     except (FileNotFoundError, WeightsError) as absent:
-        return _from_hub(name, repo, file, hub, absent, pickle=allow_pickle, code=allow_code)
+        return _from_hub(name, hub, wanted, absent)
 
 
-def _from_cache(name: str, repo: str, file: str, hub: HubOptions) -> Source:
+def _from_cache(name: str, repo: str, file: str, hub: HubOptions, wanted: Wanted) -> Source:
     """Use what was fetched before, without a network call; raise if any of it is absent."""
     from huggingface_hub import snapshot_download
 
@@ -108,18 +123,21 @@ def _from_cache(name: str, repo: str, file: str, hub: HubOptions) -> Source:
     if file and not (folder / file).is_file():
         raise FileNotFoundError(folder / file)
     if not file:
-        source.read_config()
-        weight_files(source, allow_pickle=True)
+        config = source.read_config()
+        check_tokenizer(source)
+        if wanted.weights:
+            weight_files(source, allow_pickle=True)
+        if wanted.code and "auto_map" in config and not list(folder.glob("*.py")):
+            raise FileNotFoundError(folder / "*.py")
     return source
 
 
-def _from_hub(
-    name: str, repo: str, file: str, hub: HubOptions, absent: Exception, *, pickle: bool, code: bool
-) -> Source:
+def _from_hub(name: str, hub: HubOptions, wanted: Wanted, absent: Exception) -> Source:
     """Fetch the files a load needs, and no others."""
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    repo, _, file = name.partition(":")
     cache = hub.cache_dir or constants.HF_HUB_CACHE
     where = f"no folder {Path(name).absolute()}, nothing whole in the cache {cache}"
     if hub.local_files_only or constants.HF_HUB_OFFLINE:
@@ -129,13 +147,13 @@ def _from_hub(
         # Asked first and once: unlike a download, this does not retry for 23 seconds without a network.
         info = HfApi(token=hub.token).model_info(repo, revision=hub.revision, timeout=20)
         names = [sibling.rfilename for sibling in info.siblings or ()]
-        wanted = [file] if file else wanted_files(names, pickle=pickle, code=code)
+        patterns = [file] if file else wanted_files(name, names, wanted)
         folder = snapshot_download(
             repo,
             revision=hub.revision,
             cache_dir=hub.cache_dir,
             token=hub.token,
-            allow_patterns=wanted,
+            allow_patterns=patterns,
         )
     except (
         HfHubHTTPError,
@@ -191,16 +209,23 @@ def _network_error() -> type[Exception]:
     return found
 
 
-def wanted_files(names: Sequence[str], *, pickle: bool, code: bool) -> list[str]:
-    """Choose from a repository's files the ones a load needs: no second format of the same weights."""
+def wanted_files(repo: str, names: Sequence[str], wanted: Wanted) -> list[str]:
+    """Choose from a repository's files the ones that are wanted: no second format of the same weights.
+
+    Raises:
+        WeightsError: It has pickled weights alone, and those are not wanted.
+    """
     top = [name for name in names if "/" not in name]
-    wanted = [name for name in top if any(Path(name).match(pattern) for pattern in _SIDE_FILES)]
+    chosen = [name for name in top if any(Path(name).match(pattern) for pattern in _SIDE_FILES)]
     safe = [name for name in top if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)]
     pickled = [name for name in top if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", name)]
-    wanted += safe or (pickled if pickle else [])
-    if code:
-        wanted += [name for name in top if name.endswith(".py")]
-    return wanted
+    if wanted.weights and pickled and not (safe or wanted.pickle):
+        raise _pickled(repo, pickled[0])
+    if wanted.weights:
+        chosen += safe or pickled
+    if wanted.code:
+        chosen += [name for name in top if name.endswith(".py")]
+    return chosen
 
 
 def weight_files(source: Source, *, allow_pickle: bool) -> list[Path]:
@@ -217,14 +242,17 @@ def weight_files(source: Source, *, allow_pickle: bool) -> list[Path]:
         if files == [single] and not single.is_file():
             continue
         if suffix == "bin" and not allow_pickle:
-            msg = (
-                f"{source.name!r} has only pickled weights ({files[0].name}), and unpickling can run any code its "
-                "author put in: load a safetensors version, convert it, or pass allow_pickle=True if you trust it."
-            )
-            raise WeightsError(msg)
+            raise _pickled(source.name, files[0].name)
         return files
     msg = f"{folder} has no weights: looked for model.safetensors, model.safetensors.index.json and a .gguf file."
     raise WeightsError(msg)
+
+
+def _pickled(name: str, file: str) -> WeightsError:
+    return WeightsError(
+        f"{name!r} has only pickled weights ({file}), and unpickling can run any code its author put in: "
+        "load a safetensors version, convert it, or pass allow_pickle=True if you trust it."
+    )
 
 
 def _shards(index: Path) -> list[Path]:

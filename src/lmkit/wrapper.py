@@ -74,6 +74,10 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
         """Check one row and prepare it; raise an `LmkitError` if it cannot be run."""
 
     @abstractmethod
+    def _check(self, options: dict[str, Any]) -> None:
+        """Check the options that `map` uses for all rows; raise an `LmkitError` before any is read."""
+
+    @abstractmethod
     def _run(self, jobs: Sequence[JobT], *, stream: bool, cancelled: threading.Event | None) -> Iterator[News[ResultT]]:
         """Run prepared rows and tell what happens to each."""
 
@@ -148,12 +152,12 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
         """Pickle how the model was loaded, not its weights: unpickling loads it again."""
         return self._reload, ()
 
-    def _jobs(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> list[JobT | LmkitError]:
-        """Prepare every row of a call; a row that cannot be run is its error."""
+    def _jobs(self, inputs: Sequence[Any], options: Mapping[str, Any], first: int = 0) -> list[JobT | LmkitError]:
+        """Prepare rows, the first of them number `first` of its call; a row that cannot be run is its error."""
         rows = split(options, len(inputs), self._accepted)
         self._opened  # noqa: B018 - a closed wrapper refuses here, before any row is read
         jobs: list[JobT | LmkitError] = []
-        for number, (given, row) in enumerate(zip(inputs, rows, strict=True)):
+        for number, (given, row) in enumerate(zip(inputs, rows, strict=True), first):
             try:
                 jobs.append(self._job(given, row, number))
             except LmkitError as error:
@@ -195,21 +199,21 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
         if on_error not in ("raise", "return"):
             msg = f"on_error={on_error!r} is not accepted: pass 'raise' or 'return'."
             raise OptionError(msg)
-        split(options, 1, self._accepted)
+        self._check(split(options, 1, self._accepted)[0])
         self._opened  # noqa: B018 - a closed wrapper refuses now
         return self._mapped(iter(inputs), options, on_error)
 
     def _mapped(
         self, inputs: Iterator[Any], options: Mapping[str, Any], on_error: OnError
     ) -> Iterator[ResultT | LmkitError]:
-        while True:
+        for first in itertools.count(step=READ_AHEAD):
             window: list[Any] = []
             broken: Exception | None = None
             try:
                 window.extend(itertools.islice(inputs, READ_AHEAD))
             except Exception as error:  # noqa: BLE001 - raised again below, after the rows read before it
                 broken = error
-            for result in self._window(window, options):
+            for result in self._window(window, options, first):
                 if isinstance(result, LmkitError) and on_error == "raise":
                     raise result
                 yield result
@@ -218,9 +222,9 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
             if len(window) < READ_AHEAD:
                 return
 
-    def _window(self, window: list[Any], options: Mapping[str, Any]) -> list[ResultT | LmkitError]:
+    def _window(self, window: list[Any], options: Mapping[str, Any], first: int) -> list[ResultT | LmkitError]:
         """Run the inputs that `map` has read; each gives its result or its error."""
-        jobs = self._jobs(window, options)
+        jobs = self._jobs(window, options, first)
         places = [place for place, job in enumerate(jobs) if not isinstance(job, LmkitError)]
         ready = [job for job in jobs if not isinstance(job, LmkitError)]
         results: dict[int, ResultT | LmkitError] = {

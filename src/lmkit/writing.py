@@ -97,6 +97,9 @@ class Writer(Wrapper[Job, ResultT]):
     def _options(self, given: Mapping[str, Any]) -> Options:
         return Options.of(given, self._checkpoint_config).with_seed()
 
+    def _check(self, options: dict[str, Any]) -> None:
+        self._options(options)
+
     def _run(self, jobs: Sequence[Job], *, stream: bool, cancelled: threading.Event | None) -> Iterator[News[ResultT]]:
         if self._engine is None:
             self._opened  # noqa: B018 - raises: the wrapper was closed

@@ -25,12 +25,12 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     from lmkit._quiet import quiet
     from lmkit.planning import context_length, read_config
     from lmkit.tasks import fitting_tasks
-    from lmkit.weights import HubOptions, find
+    from lmkit.weights import HubOptions, Wanted, find
 
     hub = HubOptions(checkpoint.revision, local_files_only=checkpoint.local_files_only)
-    trusted, pickles = checkpoint.trust_remote_code, checkpoint.allow_pickle
+    trusted = checkpoint.trust_remote_code
     with quiet():
-        source = find(checkpoint.name, hub, allow_pickle=pickles, allow_code=trusted)
+        source = find(checkpoint.name, hub, Wanted(weights=False, code=trusted))
         config = read_config(source, trusted=trusted)
         tasks = fitting_tasks(config)
     files = _weights(source)
@@ -50,11 +50,16 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _weights(source: Source) -> list[Path]:
+    """Return the weight files that are here; a checkpoint of the Hub is described without fetching them."""
+    from lmkit.errors import WeightsError
     from lmkit.weights import weight_files
 
     if source.gguf_file is not None:
         return [source.folder / source.gguf_file]
-    return weight_files(source, allow_pickle=True)  # listed here, not read
+    try:
+        return weight_files(source, allow_pickle=True)  # listed here, not read
+    except WeightsError:
+        return []
 
 
 def _has_chat_template(source: Source) -> bool | None:
