@@ -1,0 +1,82 @@
+"""The scripts and the notebook in examples/ run from any folder; what needs the large model is slow."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TAKES_LONG = {"async_chat"}  # it reads the GGUF file of a chat model
+NOT_HERE = {"demo", "smollm2"}  # nox -s demo runs the first; the second is a helper of the others
+SCRIPTS = [
+    pytest.param(path, marks=pytest.mark.slow if path.stem in TAKES_LONG else (), id=path.stem)
+    for path in sorted(EXAMPLES.glob("*.py"))
+    if path.stem not in NOT_HERE
+]
+
+
+def run(path: Path, folder: Path) -> str:
+    """Run a script the way a reader does, from another folder; return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", path],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def environment() -> dict[str, str]:
+    """Return this process's environment, with the Hub out of reach."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+
+
+@pytest.mark.parametrize("path", SCRIPTS)
+def test_a_script_runs_and_prints(path: Path, tmp_path: Path) -> None:
+    """An example works without a network, without warnings and from any folder."""
+    assert run(path, tmp_path).strip()
+
+
+def test_map_loses_no_line(tmp_path: Path) -> None:
+    """The line that is too long prints its error, and the lines around it their translations."""
+    printed = run(EXAMPLES / "batch_with_map.py", tmp_path).splitlines()
+    assert [line.split()[0] for line in printed] == list("123456")
+    assert "failed" in printed[3]
+    assert printed[1] == "2  twenty-two → veintidós"
+
+
+def cells(kind: str) -> list[dict[str, Any]]:
+    """Return the cells of the notebook that are of a kind."""
+    notebook = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells run in order, and what the last line of each shows draws itself."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").symlink_to(EXAMPLES / "checkpoints", target_is_directory=True)
+    names: dict[str, Any] = {}
+    drawn = []
+    for number, cell in enumerate(cells("code")):
+        tree = ast.parse("".join(cell["source"]))
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, f"cell {number}", "exec"), names)  # noqa: S102 - the notebook's own code
+        if isinstance(last, ast.Expr):
+            shown = eval(compile(ast.Expression(last.value), f"cell {number}", "eval"), names)  # noqa: S307
+            drawn += [shown._repr_html_()] if hasattr(shown, "_repr_html_") else []
+    assert drawn
+    assert all(html.startswith("<table") for html in drawn)
+
+
+def test_the_notebook_is_saved_without_outputs() -> None:
+    """A diff of the notebook shows what was written, not what a machine answered."""
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells("code"))
