@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         UnknownTaskError,
         WeightsError,
     )
-    from lmkit.generation import Beam, GenerationOptions, Greedy, Sample
+    from lmkit.generation import Beam, GenerationOptions, Greedy, Mode, Sample
     from lmkit.generator import Chat, Generator, GeneratorOptions, Message
     from lmkit.loading import LoadOptions, load
     from lmkit.placement import Placement
@@ -58,7 +58,7 @@ _MODULES = {
         "EngineError InputTooLongError LanguageError LmkitError MissingExtraError ModelNotFoundError OptionError "
         "PlacementError PrecisionError UnknownOptionError UnknownTaskError WeightsError"
     ),
-    "generation": "Beam GenerationOptions Greedy Sample",
+    "generation": "Beam GenerationOptions Greedy Mode Sample",
     "generator": "Chat Generator GeneratorOptions Message",
     "loading": "LoadOptions load",
     "placement": "Placement",
@@ -89,6 +89,7 @@ __all__ = [
     "MaskSlot",
     "Message",
     "MissingExtraError",
+    "Mode",
     "ModelNotFoundError",
     "OptionError",
     "Placement",

@@ -34,17 +34,10 @@ class Codec:
         with self._lock:
             token_ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         bos = self.tokenizer.bos_token_id
-        if special and bos is not None and token_ids[:2] == [bos, bos]:
-            # A text that a template has already given its BOS must not get a second one.
+        if special and bos is not None and token_ids[:2] == [bos, bos] and self.around[0]:
+            # A text that a template has already given its BOS must not get the tokenizer's as well.
             return token_ids[1:]
         return token_ids
-
-    def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
-        """Return the ids as `encode` does, and each token's place in the text where the tokenizer knows it."""
-        with self._lock:
-            fast = self.tokenizer.is_fast
-            encoded = self.tokenizer(text, verbose=False, return_offsets_mapping=fast)
-        return encoded["input_ids"], encoded["offset_mapping"] if fast else None
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> tuple[str, list[int]]:
         """Write a chat as the checkpoint's template does; control tokens inside messages stay plain text.
@@ -73,10 +66,10 @@ class Codec:
                     sanitize_control_tokens=True,
                     **template,
                 )
-        except TemplateError as error:
-            msg = f"the checkpoint's chat template refuses these messages: {error}"
+            token_ids: list[int] = list(encoded["input_ids"])
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            msg = f"the checkpoint's chat template refuses these messages, or what template= gives it: {error}"
             raise OptionError(msg) from error
-        token_ids: list[int] = list(encoded["input_ids"])
         return self.tokenizer.decode(token_ids), token_ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -91,10 +84,29 @@ class Codec:
             text: str = self.tokenizer.decode([token_id])
         return text
 
+    def whole_tokens(self, token_ids: Sequence[int]) -> int:
+        """Count the tokens before a last run of single bytes, whose text later bytes can still change.
+
+        Tokenizers with byte fallback write what they have no token for as bytes, and decode a run of them only as a
+        whole: one that is not UTF-8 turns into replacement characters, a line break in it too.
+        """
+        count = len(token_ids)
+        while count and token_ids[count - 1] in self._byte_tokens:
+            count -= 1
+        return count
+
+    @cached_property
+    def _byte_tokens(self) -> frozenset[int]:
+        vocabulary = self.tokenizer.get_vocab()
+        return frozenset(vocabulary[name] for n in range(256) if (name := f"<0x{n:02X}>") in vocabulary)
+
     @cached_property
     def around(self) -> tuple[int, int]:
         """How many special tokens `encode` puts before and after a text."""
-        inner, whole = self.encode("a", special=False), self.encode("a")
+        with self._lock:
+            inner, whole = (
+                self.tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)
+            )
         starts = range(len(whole) - len(inner) + 1)
         before = next((n for n in starts if whole[n : n + len(inner)] == inner), 0)
         return before, len(whole) - len(inner) - before
@@ -108,6 +120,7 @@ def fit(
     around: tuple[int, int] = (0, 0),
     truncate: Literal["left", "right"] | None = None,
     row: int = 0,
+    advice: str = "shorten or split the text, or pass truncate='left' or truncate='right' to cut that end of it",
 ) -> tuple[list[int], bool]:
     """Check that an input fits the model, or cut it where the caller said so.
 
@@ -118,6 +131,7 @@ def fit(
         around: How many special tokens at each end are kept when cutting.
         truncate: The side to cut, or None to refuse.
         row: The row's number, for the message.
+        advice: What to do, for the message.
 
     Returns:
         The ids, and whether they were cut.
@@ -128,10 +142,7 @@ def fit(
     if limit is None or len(token_ids) <= limit:
         return list(token_ids), False
     if truncate is None:
-        msg = (
-            f"row {row} has {len(token_ids)} tokens, the model takes {limit}: shorten or split the text, or "
-            "pass truncate='left' or truncate='right' to cut that end of it."
-        )
+        msg = f"row {row} has {len(token_ids)} tokens, the model takes {limit}: {advice}."
         raise InputTooLongError(msg)
     before, after = around
     body = list(token_ids[before : len(token_ids) - after])

@@ -25,8 +25,8 @@ DEFAULT_MAX_NEW_TOKENS = 256
 """What `max_new_tokens` is when nobody says: the length of a long paragraph."""
 
 T = TypeVar("T")
-PerRow: TypeAlias = T | Sequence[T]
-"""One value for all rows of a call, or a sequence with one per row."""
+PerRow: TypeAlias = T | Sequence[T | None]
+"""One value for all rows of a call, or a sequence with one per row, where None means not given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ class Options:
             UnknownOptionError: A name that is no option; the nearest one is named.
             OptionError: A value that is not accepted, or two options that contradict each other.
         """
-        known = {name: value for name, value in given.items() if value is not None}
+        known = {name: _unboxed(value) for name, value in given.items() if value is not None}
         for name, value in known.items():
             _check(name, value)
         plain = {name: value for name, value in known.items() if name in _OWN}
@@ -236,13 +236,13 @@ def build_config(
     return config
 
 
-def split(given: Mapping[str, object], rows: int, known: frozenset[str]) -> list[dict[str, object]]:
+def split(given: Mapping[str, object], rows: int | None, known: frozenset[str]) -> list[dict[str, object]]:
     """Give each row of a call its own options.
 
     Args:
         given: The call's options: one value for all rows, or a list with one per row; for an option
             that is itself a list (`stop`, `targets`, …) one list, or a list of lists.
-        rows: How many rows the call has.
+        rows: How many rows the call has; None where nobody knows, and options take one value for all.
         known: The names the call accepts.
 
     Raises:
@@ -251,17 +251,36 @@ def split(given: Mapping[str, object], rows: int, known: frozenset[str]) -> list
     """
     for name in given:
         if name not in known:
-            msg = f"unknown option {name!r}.{nearest(name, known)} Accepted: {listed(sorted(known))}."
+            hint = f" lmkit calls it {_ELSEWHERE[name]}." if name in _ELSEWHERE else nearest(name, known)
+            msg = f"unknown option {name!r}.{hint} Accepted: {listed(sorted(known))}."
             raise UnknownOptionError(msg)
     columns = {name: _column(name, value, rows) for name, value in given.items()}
-    return [{name: column[row] for name, column in columns.items()} for row in range(rows)]
+    return [{name: column[row] for name, column in columns.items()} for row in range(1 if rows is None else rows)]
 
 
-def _column(name: str, value: object, rows: int) -> Sequence[object]:
+_ELSEWHERE = {
+    "do_sample": "sample",
+    "max_length": "max_new_tokens, and counts new tokens only",
+    "max_tokens": "max_new_tokens",
+    "min_length": "min_new_tokens, and counts new tokens only",
+    "stop_strings": "stop",
+    "n": "num_return_sequences",
+    "src_lang": "source",
+    "tgt_lang": "target",
+}
+"""Names that transformers and other libraries have for an option."""
+
+
+def _column(name: str, value: object, rows: int | None) -> Sequence[object]:
     listed_value = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
     if not listed_value or (name in _LISTS and not _nested(value)):
-        return [value] * rows
+        return [value] * (1 if rows is None else rows)
     assert isinstance(value, Sequence)  # noqa: S101 - narrows for the type checkers what was tested above
+    if rows is None:
+        msg = (
+            f"{name} has {len(value)} values, and map takes one for all rows: pass one, or call the model with a list."
+        )
+        raise OptionError(msg)
     if len(value) != rows:
         msg = f"{name} has {len(value)} values for {rows} rows: pass one value, or one per row."
         raise OptionError(msg)
@@ -315,6 +334,12 @@ def _recommended(config: GenerationConfig | None) -> dict[str, Any]:
     """Read the sampling values a checkpoint's author recommends."""
     values = {name: getattr(config, name, None) for name in _SAMPLING}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _unboxed(value: object) -> object:
+    """Turn a number of numpy or torch into Python's own."""
+    unbox = getattr(value, "item", None)
+    return unbox() if callable(unbox) and getattr(value, "shape", None) == () else value
 
 
 def _number(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[object], bool]:

@@ -9,6 +9,7 @@ from lmkit.encoding import fit
 from lmkit.errors import OptionError
 from lmkit.generation import GENERATION_OPTIONS, GenerationOptions
 from lmkit.results import Generation
+from lmkit.wrapper import rows_of
 from lmkit.writing import Job, Writer
 
 if TYPE_CHECKING:
@@ -67,10 +68,10 @@ class Generator(Writer[Generation]):
     def __call__(
         self, prompts: str | Chat | Prompts, **options: Unpack[GeneratorOptions]
     ) -> Generation | list[Generation]:
-        """Continue one prompt, or each of a list of prompts.
+        """Continue a prompt or answer a chat, or each of a list of them.
 
         Args:
-            prompts: A text, or an iterable of texts.
+            prompts: A text or a chat, or an iterable of them.
             **options: See `GeneratorOptions`; each is one value, or a list with one per prompt.
 
         Returns:
@@ -139,7 +140,7 @@ class Generator(Writer[Generation]):
         """Continue prompts as they come, lazily and in order, reading a bounded number ahead.
 
         Args:
-            prompts: Any iterable, an endless one too.
+            prompts: Any iterable of texts or chats, an endless one too.
             on_error: `"return"` puts the error of a row that fails in its place instead of raising it.
             **options: See `GeneratorOptions`; one value each, for all prompts.
         """
@@ -178,12 +179,12 @@ class Generator(Writer[Generation]):
         options.pop("template", None)
         super()._check(options)
 
-    def _job(self, given: str | Chat, options: dict[str, Any], row: int) -> Job:
+    def _job(self, given: Any, options: dict[str, Any], row: int) -> Job:
         template = options.pop("template", None)
         chosen = self._options(options)
         around = (0, 0)
         if not isinstance(given, str):
-            prompt, token_ids = self._codec.encode_chat(given, **(template or {}))
+            prompt, token_ids = self._codec.encode_chat(chat_of(given, row), **(template or {}))
         elif template is not None:
             msg = f"row {row} is a text, and template= belongs to chats: leave it out, or pass messages."
             raise OptionError(msg)
@@ -193,7 +194,8 @@ class Generator(Writer[Generation]):
         context = self._plan.context_length
         # One place of the context is needed for the first new token.
         limit = None if context is None else context - 1
-        keep = None if context is None else max(context - chosen.max_new_tokens, 1)
+        # A prompt that is cut leaves room for the answer, but never more than half the context.
+        keep = None if context is None else max(context - chosen.max_new_tokens, context // 2)
         token_ids, cut = fit(token_ids, limit, keep=keep, around=around, truncate=chosen.truncate, row=row)
         room = chosen.max_new_tokens if context is None else context - len(token_ids)
         return Job(self._request(chosen, token_ids, room=room), prompt, cut)
@@ -220,30 +222,24 @@ class Generator(Writer[Generation]):
 _MESSAGE = "a list of messages like {'role': 'user', 'content': 'Hello!'}"
 
 
-def prompts_of(given: Any) -> tuple[list[str | Chat], bool]:
-    """Return the rows of a call, texts or chats, and whether it was a single one.
-
-    Raises:
-        OptionError: A row is neither a text nor a list of messages with roles.
-    """
-    if isinstance(given, str):
-        return [given], True
-    rows = list(given) if isinstance(given, Iterable) and not isinstance(given, (bytes, Mapping)) else [given]
-    if rows and isinstance(rows[0], Mapping) and rows[0] is not given:
-        return [chat_of(rows, 0)], True
-    return [row if isinstance(row, str) else chat_of(row, number) for number, row in enumerate(rows)], False
+def prompts_of(given: Any) -> tuple[list[Any], bool]:
+    """Return the rows of a call, and whether it was a single one: a text, or the messages of one chat."""
+    rows, single = rows_of(given)
+    if not single and rows and isinstance(rows[0], Mapping):
+        return [rows], True
+    return rows, single
 
 
 def chat_of(messages: Any, row: int) -> Chat:
-    """Check the messages of one chat.
+    """Return a row that is a chat.
 
     Raises:
-        OptionError: There are none, or one is not a dict with a role.
+        OptionError: It has no messages, or one that is not a dict with a role.
     """
-    listed = list(messages) if isinstance(messages, Iterable) and not isinstance(messages, (bytes, Mapping)) else []
-    wrong = [message for message in listed if not (isinstance(message, Mapping) and "role" in message)]
-    if wrong or not listed:
+    parts = list(messages) if isinstance(messages, Iterable) and not isinstance(messages, (bytes, Mapping)) else []
+    wrong = [part for part in parts if not (isinstance(part, Mapping) and "role" in part)]
+    if wrong or not parts:
         shown = repr(wrong[0] if wrong else messages)
         msg = f"row {row} has {shown}, not a text and not {_MESSAGE}, with roles such as 'system', 'user', 'assistant'."
         raise OptionError(msg)
-    return listed
+    return parts

@@ -89,7 +89,9 @@ class Languages:
             msg = f"preset={preset!r} and the language {languages[0]!r} contradict each other: pass one of them."
             raise OptionError(msg)
         values = dict(self.presets[preset])
-        return Prepared(str(values.pop("prefix", None) or "") + text, preset=values)
+        pair = _PAIR.fullmatch(preset)
+        source, target = pair.groups() if pair else (None, None)
+        return Prepared(str(values.pop("prefix", None) or "") + text, source=source, target=target, preset=values)
 
     def _codes(self, text: str, source: str | None, target: str | None) -> Prepared:
         source, target = self._code("source", source), self._code("target", target)
@@ -109,10 +111,8 @@ class Languages:
             msg = f"this checkpoint needs {which}=, one of: {listed(self.codes)}."
             raise LanguageError(msg)
         if language not in self.codes:
-            msg = (
-                f"{which}={language!r} is not a language of this checkpoint.{nearest(language, self.codes)} "
-                f"It speaks: {listed(self.codes)}."
-            )
+            near = nearest(language.partition("_")[0], self.codes) or nearest(language, self.codes)
+            msg = f"{which}={language!r} is not a language of this checkpoint.{near} It speaks: {listed(self.codes)}."
             raise LanguageError(msg)
         return language
 

@@ -22,6 +22,7 @@ from lmkit.errors import (
     nearest,
 )
 from lmkit.generator import Generator
+from lmkit.placement import accelerator
 from lmkit.planning import make_plan
 from lmkit.precision import computes_bfloat16
 from lmkit.tasks import auto_class, resolve_task
@@ -31,7 +32,7 @@ from lmkit.weights import HubOptions, Wanted, find, find_adapter, reading
 from lmkit.wrapper import Loaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from transformers import PreTrainedConfig
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -132,7 +133,7 @@ def load(
         MissingExtraError: The checkpoint needs a package that is not installed.
     """
     _check_options(options)
-    kind = resolve_task(task)
+    kind = resolve_task(task, os.fspath(name))
     trusted, pickles = options.get("trust_remote_code", False), options.get("allow_pickle", False)
     cache = options.get("cache_dir")
     hub = HubOptions(
@@ -169,6 +170,7 @@ _MOVED = {
     "torch_dtype": 'load(task, name, "bfloat16")',
     "dtype": 'load(task, name, "bfloat16")',
     "quantization_config": "load(task, name, quantization_config)",
+    "max_memory": 'load(task, name, "auto", {"cuda:0": "20GiB", "cpu": "48GiB"})',
     "device_map": 'load(task, name, "auto", devices)',
     "device": 'load(task, name, "auto", "cuda:0")',
 }
@@ -212,6 +214,7 @@ def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, *, tru
         "trust_remote_code": trusted,
         "local_files_only": True,
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # so that the report names them, and is refused below
     }
     if placed.max_memory:
         arguments["max_memory"] = dict(placed.max_memory)  # transformers writes into the one it is given
@@ -221,7 +224,7 @@ def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, *, tru
         arguments["quantization_config"] = _without_traps(copy.deepcopy(quantization), plan, config)
     if source.gguf_file is not None:
         arguments["gguf_file"] = source.gguf_file
-    with reading(f"the weights of {source.name!r}"):
+    with reading(f"the weights of {source.name!r}"), _random_state_kept():
         model, report = auto_class(plan.task).from_pretrained(source.folder, **arguments)
     try:
         _check_report(report, plan)
@@ -254,11 +257,22 @@ def _without_traps(quantization: Any, plan: LoadPlan, config: PreTrainedConfig) 
     return quantization
 
 
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Put torch's random state back: some models draw numbers for what they then compute or load."""
+    import torch
+
+    kind = accelerator()
+    devices = range(torch.accelerator.device_count()) if kind else ()
+    with torch.random.fork_rng(devices=devices, device_type=kind or "cuda"):
+        yield
+
+
 def _check_report(report: Mapping[str, Any], plan: LoadPlan) -> None:
     """Refuse a model of which a part was not in the file: it would be random there."""
     # transformers leaves out of the report what is tied or what the class declares as not saved.
     for what, kind in (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for")):
-        if names := sorted(str(name) for name in report.get(what) or ()):
+        if names := sorted(name if isinstance(name, str) else str(name[0]) for name in report.get(what) or ()):
             shown = f"{listed(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"  # noqa: PLR2004
             msg = (
                 f"{plan.name!r} {kind} weights that {plan.model_class} needs: {shown}. They would be random: "
@@ -272,7 +286,8 @@ def _check_offload(model: Any, placed: Placement) -> None:
     if "disk" in where.values() and placed.offload_folder is None:
         spilled = [name for name, device in where.items() if device == "disk"]
         msg = (
-            f"the devices cannot hold {listed(spilled[:3])} ({len(spilled)} of {len(where)} parts): raise a budget, "
+            f"the devices cannot hold {listed(spilled[:3]) if any(spilled) else 'the model'} "
+            f"({len(spilled)} of {len(where)} parts): raise a budget, "
             "choose a smaller precision, or name a folder for them: devices={…, 'disk': 'offload/'}."
         )
         raise PlacementError(msg)
@@ -289,5 +304,5 @@ def _tell(plan: LoadPlan, model: Any) -> None:
         logger.info("%s: %s: %s", plan.name, what, reason)
     where = getattr(model, "hf_device_map", None) or {}
     slow = {device for device in where.values() if device in ("cpu", "disk")}
-    if slow and len(set(where.values())) > 1:
+    if "disk" in slow or (slow and len(set(where.values())) > 1):
         logger.warning("%s: parts of it are offloaded to %s, which is slow", plan.name, listed(sorted(slow)))

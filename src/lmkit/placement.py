@@ -61,6 +61,9 @@ def resolve_placement(devices: Devices) -> Placement:
     import torch
 
     if isinstance(devices, Placement):
+        mapped = devices.device_map.values() if isinstance(devices.device_map, Mapping) else ()
+        for device in {*mapped, *devices.max_memory} - {"disk"}:
+            present(device)
         return devices
     if isinstance(devices, Mapping):
         return _budgets(devices)
@@ -137,14 +140,23 @@ def _budgets(budgets: Mapping[str, str | int]) -> Placement:
     for device, budget in budgets.items():
         if device == "disk":
             continue
-        if not isinstance(budget, int) and not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", str(budget)):
-            msg = f"the budget {{{device!r}: {budget!r}}} is not accepted: write bytes, or a text such as '20GiB'."
-            raise PlacementError(msg)
-        limits[_key(present(device))] = budget
+        limits[_key(present(device))] = _bytes(device, budget)
     if not limits:
         msg = f"devices={dict(budgets)!r} names no device that computes: add one, such as 'cpu'."
         raise PlacementError(msg)
     return Placement("auto", limits, folder, "divided by the budgets given")
+
+
+def _bytes(device: str, budget: object) -> int:
+    """Turn a budget into bytes: a whole number, or a text in powers of 1000 (GB) or of 1024 (GiB)."""
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0:
+        return budget
+    written = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", budget) if isinstance(budget, str) else None
+    if written is None:
+        msg = f"the budget {{{device!r}: {budget!r}}} is not accepted: write bytes, or a text such as '20GiB'."
+        raise PlacementError(msg)
+    number, prefix, binary = written.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix) + 1))
 
 
 def _key(name: str) -> str | int:

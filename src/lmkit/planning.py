@@ -13,7 +13,7 @@ from lmkit.errors import UnknownTaskError, listed
 from lmkit.placement import resolve_placement
 from lmkit.precision import resolve_precision
 from lmkit.tasks import TASK_WORDS, check_task
-from lmkit.weights import check_code, check_tokenizer, check_weights, reading
+from lmkit.weights import check_code, check_tokenizer, check_weights, read_json, reading
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,13 +71,15 @@ def make_plan(
         PlacementError: `devices` is not accepted.
     """
     config = read_config(source, trusted=trust_remote_code)
-    model_class = check_task(task, config, source.name)
+    model_class = check_task(task, config, source.name, trusted=trust_remote_code)
     placed = resolve_placement(devices)
     # Only what the checkpoint says: PreTrainedConfig.dtype is None where config.json has none.
     saved = None if source.gguf_file else config.dtype
     chosen = resolve_precision(precision, saved, placed.device_type, packed=packing(source, config))
     check_weights(source, allow_pickle=allow_pickle)
     check_tokenizer(source)
+    if (source.folder / "generation_config.json").is_file() and not source.gguf_file:
+        read_json(source.folder / "generation_config.json")  # transformers goes on without a broken one
     architecture = (config.architectures or [config.model_type])[0]
     reasons = {"precision": chosen.reason, "devices": placed.reason}
     if source.gguf_file is not None:
@@ -120,7 +122,7 @@ def read_config(source: Source, *, trusted: bool) -> PreTrainedConfig:
         content = source.read_config()
         check_code(source, content, trusted=trusted)
         kind = content.get("model_type")
-        if kind not in CONFIG_MAPPING and "auto_map" not in content:
+        if not (isinstance(kind, str) and kind in CONFIG_MAPPING) and not content.get("auto_map"):
             msg = (
                 f"{source.name!r} has model type {kind!r}, an architecture the installed transformers does not know: "
                 f"update transformers, or load a checkpoint made for one of {listed(sorted(set(TASK_WORDS.values())))}."

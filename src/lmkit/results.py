@@ -227,11 +227,13 @@ class TextChunk(Result):
         text: The new characters; joined in order they are the row's whole text.
         index: Which row of the call the piece belongs to.
         finish_reason: Why the row ended, on its last chunk only.
+        result: The whole result with its timing, on its last chunk only.
     """
 
     text: str
     index: int
     finish_reason: FinishReason | None = None
+    result: Generation | None = None
 
     def __str__(self) -> str:
         """Return the piece of text."""

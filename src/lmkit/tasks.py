@@ -32,16 +32,19 @@ TASK_WORDS: Final[Mapping[str, Task]] = {
 """Each task's name and the names people know from pipelines."""
 
 
-def resolve_task(word: str) -> Task:
+def resolve_task(word: object, name: str = "") -> Task:
     """Return the task a word stands for.
 
     Raises:
         UnknownTaskError: The word is none of `TASK_WORDS`; the nearest one is named.
     """
-    if word not in TASK_WORDS:
-        msg = f"unknown task {word!r}.{nearest(str(word), TASK_WORDS)} Accepted: {listed(TASK_WORDS)}."
+    if isinstance(word, str) and word in TASK_WORDS:
+        return TASK_WORDS[word]
+    if name in TASK_WORDS:
+        msg = f"the task comes first: load({name!r}, {word!r}), not load({word!r}, {name!r})."
         raise UnknownTaskError(msg)
-    return TASK_WORDS[word]
+    msg = f"unknown task {word!r}.{nearest(str(word), TASK_WORDS)} Accepted: {listed(TASK_WORDS)}."
+    raise UnknownTaskError(msg)
 
 
 def auto_class(task: Task) -> Any:
@@ -55,7 +58,7 @@ def auto_class(task: Task) -> Any:
     }[task]
 
 
-def check_task(task: Task, config: PreTrainedConfig, name: str) -> str:
+def check_task(task: Task, config: PreTrainedConfig, name: str, *, trusted: bool = False) -> str:
     """Return the name of the architecture to load, if the checkpoint was made for the task.
 
     Twenty model types can be built both as causal and as masked models, so the type alone does not tell:
@@ -65,6 +68,9 @@ def check_task(task: Task, config: PreTrainedConfig, name: str) -> str:
         UnknownTaskError: The checkpoint was made for another task, which is named, or for none of them.
     """
     saved = (config.architectures or [""])[0]
+    own = getattr(config, "auto_map", None) or {}
+    if trusted and (brought := own.get(auto_class(task).__name__)):
+        return str(brought).rpartition(".")[2]
     fitting = fitting_tasks(config)
     if task in fitting:
         classes = _classes(task, config)

@@ -8,7 +8,7 @@ from lmkit.encoding import fit
 from lmkit.generation import GENERATION_OPTIONS, GenerationOptions
 from lmkit.languages import Languages, Prepared, languages_of
 from lmkit.results import Segment, Translation
-from lmkit.wrapper import Loaded, rows_of
+from lmkit.wrapper import Loaded, rows_of, text_of
 from lmkit.writing import Job, Writer
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Translator(Writer[Translation]):
             InputTooLongError: A text is longer than the encoder takes and `truncate` is not given.
             EngineError: The model was closed, or a row failed; its `results` hold the other rows.
         """
-        rows, single = rows_of(texts, str, "a text")
+        rows, single = rows_of(texts)
         results = self._call(rows, options)
         return results[0] if single else results
 
@@ -130,7 +130,7 @@ class Translator(Writer[Translation]):
         A row's chunks joined are its whole text; its last chunk has a `finish_reason`. A beam search
         knows its text only at the end, so it comes in one chunk. Leaving the loop ends the rows.
         """
-        return self._stream(rows_of(texts, str, "a text")[0], options)
+        return self._stream(rows_of(texts)[0], options)
 
     @overload
     async def acall(  # type: ignore[overload-overlap]  # a str is an iterable of str too: it comes first
@@ -142,24 +142,26 @@ class Translator(Writer[Translation]):
         self, texts: str | Iterable[str], **options: Unpack[TranslationOptions]
     ) -> Translation | list[Translation]:
         """Do as a call does, for asyncio; cancelling the task ends its rows at their next step."""
-        rows, single = rows_of(texts, str, "a text")
+        rows, single = rows_of(texts)
         results = await self._acall(rows, options)
         return results[0] if single else results
 
     def astream(self, texts: str | Iterable[str], **options: Unpack[TranslationOptions]) -> AsyncIterator[TextChunk]:
         """Do as `stream` does, for asyncio."""
-        return self._astream(rows_of(texts, str, "a text")[0], options)
+        return self._astream(rows_of(texts)[0], options)
 
     def _check(self, options: dict[str, Any]) -> None:
         self._told("", options)
 
     def _told(self, given: str, options: dict[str, Any]) -> tuple[Prepared, Options]:
         """Write a text as the family wants it, and check the options beside the languages."""
+        options = {name: value for name, value in options.items() if value is not None}
         words = {name: options.pop(name, None) for name in ("source", "target", "preset")}
         prepared = self._languages.prepare(given, **words)
         return prepared, self._options(from_preset(prepared, options) | options)
 
-    def _job(self, given: str, options: dict[str, Any], row: int) -> Job:
+    def _job(self, given: Any, options: dict[str, Any], row: int) -> Job:
+        given = text_of(given, row)
         prepared, chosen = self._told(given, options)
         token_ids, around = self._encode(prepared)
         context = self._plan.context_length

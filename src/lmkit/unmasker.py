@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict, overload
 
-import torch
-
 from lmkit.encoding import fit
 from lmkit.engine import MaskScorer
 from lmkit.errors import LmkitError, OptionError
 from lmkit.results import Candidate, MaskSlot, Unmasking
-from lmkit.wrapper import Loaded, News, Wrapper, rows_of
+from lmkit.wrapper import Loaded, News, Wrapper, rows_of, text_of
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import AsyncIterator, Iterable, Iterator
 
+    import torch
     from typing_extensions import Unpack
 
     from lmkit.generation import PerRow
 
 __all__ = ["UnmaskOptions", "Unmasker"]
 
-Way: TypeAlias = tuple[tuple[int, ...], float]
-"""Tokens for the first masks of a text, and their joint log-probability."""
+Fill: TypeAlias = tuple[int, str | None]
+"""A token for a mask, and the target it stands for, if targets were given."""
+
+Way: TypeAlias = tuple[tuple[Fill, ...], float]
+"""Fills for the first masks of a text, and their joint log-probability."""
 
 
 class UnmaskOptions(TypedDict, total=False):
     """The options of every call that fills masks.
 
-    `top_k` is how many candidates to give (5); `targets` are the only words to consider, one list for all
-    rows or a list of lists.
+    `top_k` is how many candidates to give (5, or all targets); `targets` are the only words to consider, one list
+    for all rows or a list of lists.
     """
 
     top_k: PerRow[int]
@@ -58,7 +61,7 @@ class Job:
     token_ids: tuple[int, ...]
     positions: tuple[int, ...]
     top_k: int
-    targets: tuple[dict[int, str], ...] | None
+    targets: tuple[tuple[Fill, ...], ...] | None
 
 
 class Unmasker(Wrapper[Job, Unmasking]):
@@ -118,7 +121,7 @@ class Unmasker(Wrapper[Job, Unmasking]):
             InputTooLongError: A text is longer than the model takes.
             EngineError: The model was closed, or a row failed; its `results` hold the other rows.
         """
-        rows, single = rows_of(texts, str, "a text")
+        rows, single = rows_of(texts)
         results = self._call(rows, options)
         return results[0] if single else results
 
@@ -155,7 +158,7 @@ class Unmasker(Wrapper[Job, Unmasking]):
 
         A mask is filled in one step, so there are no pieces of a result to show.
         """
-        return self._results(self._valid(rows_of(texts, str, "a text")[0], options))
+        return self._results(self._valid(rows_of(texts)[0], options))
 
     def _results(self, jobs: list[Job]) -> Iterator[Unmasking]:
         for news in self._run(jobs, stream=True, cancelled=None):
@@ -172,7 +175,7 @@ class Unmasker(Wrapper[Job, Unmasking]):
     async def acall(self, texts: Iterable[str], **options: Unpack[UnmaskOptions]) -> list[Unmasking]: ...
     async def acall(self, texts: str | Iterable[str], **options: Unpack[UnmaskOptions]) -> Unmasking | list[Unmasking]:
         """Do as a call does, for asyncio."""
-        rows, single = rows_of(texts, str, "a text")
+        rows, single = rows_of(texts)
         results = await self._acall(rows, options)
         return results[0] if single else results
 
@@ -190,24 +193,32 @@ class Unmasker(Wrapper[Job, Unmasking]):
             msg = f"targets={targets!r} is not accepted: targets takes a list of words, at least one."
             raise OptionError(msg)
 
-    def _job(self, given: str, options: dict[str, Any], row: int) -> Job:
+    def _job(self, given: Any, options: dict[str, Any], row: int) -> Job:
+        given = text_of(given, row)
         spans = tuple(match.span() for match in self._mask.finditer(given))
         if not spans:
             msg = f"row {row} has no mask: write [MASK] or <mask> where a word is to be filled in. Given: {given!r}."
             raise OptionError(msg)
         tokenizer: Any = self.tokenizer
         token_ids = self._codec.encode(self._mask.sub(lambda _: tokenizer.mask_token, given))
-        token_ids, _ = fit(token_ids, self._plan.context_length, row=row)
+        token_ids, _ = fit(token_ids, self._plan.context_length, row=row, advice="shorten the text around its masks")
         positions = tuple(n for n, token_id in enumerate(token_ids) if token_id == tokenizer.mask_token_id)
         self._check(options)
         targets = options.get("targets")
         named = None if targets is None else tuple(self._targets(targets, given[:start]) for start, _ in spans)
-        return Job(given, spans, tuple(token_ids), positions, options.get("top_k") or 5, named)
+        return Job(
+            given,
+            spans,
+            tuple(token_ids),
+            positions,
+            options.get("top_k") or (5 if targets is None else len(targets)),
+            named,
+        )
 
-    def _targets(self, targets: Sequence[str], left: str) -> dict[int, str]:
+    def _targets(self, targets: Sequence[str], left: str) -> tuple[Fill, ...]:
         """Return the token of each target, as it would stand behind the text `left`."""
         spaced = left.endswith((" ", "\t", "\n"))
-        return {self._token_of(word, spaced=spaced): word for word in targets}
+        return tuple((self._token_of(word, spaced=spaced), word) for word in targets)
 
     def _token_of(self, word: str, *, spaced: bool) -> int:
         unknown = self.tokenizer.unk_token_id
@@ -254,55 +265,55 @@ class Unmasker(Wrapper[Job, Unmasking]):
         slots = []
         for mask, (start, end) in enumerate(job.spans):
             chosen = self._choices(job, mask, scores[mask])
-            guesses = tuple(self._candidate(job, {mask: token_id}, score) for token_id, score in chosen)
-            slots.append(MaskSlot(start, end, guesses))
-        ways: list[Way] = [((token_id,), score) for token_id, score in self._choices(job, 0, scores[0])]
+            slots.append(
+                MaskSlot(start, end, tuple(self._candidate(job, {mask: fill}, score) for fill, score in chosen))
+            )
+        ways: list[Way] = [((fill,), score) for fill, score in self._choices(job, 0, scores[0])]
         for mask in range(1, len(job.spans)):
             ways = self._extend(job, mask, ways)
         ways.sort(key=lambda way: -way[1])
-        whole = tuple(self._candidate(job, dict(enumerate(token_ids)), score) for token_ids, score in ways[: job.top_k])
+        whole = tuple(self._candidate(job, dict(enumerate(fills)), score) for fills, score in ways[: job.top_k])
         return Unmasking(job.text, tuple(slots), whole)
 
-    def _choices(self, job: Job, mask: int, scores: torch.Tensor) -> list[tuple[int, float]]:
-        """Return tokens and log-probabilities for one mask: the targets in their order, or the best."""
+    def _choices(self, job: Job, mask: int, scores: torch.Tensor) -> list[tuple[Fill, float]]:
+        """Return fills and log-probabilities for one mask: the targets in their order, or the best."""
         if job.targets is not None:
-            return [(token_id, float(scores[token_id])) for token_id in job.targets[mask]]
+            return [(fill, float(scores[fill[0]])) for fill in job.targets[mask]]
         best = scores.topk(min(job.top_k, len(scores)))
-        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        fills = [(token_id, None) for token_id in best.indices.tolist()]
+        return list(zip(fills, best.values.tolist(), strict=True))
 
     def _extend(self, job: Job, mask: int, ways: list[Way]) -> list[Way]:
         """Fill one more mask in every way so far, and keep the best `top_k`."""
         assert self._scorer is not None  # noqa: S101 - checked by the caller
         rows = []
-        for token_ids, _ in ways:
+        for fills, _ in ways:
             row = list(job.token_ids)
-            for position, token_id in zip(job.positions, token_ids, strict=False):
+            for position, (token_id, _word) in zip(job.positions, fills, strict=False):
                 row[position] = token_id
             rows.append(row)
         scores = self._scorer.score(rows, [[job.positions[mask]]] * len(rows))
         longer = [
-            ((*token_ids, token_id), score + more)
-            for (token_ids, score), found in zip(ways, scores, strict=True)
-            for token_id, more in self._choices(job, mask, found[0])
+            ((*fills, fill), score + more)
+            for (fills, score), found in zip(ways, scores, strict=True)
+            for fill, more in self._choices(job, mask, found[0])
         ]
         return sorted(longer, key=lambda way: -way[1])[: job.top_k]
 
-    def _candidate(self, job: Job, filled: dict[int, int], logprob: float) -> Candidate:
-        """Write tokens into the text as given, which otherwise stays as it is."""
+    def _candidate(self, job: Job, filled: dict[int, Fill], logprob: float) -> Candidate:
+        """Write fills into the text as given, which otherwise stays as it is."""
         text, end = "", 0
-        tokens = []
-        for mask, token_id in filled.items():
+        words = []
+        for mask, (token_id, target) in filled.items():
             word, glued = self._word(token_id)
-            word = job.targets[mask][token_id].strip() if job.targets is not None else word
-            start = job.spans[mask][0]
-            text += job.text[end:start]
+            word = word if target is None else target.strip()
+            text += job.text[end : job.spans[mask][0]]
             if glued:
                 text = text.rstrip()
             text, end = text + word, job.spans[mask][1]
-            tokens.append(word)
-        text += job.text[end:]
-        score = float(torch.tensor(logprob, dtype=torch.float64).exp())
-        return Candidate(text, tuple(tokens), tuple(filled.values()), score)
+            words.append(word)
+        token_ids = tuple(token_id for token_id, _ in filled.values())
+        return Candidate(text + job.text[end:], tuple(words), token_ids, math.exp(logprob))
 
     def _word(self, token_id: int) -> tuple[str, bool]:
         """Return a token's text, and whether it continues the word before it."""

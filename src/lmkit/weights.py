@@ -17,22 +17,24 @@ if TYPE_CHECKING:
 
 __all__ = ["Source"]
 
-TOKENIZER_FILES = (
+VOCABULARY_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "source.spm",
-    "spm.model",
+    "vocab*",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "*.codes",
+    "*.tokenizer",
+    "tekken.json",
+    "dict.txt",
 )
-"""A folder with none of these has no tokenizer."""
+"""A folder with none of these has no tokenizer, except those that read bytes or characters."""
+
+WITHOUT_VOCABULARY = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.bpe")
+_SIDE_FILES = ("*.json", "*.txt", "*.jinja", "*.bpe", *VOCABULARY_FILES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,28 +102,34 @@ def find(name: str, hub: HubOptions, wanted: Wanted) -> Source:
         WeightsError: The Hub has it as pickled weights alone, and those are not wanted.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return Source(name, path)
     if path.suffix == ".gguf" and path.is_file():
         return Source(name, path.parent, path.name)
+    if path.is_file():
+        msg = f"{path.absolute()} is one file: pass the folder that holds it, {str(path.parent)!r}, or a .gguf file."
+        raise ModelNotFoundError(msg)
     repo, _, file = name.partition(":")
     if not _HUB_ID.fullmatch(repo) or (name.endswith((".gguf", "/")) and not file) or repo.startswith("."):
         msg = f"{name!r} is not here: no such file or folder as {path.absolute()}, and not a Hub id (owner/name)."
         raise ModelNotFoundError(msg)
     try:
         return _from_cache(name, repo, file, hub, wanted)
-    except (FileNotFoundError, WeightsError) as absent:
+    except (FileNotFoundError, WeightsError, ValueError) as absent:
         return _from_hub(name, hub, wanted, absent)
 
 
 def _from_cache(name: str, repo: str, file: str, hub: HubOptions, wanted: Wanted) -> Source:
     """Use what was fetched before, without a network call; raise if any of it is absent."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import try_to_load_from_cache
 
-    folder = Path(snapshot_download(repo, revision=hub.revision, cache_dir=hub.cache_dir, local_files_only=True))
+    # Not snapshot_download: it wants every file of the repository, and lmkit fetches only those it needs.
+    wanted_file = file or "config.json"
+    found = try_to_load_from_cache(repo, wanted_file, revision=hub.revision, cache_dir=hub.cache_dir)
+    if not isinstance(found, str):
+        raise FileNotFoundError(wanted_file)
+    folder = Path(found.removesuffix(file)) if file else Path(found).parent
     source = Source(name, folder, file or None)
-    if file and not (folder / file).is_file():
-        raise FileNotFoundError(folder / file)
     if not file:
         config = source.read_config()
         check_tokenizer(source)
@@ -141,12 +149,16 @@ def _from_hub(name: str, hub: HubOptions, wanted: Wanted, absent: Exception) -> 
     cache = hub.cache_dir or constants.HF_HUB_CACHE
     where = f"no folder {Path(name).absolute()}, nothing whole in the cache {cache}"
     if hub.local_files_only or constants.HF_HUB_OFFLINE:
-        msg = f"{name!r} was not found: {where} ({absent}), and the Hub was not asked (offline was asked for)."
+        msg = f"{name!r} was not found: {where}, and the Hub was not asked, because offline was asked for."
         raise ModelNotFoundError(msg) from absent
     try:
         # Asked first and once: unlike a download, this does not retry for 23 seconds without a network.
         info = HfApi(token=hub.token).model_info(repo, revision=hub.revision, timeout=20)
         names = [sibling.rfilename for sibling in info.siblings or ()]
+        if file and file not in names:
+            there = listed(name for name in names if name.endswith(".gguf")) or "none"
+            msg = f"{repo!r} has no file {file!r}; its GGUF files: {there}."
+            raise ModelNotFoundError(msg)
         patterns = [file] if file else wanted_files(name, names, wanted)
         folder = snapshot_download(
             repo,
@@ -155,6 +167,8 @@ def _from_hub(name: str, hub: HubOptions, wanted: Wanted, absent: Exception) -> 
             token=hub.token,
             allow_patterns=patterns,
         )
+    except LmkitError:
+        raise
     except (
         HfHubHTTPError,
         OfflineModeIsEnabled,
@@ -162,9 +176,10 @@ def _from_hub(name: str, hub: HubOptions, wanted: Wanted, absent: Exception) -> 
         OSError,
         _network_error(),
     ) as error:
+        revision = f" at revision {hub.revision!r}" if hub.revision else ""
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         msg = (
-            f"{name!r} was not found: {where}, and {constants.ENDPOINT} answered: {reason} "
+            f"{name!r}{revision} was not found: {where}, and {constants.ENDPOINT} answered: {reason.rstrip('.')}. "
             "Check the spelling and the connection; a private or gated model needs token=."
         )
         raise ModelNotFoundError(msg) from error
@@ -182,13 +197,15 @@ def find_adapter(name: str, hub: HubOptions) -> Path:
 
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        options: dict[str, Any] = {
-            "cache_dir": hub.cache_dir,
-            "token": hub.token,
-            "local_files_only": hub.local_files_only,
-        }
+        files = ["adapter_config.json", ADAPTER_WEIGHTS]
         try:
-            found = snapshot_download(name, allow_patterns=["adapter_config.json", ADAPTER_WEIGHTS], **options)
+            found = _cached_adapter(name, files, hub) or snapshot_download(
+                name,
+                allow_patterns=files,
+                cache_dir=hub.cache_dir,
+                token=hub.token,
+                local_files_only=hub.local_files_only,
+            )
         except (OSError, ValueError, _network_error()) as error:
             msg = f"the adapter {name!r} was not found: no folder {folder.absolute()}, and the Hub answered: {error}"
             raise ModelNotFoundError(msg) from error
@@ -198,6 +215,15 @@ def find_adapter(name: str, hub: HubOptions) -> Path:
         raise WeightsError(msg)
     read_header(folder / ADAPTER_WEIGHTS)
     return folder
+
+
+def _cached_adapter(name: str, files: Sequence[str], hub: HubOptions) -> str | None:
+    """Return an adapter's folder in the cache, if all its files are there; no network call is made."""
+    from huggingface_hub import try_to_load_from_cache
+
+    paths = [try_to_load_from_cache(name, file, cache_dir=hub.cache_dir) for file in files]
+    found = [path for path in paths if isinstance(path, str)]
+    return str(Path(found[0]).parent) if len(found) == len(files) else None
 
 
 def _network_error() -> type[Exception]:
@@ -261,7 +287,11 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(weights, dict):
         msg = f"{index} has no 'weight_map' that names the shards: restore it from where the model came from."
         raise WeightsError(msg)
-    files = [index.parent / name for name in sorted(set(weights.values()))]
+    names = set(map(str, weights.values()))
+    if strange := [name for name in names if Path(name).name != name or not name.endswith(index.name.split(".")[1])]:
+        msg = f"{index} names {listed(strange)}, which is no shard beside it: restore it from its source."
+        raise WeightsError(msg)
+    files = [index.parent / name for name in sorted(names)]
     if missing := [file.name for file in files if not file.is_file()]:
         msg = f"{index.parent} lacks {listed(missing)}, which {index.name} names: fetch the missing shards."
         raise WeightsError(msg)
@@ -299,8 +329,8 @@ def read_header(file: Path) -> dict[str, Any]:
             raise _broken(file, f"it has {size:,} bytes, fewer than its header says")
         try:
             header = json.loads(opened.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise _broken(file, "its header is not safetensors JSON") from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:
@@ -321,14 +351,19 @@ def _check_gguf(file: Path) -> None:
 
 
 def check_tokenizer(source: Source) -> None:
-    """Check that a folder has a tokenizer.
+    """Check that a folder has a tokenizer with its vocabulary.
 
     Raises:
-        WeightsError: It has none of `TOKENIZER_FILES`.
+        WeightsError: It has none of `VOCABULARY_FILES`, and its tokenizer needs one.
     """
-    if source.gguf_file is None and not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
-        msg = f"{source.folder} has no tokenizer: looked for {listed(TOKENIZER_FILES)}. Save one beside the model."
-        raise WeightsError(msg)
+    if source.gguf_file is not None or any(next(source.folder.glob(name), None) for name in VOCABULARY_FILES):
+        return
+    settings = source.folder / "tokenizer_config.json"
+    content = read_json(settings) if settings.is_file() else {}
+    if isinstance(content, dict) and content.get("tokenizer_class") in WITHOUT_VOCABULARY:
+        return
+    msg = f"{source.folder} has no tokenizer: looked for {listed(VOCABULARY_FILES)}. Save one beside the model."
+    raise WeightsError(msg)
 
 
 def check_code(source: Source, config: dict[str, Any], *, trusted: bool) -> None:
@@ -339,9 +374,10 @@ def check_code(source: Source, config: dict[str, Any], *, trusted: bool) -> None
     """
     from transformers import CONFIG_MAPPING
 
-    if trusted or "auto_map" not in config or config.get("model_type") in CONFIG_MAPPING:
+    brought, kind = config.get("auto_map"), config.get("model_type")
+    if trusted or not brought or (isinstance(kind, str) and kind in CONFIG_MAPPING):
         return
-    code = sorted({str(value) for value in config["auto_map"].values()})
+    code = sorted(map(str, brought.values() if isinstance(brought, dict) else [brought]))
     msg = (
         f"{source.name!r} needs its own code ({listed(code)}), which could do anything on this machine: "
         "read it, and pass trust_remote_code=True if you trust it."
@@ -369,13 +405,16 @@ def read_json(file: Path) -> object:
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
     """Turn what the libraries below raise while reading a file into errors that name it."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
     try:
         yield
     except LmkitError:
         raise
     except ImportError as error:
         raise _missing(what, error) from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         msg = f"{what} cannot be read: {type(error).__name__}: {error}"
         raise WeightsError(msg) from error
 

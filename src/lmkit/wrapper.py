@@ -7,16 +7,17 @@ import contextlib
 import itertools
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from lmkit.encoding import Codec
 from lmkit.errors import EngineError, LmkitError, OptionError
 from lmkit.generation import split
-from lmkit.results import TextChunk
+from lmkit.results import Generation, TextChunk
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -199,7 +200,10 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
         if on_error not in ("raise", "return"):
             msg = f"on_error={on_error!r} is not accepted: pass 'raise' or 'return'."
             raise OptionError(msg)
-        self._check(split(options, 1, self._accepted)[0])
+        if isinstance(inputs, str):
+            msg = f"map takes an iterable of rows, not the one text {inputs!r}: call the model, or pass a list."
+            raise OptionError(msg)
+        self._check(split(options, None, self._accepted)[0])
         self._opened  # noqa: B018 - a closed wrapper refuses now
         return self._mapped(iter(inputs), options, on_error)
 
@@ -239,7 +243,7 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
     def _stream(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> Iterator[TextChunk]:
         """Check all rows now; compute when asked for chunks."""
         copies = options.get("num_return_sequences")
-        if copies not in (None, 1):
+        if any(count not in (None, 1) for count in (copies if isinstance(copies, (list, tuple)) else [copies])):
             msg = f"num_return_sequences={copies!r} cannot be streamed: call the model, or stream one."
             raise OptionError(msg)
         return self._streamed(self._valid(inputs, options))
@@ -250,8 +254,8 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
             for news in run:
                 failed = failed or news.error
                 if news.text or news.result is not None:
-                    reason = getattr(news.result, "finish_reason", None)
-                    yield TextChunk(news.text, news.index, reason)
+                    result = news.result if isinstance(news.result, Generation) else None
+                    yield TextChunk(news.text, news.index, result.finish_reason if result else None, result)
         if failed is not None:
             raise failed
 
@@ -292,23 +296,25 @@ async def finished(work: Any, cancel: Callable[[], None]) -> Any:
         raise
 
 
-def rows_of(inputs: Any, kind: type | tuple[type, ...], what: str) -> tuple[list[Any], bool]:
-    """Return the rows of a call, and whether it was a single one.
+def rows_of(inputs: Any) -> tuple[list[Any], bool]:
+    """Return the rows of a call, and whether it was a single one; each row is checked when its turn comes."""
+    if isinstance(inputs, str) or not isinstance(inputs, Iterable) or isinstance(inputs, (bytes, Mapping)):
+        return [inputs], True
+    return list(inputs), False
 
-    Args:
-        inputs: One row, or an iterable of rows.
-        kind: The type of a row.
-        what: What a row is called in the message.
+
+def text_of(given: Any, row: int, what: str = "a text") -> str:
+    """Return a row that is a text.
 
     Raises:
-        OptionError: The input, or one of its rows, is something else.
+        OptionError: It is something else.
     """
-    if isinstance(inputs, kind):
-        return [inputs], True
-    rows = list(inputs) if hasattr(inputs, "__iter__") and not isinstance(inputs, (bytes, dict)) else [inputs]
-    for number, row in enumerate(rows):
-        if not isinstance(row, kind):
-            given = repr(row) if len(repr(row)) < 60 else f"{type(row).__name__} object"  # noqa: PLR2004
-            msg = f"row {number} is {given}, not {what}: pass {what}, or a list of them."
-            raise OptionError(msg)
-    return rows, False
+    if isinstance(given, str):
+        return given
+    shown = repr(given) if len(repr(given)) <= LONGEST_SHOWN else f"an object of type {type(given).__name__}"
+    msg = f"row {row} is {shown}, not {what}: pass {what}, or a list of them."
+    raise OptionError(msg)
+
+
+LONGEST_SHOWN = 60
+"""How many characters of a wrong input a message repeats."""

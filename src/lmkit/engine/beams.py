@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lmkit.engine.decoders import input_device, padded
 from lmkit.engine.request import Outcome
 from lmkit.engine.row import end_tokens, timing
@@ -12,8 +14,10 @@ from lmkit.engine.text import TextFeed
 from lmkit.results import Completion, FinishReason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    import threading
+    from collections.abc import Sequence
 
+    from lmkit.encoding import Codec
     from lmkit.engine.request import Request
 
 __all__ = ["alike", "search"]
@@ -28,7 +32,8 @@ def search(
     model: Any,
     requests: Sequence[Request],
     pad: int,
-    decode: Callable[[Sequence[int]], str],
+    codec: Codec,
+    cancelled: threading.Event,
 ) -> list[Outcome]:
     """Run requests of one config together and describe what each of them won.
 
@@ -36,7 +41,8 @@ def search(
         model: The transformers model.
         requests: Requests for which `alike` gives the same key.
         pad: The token that fills short rows; the mask hides it.
-        decode: Turns token ids into text.
+        codec: The model's tokenizer.
+        cancelled: Ends the search at its next step when set.
     """
     encodes = model.config.is_encoder_decoder
     started = time.perf_counter()
@@ -48,12 +54,15 @@ def search(
         generation_config=requests[0].config,
         return_dict_in_generate=True,
         output_scores=True,
+        stopping_criteria=[
+            lambda token_ids, _scores: torch.full_like(token_ids[:, 0], cancelled.is_set(), dtype=torch.bool)
+        ],
     )
     seconds = time.perf_counter() - started
     skip = 1 if encodes else token_ids.shape[1]
     count = len(found.sequences) // len(requests)
     completions = [
-        _completion(requests[number // count], sequence.tolist()[skip:], float(score), decode)
+        _completion(requests[number // count], sequence.tolist()[skip:], float(score), codec)
         for number, (sequence, score) in enumerate(zip(found.sequences, found.sequences_scores, strict=True))
     ]
     return [_outcome(completions[start : start + count], seconds) for start in range(0, len(completions), count)]
@@ -64,15 +73,13 @@ def _outcome(completions: list[Completion], seconds: float) -> Outcome:
     return Outcome(tuple(completions), timing(seconds, seconds, tokens))
 
 
-def _completion(
-    request: Request, token_ids: list[int], score: float, decode: Callable[[Sequence[int]], str]
-) -> Completion:
+def _completion(request: Request, token_ids: list[int], score: float, codec: Codec) -> Completion:
     """Cut a beam at its end token, and its text before a stop string."""
     ends = end_tokens(request)
     length = next((n for n, token_id in enumerate(token_ids) if token_id in ends), None)
     reason: FinishReason = "length" if length is None else "eos"
     visible = token_ids[:length]
-    feed = TextFeed(decode, request.stop)
+    feed = TextFeed(codec, request.stop)
     feed.read(visible)
     return Completion(
         text=feed.text,

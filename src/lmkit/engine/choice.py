@@ -48,16 +48,19 @@ class Chooser:
             logits: The model's scores in float32. *Shape:* `(rows, vocabulary)`.
         """
         likeliest = logits.argmax(-1).tolist()
-        finite = torch.isfinite(logits).any(-1).tolist()
+        usable = (torch.isfinite(logits).any(-1) & ~torch.isnan(logits).any(-1)).tolist()
         for number, row in enumerate(rows):
-            if not finite[number]:
+            if not usable[number]:
                 row.error = EngineError(_NO_SCORES.format(index=row.index, step=len(row.token_ids) + 1))
                 continue
             if row.processors is None:
                 row.processors = self._build(row)
-            token_id = likeliest[number]
+            token_id: int | None = likeliest[number]
             if row.processors or row.request.config.do_sample:
                 token_id = self._process(row, row.processors, logits[number])
+            if token_id is None:
+                row.error = EngineError(_NO_CHOICE.format(index=row.index, step=len(row.token_ids) + 1))
+                continue
             row.accept(token_id, self._logprob(row, token_id, logits[number]))
 
     def _build(self, row: Row) -> LogitsProcessorList:
@@ -76,11 +79,14 @@ class Chooser:
         )
         return processors
 
-    def _process(self, row: Row, processors: LogitsProcessorList, logits: torch.Tensor) -> int:
+    def _process(self, row: Row, processors: LogitsProcessorList, logits: torch.Tensor) -> int | None:
+        """Choose among the scores that the row's options leave; None if they leave none."""
         prefix = row.request.input_ids if self._start is None else (self._start,)
         token_ids: Any = torch.tensor([[*prefix, *row.token_ids]])
         # Processors write into the scores they are given, and `logits` is still needed for logprobs.
         scores = processors(token_ids, logits[None].to("cpu", copy=True))[0]
+        if not torch.isfinite(scores).any():
+            return None
         if not row.request.config.do_sample:
             return int(scores.argmax())
         # Inversion of the cumulative distribution: one number of the row's own stream per token.
@@ -102,6 +108,11 @@ class Chooser:
     def _named(self, token_id: int, values: torch.Tensor) -> tuple[str, int, float]:
         return self._codec.token(token_id), token_id, float(values[token_id])
 
+
+_NO_CHOICE = (
+    "row {index}: its options leave no token to choose at token {step}: suppress fewer tokens, or drop one of the "
+    "options that forbid them."
+)
 
 _NO_SCORES = (
     "row {index}: the model gave no finite score at token {step}, so there is nothing to choose from. "

@@ -202,6 +202,9 @@ class PreparedDecoder:
             inputs=token_ids,
             attention_mask=mask,
             max_new_tokens=max(row.request.config.max_new_tokens or 1 for row in rows),
+            num_beams=1,
+            num_return_sequences=1,
+            do_sample=False,
             custom_generate=_hand_back,
         )
 

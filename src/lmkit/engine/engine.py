@@ -73,7 +73,8 @@ class Engine:
         Args:
             requests: The rows.
             stream: Whether to report new text at every step, not only the end.
-            cancelled: Set it from another thread to end all rows at their next step.
+            cancelled: Set it from another thread to end all rows at their next step, without further news
+                of those that have not begun.
 
         Raises:
             EngineError: If the engine was closed. What fails for one row alone is in its `Update`.
@@ -85,10 +86,13 @@ class Engine:
             for copy in range(requests[place].copies)
         ]
         ended: dict[int, list[Row]] = {}
+        cancelled = cancelled or threading.Event()
         for batch in self._batches(rows):
-            yield from self._advance(batch, ended, cancelled or threading.Event())
+            if cancelled.is_set():
+                return
+            yield from self._advance(batch, ended, cancelled)
         searched = [place for place in range(len(requests)) if requests[place].config.num_beams > 1]
-        yield from self._search(requests, searched)
+        yield from self._search(requests, searched, cancelled)
 
     def _batches(self, rows: list[Row]) -> Iterator[list[Row]]:
         """Group rows by length, the longest first; copies of a request stay in order."""
@@ -141,7 +145,7 @@ class Engine:
         if len(copies) == row.request.copies:
             yield _end(copies)
 
-    def _search(self, requests: Sequence[Request], places: list[int]) -> Iterator[Update]:
+    def _search(self, requests: Sequence[Request], places: list[int], cancelled: threading.Event) -> Iterator[Update]:
         groups: dict[str, list[int]] = {}
         for place in places:
             length = "" if self._pads else len(requests[place].input_ids)
@@ -149,9 +153,12 @@ class Engine:
         for group in groups.values():
             size = max(1, BEAMS_PER_BATCH // requests[group[0]].config.num_beams)
             for start in range(0, len(group), size):
+                if cancelled.is_set():
+                    return
                 batch = group[start : start + size]
+                chosen = [requests[place] for place in batch]
                 with self._stepping():
-                    outcomes = search(self._model, [requests[p] for p in batch], self._pad, self._codec.decode)
+                    outcomes = search(self._model, chosen, self._pad, self._codec, cancelled)
                 for place, outcome in zip(batch, outcomes, strict=True):
                     yield Update(place, text=outcome.completions[0].text, outcome=outcome)
 

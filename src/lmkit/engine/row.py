@@ -43,7 +43,7 @@ class Row:
         self.error: EngineError | None = None
         self.processors: LogitsProcessorList | None = None
         self._ends = end_tokens(request)
-        self._feed = TextFeed(codec.decode, request.stop)
+        self._feed = TextFeed(codec, request.stop)
         self.streams = stream
         self._random = _stream_of(request.seed, copy) if request.seed is not None else None
         self._started = time.perf_counter()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
+
+    from lmkit.encoding import Codec
 
 __all__ = ["TextFeed"]
 
@@ -18,17 +20,20 @@ class TextFeed:
     every step, which is the plain way and costs the square of the length.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: tuple[str, ...]) -> None:
-        """Start with no text; `decode` turns token ids into text, `stop` are the stop strings."""
-        self._decode = decode
+    def __init__(self, codec: Codec, stop: tuple[str, ...]) -> None:
+        """Start with no text; `stop` are the strings that end it."""
+        self._codec = codec
         self._stop = stop
         self.text = ""
         self.stop_reason: str | None = None
+        self._certain = 0
         self._released = 0
 
     def read(self, token_ids: Sequence[int]) -> None:
         """Take in all tokens so far; sets `stop_reason` and cuts `text` if a stop string is there."""
-        text = self._decode(token_ids)
+        text = self._codec.decode(token_ids)
+        whole = self._codec.whole_tokens(token_ids)
+        self._certain = len(text if whole == len(token_ids) else self._codec.decode(token_ids[:whole]))
         found = [(text.find(stop), stop) for stop in self._stop if stop in text]
         if found:
             # The earliest wins; of two that begin together, the longer one.
@@ -45,9 +50,6 @@ class TextFeed:
 
     def _settled(self) -> int:
         """Count the characters that are certain to stay."""
-        end = len(self.text.rstrip("\N{REPLACEMENT CHARACTER}"))
-        for stop in self._stop:
-            longest = min(len(stop) - 1, end)
-            held = next((n for n in range(longest, 0, -1) if self.text[:end].endswith(stop[:n])), 0)
-            end = min(end, len(self.text) - held)
-        return end
+        text = self.text[: self._certain].rstrip("\N{REPLACEMENT CHARACTER}")
+        begun = (stop[:length] for stop in self._stop for length in range(1, len(stop)))
+        return len(text) - max((len(beginning) for beginning in begun if text.endswith(beginning)), default=0)
