@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tokenizers_tiny as tiny
 import torch
 import transformers
+
+import tokenizers_tiny as tiny
 
 hf: Any = transformers  # Its annotations are narrower than what it accepts.
 Task = Literal["causal", "seq2seq", "masked"]
@@ -28,8 +29,7 @@ _TEXTS: dict[Task, tuple[str, ...]] = {
     ),
     "seq2seq": (
         "The train was late again, so we walked home.",
-        "Nobody knew why the light in the tower was burning all night, and the old sailor told "
-        "the children a story.",
+        "Nobody knew why the light in the tower was burning all night, and the old sailor told the children a story.",
         "Birds fly.",
         "A good teacher asks questions and listens.",
         "The price of bread in Paris and London",
@@ -37,8 +37,7 @@ _TEXTS: dict[Task, tuple[str, ...]] = {
     "masked": (
         "The capital of France is [MASK], and the capital of England is London.",
         "Birds [MASK].",
-        "[MASK] morning the baker opens the small shop near the river and sells fresh bread to "
-        "the children.",
+        "[MASK] morning the baker opens the small shop near the river and sells fresh bread to the children.",
         "My friend plays the [MASK] in the evening.",
         "The train was late, so we walked [MASK]",
     ),
@@ -95,13 +94,13 @@ def _spread(model: torch.nn.Module, config: Any) -> None:
         if weight.ndim == 1:
             weight.add_(0.1 * torch.randn_like(weight))
         else:
-            weight.normal_(std=_std(name, config, weight in embeddings))
+            weight.normal_(std=_std(name, config, is_embedding=weight in embeddings))
             if weight.ndim == 2 and weight not in embeddings:
                 # The positive mean of an activation would become the same offset for every text.
                 weight.sub_(weight.mean(0)).sub_(weight.mean(1, keepdim=True))
 
 
-def _std(name: str, config: Any, is_embedding: bool) -> float:
+def _std(name: str, config: Any, *, is_embedding: bool) -> float:
     """Choose a spread that keeps the last token, or the source, from settling every choice."""
     if is_embedding:
         scaled = getattr(config, "scale_embedding", False) or config.model_type == "gemma2"
@@ -120,9 +119,7 @@ def _quieten_specials(model: Any, tokenizer: Any, task: Task) -> None:
     head.weight[sorted(ids - loud)] *= 0.2
 
 
-def _made(
-    name: str, tokenizer: Any, generation: dict[str, Any] | None = None, **options: Any
-) -> Checkpoint:
+def _made(name: str, tokenizer: Any, generation: dict[str, Any] | None = None, **options: Any) -> Checkpoint:
     """Make a model of the named class, with as many embeddings as tokens unless told otherwise."""
     model_class = getattr(hf, name)
     model = model_class(model_class.config_class(**{"vocab_size": len(tokenizer), **options}))
@@ -180,9 +177,7 @@ def _llama(folder: Path) -> Checkpoint:  # meta-llama/Llama-2-7b-hf
 def _mistral(folder: Path) -> Checkpoint:  # mistralai/Mistral-7B-v0.1
     # Without mistral-common, a folder that names LlamaTokenizer loads as this class too.
     llama = tiny.llama()
-    tokenizer = hf.TokenizersBackend(
-        tokenizer_object=llama.backend_tokenizer, **llama.special_tokens_map
-    )
+    tokenizer = hf.TokenizersBackend(tokenizer_object=llama.backend_tokenizer, **llama.special_tokens_map)
     return _made("MistralForCausalLM", tokenizer, sliding_window=8, **_GROUPED)
 
 
@@ -341,9 +336,7 @@ def _m2m100(folder: Path) -> Checkpoint:  # facebook/m2m100_418M
         "early_stopping": True,
     }  # fmt: skip
     size = len(tokenizer) + tokenizer.num_madeup_words
-    return _made(
-        "M2M100ForConditionalGeneration", tokenizer, generation, vocab_size=size, **_TWO_STACKS
-    )
+    return _made("M2M100ForConditionalGeneration", tokenizer, generation, vocab_size=size, **_TWO_STACKS)
 
 
 def _nllb(folder: Path) -> Checkpoint:  # facebook/nllb-200-distilled-600M

@@ -1,11 +1,11 @@
 from pathlib import Path
 
-import families
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import families
 import lmkit
 
 LLAMA = next(family for family in families.CAUSAL if family.name == "llama")
@@ -14,6 +14,7 @@ PROMPT = "The old sailor"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Llama."""
     return families.save(LLAMA, tmp_path_factory.mktemp("adapter") / "llama")
 
 
@@ -45,7 +46,7 @@ def test_an_adapter_gives_the_tokens_that_peft_gives(base: Path, adapter: Path) 
 
 def test_an_adapter_that_is_not_there_says_where_lmkit_looked(base: Path) -> None:
     """A wrong adapter name is a ModelNotFoundError with the folder that was looked for."""
-    with pytest.raises(lmkit.ModelNotFoundError, match="no folder .*/nowhere/lora"):
+    with pytest.raises(lmkit.ModelNotFoundError, match=r"no folder .*/nowhere/lora"):
         lmkit.load("causal", base, adapter="/nowhere/lora")
 
 

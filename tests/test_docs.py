@@ -60,9 +60,7 @@ def check_session(block: Block, page: Path, names: dict[str, Any]) -> None:
     session.globs = names  # get_doctest would copy: later blocks see what this one assigns
     report: list[str] = []
     if block.runs:
-        doctest.DocTestRunner(optionflags=MATCHING).run(
-            session, out=report.append, clear_globs=False
-        )
+        doctest.DocTestRunner(optionflags=MATCHING).run(session, out=report.append, clear_globs=False)
     assert not report, "".join(report)
 
 
@@ -70,9 +68,7 @@ RUNNERS = {"python": run, "pycon": check_session}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_the_code_of_a_page_runs(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader can paste the blocks of a page, top to bottom, into a checkout's interpreter."""
     (tmp_path / "examples").symlink_to(ROOT / "examples", target_is_directory=True)
     monkeypatch.chdir(tmp_path)

@@ -77,9 +77,7 @@ def numbered(*groups: Iterable[str]) -> dict[str, int]:
     return {token: i for i, token in enumerate(tokens)}
 
 
-def _train_bpe(
-    pre_tokenizer: pre_tokenizers.PreTokenizer, alphabet: list[str], size: int
-) -> tuple[list[str], Merges]:
+def _train_bpe(pre_tokenizer: pre_tokenizers.PreTokenizer, alphabet: list[str], size: int) -> tuple[list[str], Merges]:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)

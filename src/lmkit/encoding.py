@@ -68,7 +68,7 @@ class Codec:
                 )
             token_ids: list[int] = list(encoded["input_ids"])
         except (TemplateError, TypeError, ValueError, KeyError) as error:
-            msg = f"the checkpoint's chat template refuses these messages, or what template= gives it: {error}"
+            msg = f"the checkpoint's chat template refuses these messages: {error}"
             raise OptionError(msg) from error
         return self.tokenizer.decode(token_ids), token_ids
 
@@ -98,7 +98,9 @@ class Codec:
     @cached_property
     def _byte_tokens(self) -> frozenset[int]:
         vocabulary = self.tokenizer.get_vocab()
-        return frozenset(vocabulary[name] for n in range(256) if (name := f"<0x{n:02X}>") in vocabulary)
+        found = {vocabulary[name] for n in range(256) if (name := f"<0x{n:02X}>") in vocabulary}
+        # Special tokens are not written, so they do not end a run.
+        return frozenset(found | set(self.tokenizer.all_special_ids) if found else ())
 
     @cached_property
     def around(self) -> tuple[int, int]:

@@ -43,7 +43,8 @@ def resolve_task(word: object, name: str = "") -> Task:
     if name in TASK_WORDS:
         msg = f"the task comes first: load({name!r}, {word!r}), not load({word!r}, {name!r})."
         raise UnknownTaskError(msg)
-    msg = f"unknown task {word!r}.{nearest(str(word), TASK_WORDS)} Accepted: {listed(TASK_WORDS)}."
+    hint = nearest(word, TASK_WORDS) if isinstance(word, str) else ""
+    msg = f"unknown task {word!r}.{hint} Accepted: {listed(TASK_WORDS)}."
     raise UnknownTaskError(msg)
 
 

@@ -127,7 +127,8 @@ def _from_cache(name: str, repo: str, file: str, hub: HubOptions, wanted: Wanted
     wanted_file = file or "config.json"
     found = try_to_load_from_cache(repo, wanted_file, revision=hub.revision, cache_dir=hub.cache_dir)
     if not isinstance(found, str):
-        raise FileNotFoundError(wanted_file)
+        msg = f"no {wanted_file}"
+        raise FileNotFoundError(msg)
     folder = Path(found.removesuffix(file)) if file else Path(found).parent
     source = Source(name, folder, file or None)
     if not file:
@@ -147,9 +148,9 @@ def _from_hub(name: str, hub: HubOptions, wanted: Wanted, absent: Exception) -> 
 
     repo, _, file = name.partition(":")
     cache = hub.cache_dir or constants.HF_HUB_CACHE
-    where = f"no folder {Path(name).absolute()}, nothing whole in the cache {cache}"
+    where = f"no folder {Path(name).absolute()}, nothing whole in the cache {cache} ({absent})"
     if hub.local_files_only or constants.HF_HUB_OFFLINE:
-        msg = f"{name!r} was not found: {where}, and the Hub was not asked, because offline was asked for."
+        msg = f"{name!r} was not found: {where}, and the Hub was not asked (offline was asked for)."
         raise ModelNotFoundError(msg) from absent
     try:
         # Asked first and once: unlike a download, this does not retry for 23 seconds without a network.
@@ -310,6 +311,18 @@ def check_weights(source: Source, *, allow_pickle: bool) -> None:
     for file in weight_files(source, allow_pickle=allow_pickle):
         if file.suffix == ".safetensors":
             read_header(file)
+            _check_tensors(file)
+
+
+def _check_tensors(file: Path) -> None:
+    """Let safetensors check what the header says of each tensor; no data is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise _broken(file, str(error)) from error
 
 
 def read_header(file: Path) -> dict[str, Any]:

@@ -1,9 +1,147 @@
 """lmkit as a user's code sees it: checked by mypy and basedpyright, never run."""
 
-from typing import assert_type
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, assert_type
+
+import torch
 
 import lmkit
 
+# load: the word decides the class.
+
 assert_type(lmkit.load("causal", "any/name"), lmkit.Generator)
+assert_type(lmkit.load("text-generation", "any/name", "bfloat16", "cuda:0"), lmkit.Generator)
 assert_type(lmkit.load("seq2seq", "any/name"), lmkit.Translator)
-assert_type(lmkit.load("masked", "any/name"), lmkit.Unmasker)
+assert_type(lmkit.load("translation", Path("folder"), "int8"), lmkit.Translator)
+assert_type(lmkit.load("summarization", "any/name", devices=["cuda:0", "cuda:1"]), lmkit.Translator)
+assert_type(lmkit.load("text2text-generation", "any/name", devices={"cuda:0": "20GiB"}), lmkit.Translator)
+assert_type(lmkit.load("masked", "any/name", devices=torch.device("cpu")), lmkit.Unmasker)
+assert_type(lmkit.load("fill-mask", "any/name", "fp32", 0, local_files_only=True), lmkit.Unmasker)
+
+generator = lmkit.load("causal", "any/name")
+translator = lmkit.load("seq2seq", "any/name")
+unmasker = lmkit.load("masked", "any/name")
+
+
+def prompts() -> Iterator[str]:
+    yield "Level up!"
+
+
+# Calls: a text gives one result, anything else a list.
+
+
+def generate() -> None:
+    result = generator("Level up!", max_new_tokens=50, temperature=0.7, stop=["\n"], seed=1)
+    assert_type(result, lmkit.Generation)
+    assert_type(result.text, str)
+    assert_type(result.token_ids, tuple[int, ...])
+    assert_type(result.finish_reason, Literal["eos", "stop", "length", "cancelled"])
+    assert_type(result.stop_reason, str | None)
+    assert_type(result.completions[0].score, float | None)
+    assert_type(result.logprobs, tuple[lmkit.TokenLogprob, ...] | None)
+    assert_type(result.timing.tokens_per_second, float)
+    assert_type(generator(["a", "b"], temperature=[0, 0.5], stop=[["x"], ["y"]]), list[lmkit.Generation])
+    assert_type(generator(("a", "b"), mode=lmkit.Beam(num_beams=4)), list[lmkit.Generation])
+    assert_type(generator(prompts(), mode=[lmkit.Greedy(), lmkit.Sample(top_p=0.9)]), list[lmkit.Generation])
+
+
+def chat() -> None:
+    messages = [{"role": "user", "content": "Hello!"}]
+    assert_type(generator.chat(messages), lmkit.Generation)
+    assert_type(generator.chat([messages, messages], seed=[1, 2]), list[lmkit.Generation])
+    assert_type(generator(messages), lmkit.Generation)
+    assert_type(generator.chat([{"role": "user", "content": "Hello!"}], template={"a": 1}), lmkit.Generation)
+
+
+def translate() -> None:
+    result = translator("How are you?", source="en", target="de", num_beams=4)
+    assert_type(result, lmkit.Translation)
+    assert_type(result.source_language, str | None)
+    assert_type(result.segments, tuple[lmkit.Segment, ...])
+    assert_type(translator(["a", "b"], target=["de", "fr"], source="en"), list[lmkit.Translation])
+    assert_type(translator("A long text.", preset="summarization"), lmkit.Translation)
+    assert_type(translator.languages, tuple[str, ...])
+    assert_type(translator.presets, tuple[str, ...])
+
+
+def unmask() -> None:
+    result = unmasker("I love [MASK].", top_k=3)
+    assert_type(result, lmkit.Unmasking)
+    assert_type(result.candidates[0].token, str)
+    assert_type(result.masks[0].candidates[0].score, float)
+    assert_type(unmasker(["a [MASK]", "b [MASK]"], targets=[["x"], ["y"]]), list[lmkit.Unmasking])
+    assert_type(unmasker(prompts(), targets=["x", "y"]), list[lmkit.Unmasking])
+
+
+# map: errors are in the type only where they are returned.
+
+
+def map_lazily() -> None:
+    assert_type(generator.map(prompts(), seed=1), Iterator[lmkit.Generation])
+    assert_type(generator.map(prompts(), on_error="raise"), Iterator[lmkit.Generation])
+    assert_type(generator.map(prompts(), on_error="return"), Iterator[lmkit.Generation | lmkit.LmkitError])
+    assert_type(translator.map(prompts(), source="en", target="de"), Iterator[lmkit.Translation])
+    assert_type(translator.map(prompts(), on_error="return"), Iterator[lmkit.Translation | lmkit.LmkitError])
+    assert_type(unmasker.map(prompts(), top_k=1), Iterator[lmkit.Unmasking])
+    assert_type(unmasker.map(prompts(), on_error="return"), Iterator[lmkit.Unmasking | lmkit.LmkitError])
+    for found in generator.map(prompts(), on_error="return"):
+        if isinstance(found, lmkit.LmkitError):
+            assert_type(found, lmkit.LmkitError)
+        else:
+            assert_type(found, lmkit.Generation)
+
+
+# stream, and the same for asyncio.
+
+
+def stream() -> None:
+    assert_type(generator.stream("Level up!", top_k=5), Iterator[lmkit.TextChunk])
+    assert_type(translator.stream(["a", "b"], source="en", target="de"), Iterator[lmkit.TextChunk])
+    assert_type(unmasker.stream(["a [MASK]"]), Iterator[lmkit.Unmasking])
+    for chunk in generator.stream(["a", "b"]):
+        assert_type(chunk.index, int)
+        assert_type(chunk.finish_reason, Literal["eos", "stop", "length", "cancelled"] | None)
+
+
+async def run_async() -> None:
+    assert_type(await generator.acall("Level up!"), lmkit.Generation)
+    assert_type(await generator.acall(["a", "b"], max_new_tokens=[1, 2]), list[lmkit.Generation])
+    assert_type(await translator.acall("a", source="en", target="de"), lmkit.Translation)
+    assert_type(await unmasker.acall(["a [MASK]"]), list[lmkit.Unmasking])
+    assert_type(generator.astream("Level up!"), AsyncIterator[lmkit.TextChunk])
+    assert_type(unmasker.astream("a [MASK]"), AsyncIterator[lmkit.Unmasking])
+    async for chunk in translator.astream("a", source="en", target="de"):
+        assert_type(chunk, lmkit.TextChunk)
+
+
+# Attributes, closing, errors.
+
+
+def attributes() -> None:
+    with lmkit.load("masked", "any/name") as opened:
+        assert_type(opened, lmkit.Unmasker)
+    assert_type(generator.name, str)
+    assert_type(generator.plan, lmkit.LoadPlan)
+    assert_type(generator.precision, str)
+    assert_type(generator.device, torch.device)
+    assert_type(generator.memory_bytes, int)
+    generator.close()
+
+
+def catch() -> None:
+    try:
+        generator("Level up!")
+    except (lmkit.InputTooLongError, lmkit.EngineError) as error:
+        assert_type(error.results, Sequence[object])
+
+
+# What a checker must refuse; an ignore that is not needed is an error itself.
+
+
+def refused() -> None:
+    lmkit.load("masekd", "any/name")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    generator("Level up!", max_new_token=5)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    generator("Level up!", temperature="hot")  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    translator("a", truncate="middle")  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    unmasker.map(prompts(), on_error="skip")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]

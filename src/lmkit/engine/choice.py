@@ -80,15 +80,15 @@ class Chooser:
         return processors
 
     def _process(self, row: Row, processors: LogitsProcessorList, logits: torch.Tensor) -> int | None:
-        """Choose among the scores that the row's options leave; None if they leave none."""
+        """Choose among the scores that the row's options leave; None if they leave none to draw from."""
         prefix = row.request.input_ids if self._start is None else (self._start,)
         token_ids: Any = torch.tensor([[*prefix, *row.token_ids]])
         # Processors write into the scores they are given, and `logits` is still needed for logprobs.
         scores = processors(token_ids, logits[None].to("cpu", copy=True))[0]
-        if not torch.isfinite(scores).any():
-            return None
         if not row.request.config.do_sample:
             return int(scores.argmax())
+        if not torch.isfinite(scores).any():
+            return None
         # Inversion of the cumulative distribution: one number of the row's own stream per token.
         cumulative = scores.double().softmax(-1).cumsum(-1)
         drawn = torch.searchsorted(cumulative, row.uniform() * cumulative[-1], right=True)
@@ -110,7 +110,7 @@ class Chooser:
 
 
 _NO_CHOICE = (
-    "row {index}: its options leave no token to choose at token {step}: suppress fewer tokens, or drop one of the "
+    "row {index}: its options leave no token to draw at token {step}: suppress fewer tokens, or drop one of the "
     "options that forbid them."
 )
 

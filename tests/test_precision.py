@@ -1,0 +1,251 @@
+import logging
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+import transformers
+from transformers import BitsAndBytesConfig
+
+import checkpoints
+import lmkit
+from lmkit.errors import PrecisionError
+from lmkit.precision import PRECISION_WORDS, computes_bfloat16, resolve_precision
+
+load: Any = lmkit.load  # What these tests pass is often not what is accepted.
+PROMPTS = ["The old sailor", "She"]
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "8bit": "int8", "4bit": "int4"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def native(monkeypatch: pytest.MonkeyPatch, *, bfloat16: bool) -> None:
+    """Let the processor have bfloat16 instructions, or none."""
+    monkeypatch.setattr("lmkit.precision.computes_bfloat16", lambda: bfloat16)
+
+
+def test_the_words_are_these() -> None:
+    """Seven names and five short forms are all the words there are."""
+    names = {"auto", "float32", "bfloat16", "float16", "int8", "int4", "nf4"}
+    assert dict(PRECISION_WORDS) == {name: name for name in names} | SHORT
+
+
+@pytest.mark.parametrize("word", [*DTYPES, "fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_dtype_is_taken_as_asked(word: str, device: str) -> None:
+    """A word that names a dtype gives it on every device, whatever the checkpoint was saved in."""
+    chosen = resolve_precision(word, "bfloat16", device)
+    name = SHORT.get(word, word)
+    assert (chosen.name, chosen.dtype, chosen.quantization) == (name, DTYPES[name], None)
+    assert chosen.reason == "as asked"
+
+
+@pytest.mark.parametrize(
+    "saved, device, bfloat16, dtype, part",
+    [
+        ("float32", "cpu", True, "float32", "the checkpoint's float32"),
+        ("float32", "cpu", False, "float32", "the checkpoint's float32"),
+        ("float32", "cuda", False, "float32", "the checkpoint's float32"),
+        ("bfloat16", "cpu", True, "bfloat16", "computes bfloat16 natively"),
+        ("bfloat16", "cpu", False, "float32", "no native half precision"),
+        ("bfloat16", "cuda", False, "bfloat16", "the checkpoint's bfloat16"),
+        ("float16", "cpu", True, "bfloat16", "computes bfloat16 natively"),
+        ("float16", "cpu", False, "float32", "no native half precision"),
+        ("float16", "cuda", False, "float16", "the checkpoint's float16"),
+        (None, "cpu", True, "bfloat16", "the file has no dtype of its own"),
+        (None, "cpu", False, "float32", "the file has no dtype of its own"),
+        (None, "cuda", False, "bfloat16", "the file has no dtype of its own"),
+    ],
+)
+def test_auto_keeps_the_checkpoints_dtype_where_the_device_computes_it(
+    monkeypatch: pytest.MonkeyPatch, saved: str | None, device: str, dtype: str, part: str, *, bfloat16: bool
+) -> None:
+    """`"auto"` is the saved dtype, unless a CPU would compute that half precision slowly."""
+    native(monkeypatch, bfloat16=bfloat16)
+    given = [saved] if saved is None else [saved, f"torch.{saved}", DTYPES[saved]]
+    for way in given:
+        chosen = resolve_precision("auto", way, device)
+        assert (chosen.name, chosen.dtype, chosen.quantization) == (dtype, DTYPES[dtype], None)
+        assert part in chosen.reason
+        assert str(chosen) == f"{dtype} ({chosen.reason})"
+
+
+@pytest.mark.parametrize("name", ["amx_bf16", "avx512_bf16", "bf16"])
+def test_one_instruction_set_is_enough(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A processor computes bfloat16 natively if torch reports any of the instruction sets for it."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, name: True})
+    assert computes_bfloat16()
+
+
+@pytest.mark.parametrize("found", [{}, {"avx512_bf16": False}, {"avx2": True, "avx512_f": True}])
+def test_without_them_bfloat16_is_not_native(monkeypatch: pytest.MonkeyPatch, found: dict[str, bool]) -> None:
+    """A processor without those instruction sets does not compute bfloat16 natively."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert not computes_bfloat16()
+
+
+@pytest.mark.parametrize("word, eight", [("int8", True), ("8bit", True), ("int4", False), ("4bit", False)])
+def test_int8_and_int4_are_bitsandbytes(monkeypatch: pytest.MonkeyPatch, word: str, *, eight: bool) -> None:
+    """The quantized words are a bitsandbytes config, computed in what `"auto"` would choose."""
+    native(monkeypatch, bfloat16=True)
+    chosen = resolve_precision(word, "float16", "cpu")
+    quantization: Any = chosen.quantization
+    assert chosen.name == SHORT.get(word, word)
+    assert chosen.dtype == torch.bfloat16
+    assert (quantization.load_in_8bit, quantization.load_in_4bit) == (eight, not eight)
+    assert "bitsandbytes" in chosen.reason
+
+
+@pytest.mark.parametrize("word", ["int4", "nf4"])
+def test_four_bits_are_nf4(word: str) -> None:
+    """Four bits are nf4, doubly quantized and computed in the model's dtype, not bitsandbytes' fp4."""
+    quantization: Any = resolve_precision(word, "float16", "cuda").quantization
+    assert quantization.bnb_4bit_quant_type == "nf4"
+    assert quantization.bnb_4bit_use_double_quant
+    assert quantization.bnb_4bit_compute_dtype == torch.float16
+
+
+def test_a_config_is_passed_through() -> None:
+    """A quantization config of the caller's is taken as it is and called custom."""
+    mine = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    chosen = resolve_precision(mine, "float32", "cpu")
+    assert chosen.quantization is mine
+    assert (chosen.name, chosen.dtype) == ("custom", torch.float32)
+    assert "as passed" in chosen.reason
+
+
+@pytest.mark.parametrize(
+    "word, near", [("fp23", "fp32"), ("bfloat", "bfloat16"), ("float-32", "float32"), ("INT8", None)]
+)
+def test_an_unknown_word_names_the_nearest(word: str, near: str | None) -> None:
+    """An unknown precision is refused with what was given, the nearest word and all the words."""
+    with pytest.raises(PrecisionError) as caught:
+        resolve_precision(word, "float32", "cpu")
+    message = str(caught.value)
+    assert f"unknown precision {word!r}." in message
+    assert near is None or f"Did you mean '{near}'?" in message or near in message.partition("?")[0]
+    assert "Accepted: 'auto', 'float32', 'fp32'" in message
+    assert "or a transformers quantization config" in message
+
+
+@pytest.mark.parametrize("precision", [None, 8, torch.float16, {"load_in_8bit": True}])
+def test_what_is_no_word_is_refused(precision: Any) -> None:
+    """Something else, a torch dtype too, is refused with what is accepted."""
+    with pytest.raises(PrecisionError) as caught:
+        resolve_precision(precision, "float32", "cpu")
+    assert f"precision={precision!r} is not accepted" in str(caught.value)
+    assert "'float16'" in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["int8", "int4", "nf4", BitsAndBytesConfig(load_in_8bit=True)], ids=str)
+def test_packed_weights_are_not_quantized_again(word: Any) -> None:
+    """A file that holds quantized weights, GGUF say, is refused a second quantization, with the ways out."""
+    with pytest.raises(PrecisionError) as caught:
+        resolve_precision(word, None, "cpu", packed="gguf")
+    message = str(caught.value)
+    assert "quantized already (gguf)" in message
+    assert "'auto', 'float32', 'bfloat16' or 'float16'" in message
+
+
+def test_packed_weights_take_a_dtype() -> None:
+    """A GGUF file is widened to the dtype that is asked for."""
+    assert resolve_precision("float32", None, "cpu", packed="gguf").dtype == torch.float32
+
+
+@pytest.mark.parametrize("word", DTYPES)
+@pytest.mark.parametrize("name", ["llama", "t5", "bert"])
+def test_a_model_loads_in_the_dtype(name: str, word: str) -> None:
+    """The weights are held in the dtype that was asked for, half of it takes half the memory, and it runs."""
+    with load(checkpoints.FAMILIES[name].task, checkpoints.folder(name), word, "cpu") as wrapper:
+        assert wrapper.precision == word
+        assert wrapper.model.dtype == DTYPES[word]
+        whole = checkpoints.wrapper(name).memory_bytes
+        assert wrapper.memory_bytes == pytest.approx(
+            whole * DTYPES[word].itemsize / 4, rel=0.2
+        )  # T5 keeps some float32
+        wrapper(checkpoints.texts(name)[0])
+
+
+def test_auto_loads_what_the_checkpoint_was_saved_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float16 checkpoint loads in bfloat16 or float32 on a CPU, by what that computes."""
+    checkpoints.changed("llama", tmp_path, lambda model, _: model.to(torch.float16))
+    for bfloat16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        native(monkeypatch, bfloat16=bfloat16)
+        with load("causal", tmp_path, devices="cpu") as generator:
+            assert generator.model.dtype == dtype
+            assert "the checkpoint's float16" in generator.plan.reasons["precision"]
+
+
+KINDS = {
+    "int8": bitsandbytes.nn.Linear8bitLt,
+    "int4": bitsandbytes.nn.Linear4bit,
+    "nf4": bitsandbytes.nn.Linear4bit,
+}
+
+
+@pytest.mark.parametrize("task, name", [("causal", "llama"), ("seq2seq", "t5"), ("masked", "bert")])
+@pytest.mark.parametrize("word", KINDS)
+def test_a_quantized_model_runs_on_the_cpu(
+    task: str,
+    name: str,
+    word: str,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The words load through bitsandbytes, take less memory, run, and nothing of it is printed or logged."""
+    # Propagation is what an application's own handlers rely on.
+    with caplog.at_level(logging.WARNING), load(task, checkpoints.folder(name), word, "cpu") as wrapper:
+        modules = [m for m in wrapper.model.modules() if isinstance(m, KINDS[word])]
+        assert len(modules) > 2
+        assert wrapper.precision == word
+        assert wrapper.memory_bytes < checkpoints.wrapper(name).memory_bytes
+        results = wrapper(checkpoints.texts(name)[:2])
+        assert len(results) == 2
+        if task != "masked":
+            assert all(result.generated_tokens > 0 for result in results)
+    assert caplog.records == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_int4_equals_plain_transformers() -> None:
+    """`"int4"` writes what plain transformers writes with the same bitsandbytes config and modules."""
+    folder = checkpoints.folder("llama")
+    with load("causal", folder, "int4", "cpu") as generator:
+        results = [result.token_ids for result in generator(PROMPTS, max_new_tokens=8)]
+        skipped: Any = generator.model.config
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+            llm_int8_skip_modules=skipped.quantization_config.llm_int8_skip_modules,
+        )
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantization, dtype=torch.float32, device_map={"": "cpu"}
+    )
+    assert [list(ids) for ids in results] == checkpoints.generated("llama", PROMPTS, plain, max_new_tokens=8)
+
+
+def test_the_callers_config_is_not_changed() -> None:
+    """A config passed in is equal before and after load and call, and the model has its own."""
+    mine = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    before = mine.to_dict()
+    with load("causal", checkpoints.folder("llama"), mine, "cpu") as generator:
+        generator("She", max_new_tokens=3)
+        assert generator.precision == "custom"
+        assert generator.model.config.quantization_config is not mine
+    assert mine.to_dict() == before
+
+
+def test_a_quantized_checkpoint_says_so(tmp_path: Path) -> None:
+    """A folder saved by bitsandbytes loads as it is, says so, and refuses to be quantized again."""
+    with load("causal", checkpoints.folder("llama"), "int8", "cpu") as generator:
+        generator.model.save_pretrained(tmp_path)
+        generator.tokenizer.save_pretrained(tmp_path)
+        expected = [result.token_ids for result in generator(PROMPTS, max_new_tokens=8)]
+    with load("causal", tmp_path, devices="cpu") as again:
+        assert again.precision == "bitsandbytes"
+        assert "quantized already" in again.plan.reasons["precision"]
+        assert [result.token_ids for result in again(PROMPTS, max_new_tokens=8)] == expected
+    with pytest.raises(PrecisionError, match=r"quantized already \(bitsandbytes"):
+        load("causal", tmp_path, "int4", "cpu")
