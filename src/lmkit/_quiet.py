@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ _undo = contextlib.ExitStack()
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries below lmkit from logging, warning and drawing bars while it is open.
+    """Keep the libraries below lmkit from logging and drawing bars while it is open.
 
     Nested and concurrent uses share one silence: the first one in sets it, the last one out puts back
     what was there. Errors still pass: only messages below ERROR are held.
@@ -42,16 +41,16 @@ def quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in LIBRARIES]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), _without_bars():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(max(logger.level, logging.ERROR))
+    levels = [(logger, logger.level, max(logger.level, logging.ERROR)) for logger in loggers]
+    with _without_bars():
+        for logger, _, held in levels:
+            logger.setLevel(held)
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            for logger, before, held in levels:
+                if logger.level == held:  # else somebody has set it meanwhile, and means it
+                    logger.setLevel(before)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import threading
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from lmkit.errors import InputTooLongError, OptionError
+from lmkit.errors import InputTooLongError, OptionError, listed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,6 +50,9 @@ class Codec:
         """
         from jinja2 import TemplateError
 
+        if reserved := sorted(_OWN & template.keys()):
+            msg = f"template= cannot set {listed(reserved)}: lmkit sets them itself."
+            raise OptionError(msg)
         if not self.tokenizer.chat_template:
             msg = (
                 "this checkpoint has no chat template, so there is no telling how it separates messages: "
@@ -112,6 +115,10 @@ class Codec:
         starts = range(len(whole) - len(inner) + 1)
         before = next((n for n in starts if whole[n : n + len(inner)] == inner), 0)
         return before, len(whole) - len(inner) - before
+
+
+_OWN = frozenset({"conversation", "tokenize", "return_tensors", "return_dict", "padding", "truncation", "max_length"})
+"""Arguments of `apply_chat_template` that are no business of the template's."""
 
 
 def fit(

@@ -8,7 +8,6 @@ A mode of decoding is a frozen dataclass of its own, so that a contradiction can
 from __future__ import annotations
 
 import copy
-import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -66,14 +65,14 @@ class Beam:
     Attributes:
         num_beams: How many, at least 2.
         length_penalty: Exponent of the length by which a text's log-probability is divided; above 0
-            favours longer texts.
+            favours longer texts. None is what the checkpoint asks for, else 1.
         early_stopping: Stop at `num_beams` finished texts (True), by a heuristic (False), or only when
-            no better one is possible (`"never"`).
+            no better one is possible (`"never"`). None is what the checkpoint asks for, else False.
     """
 
     num_beams: int
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
 
     def __post_init__(self) -> None:
         """Refuse fewer than two beams."""
@@ -218,15 +217,21 @@ def build_config(
         "min_p": sample.min_p,
         **dict.fromkeys(("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")),
         "num_beams": beam.num_beams if beam else 1,
-        "length_penalty": float(beam.length_penalty) if beam else 1.0,
-        "early_stopping": beam.early_stopping if beam else False,
         "num_return_sequences": options.num_return_sequences if beam else 1,
         "max_new_tokens": max_new_tokens,
         "max_length": prefix_tokens + max_new_tokens,
     }
-    for name in ("min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "suppress_tokens"):
+    if beam is not None and beam.length_penalty is not None:
+        changes["length_penalty"] = float(beam.length_penalty)
+    if beam is not None and beam.early_stopping is not None:
+        changes["early_stopping"] = beam.early_stopping
+    if options.repetition_penalty is not None:
+        changes["repetition_penalty"] = float(options.repetition_penalty)
+    if options.suppress_tokens is not None:
+        changes["suppress_tokens"] = list(options.suppress_tokens)
+    for name in ("min_new_tokens", "no_repeat_ngram_size"):
         if (value := getattr(options, name)) is not None:
-            changes[name] = list(value) if name == "suppress_tokens" else value
+            changes[name] = value
     if options.min_new_tokens is not None:
         changes["min_length"] = prefix_tokens + options.min_new_tokens
     if forced_bos_token_id is not None:
@@ -234,6 +239,22 @@ def build_config(
     for name, value in changes.items():
         setattr(config, name, value)
     return config
+
+
+REPLACED = (
+    "assistant_early_exit",
+    "constraints",
+    "diversity_penalty",
+    "dola_layers",
+    "force_words_ids",
+    "max_time",
+    "num_beam_groups",
+    "penalty_alpha",
+    "prompt_lookup_num_tokens",
+    "stop_strings",
+)
+"""What a checkpoint's generation config may ask for that would send generate() another way: ways of decoding that
+lmkit has no mode for, a clock, and stop strings, which lmkit watches for itself."""
 
 
 def split(given: Mapping[str, object], rows: int | None, known: frozenset[str]) -> list[dict[str, object]]:
@@ -342,11 +363,15 @@ def _unboxed(value: object) -> object:
     return unbox() if callable(unbox) and getattr(value, "shape", None) == () else value
 
 
-def _number(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[object], bool]:
+LARGEST = 1e6
+"""Beyond this, no option that is a number means anything, and powers of it overflow."""
+
+
+def _number(low: float, high: float = LARGEST, *, above: bool = False) -> Callable[[object], bool]:
     def accepts(value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
-        return (low < value if above else low <= value) and value <= high and math.isfinite(value)
+        return (low < value if above else low <= value) and value <= high
 
     return accepts
 
@@ -381,8 +406,8 @@ _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
     ),
     "min_p": ("a number from 0 to 1", lambda value: value is None or _number(0, 1)(value)),
     "num_beams": ("a whole number of at least 1", _integer(1)),
-    "length_penalty": ("a number", _number(-math.inf)),
-    "early_stopping": ("True, False or 'never'", lambda v: isinstance(v, bool) or v == "never"),
+    "length_penalty": ("a number", lambda v: v is None or _number(-LARGEST, LARGEST)(v)),
+    "early_stopping": ("True, False or 'never'", lambda v: v is None or isinstance(v, bool) or v == "never"),
     "max_new_tokens": ("a whole number of at least 1", _integer(1)),
     "min_new_tokens": ("a whole number of at least 0", _integer(0)),
     "num_return_sequences": ("a whole number of at least 1", _integer(1)),

@@ -181,9 +181,15 @@ class Generator(Writer[Generation]):
 
     def _job(self, given: Any, options: dict[str, Any], row: int) -> Job:
         template = options.pop("template", None)
+        if template is not None and not isinstance(template, Mapping):
+            msg = f"template={template!r} is not accepted: template takes a dict, such as {{'enable_thinking': False}}."
+            raise OptionError(msg)
         chosen = self._options(options)
         around = (0, 0)
         if not isinstance(given, str):
+            if chosen.truncate is not None:
+                msg = f"row {row} is a chat, and truncate= would cut its template: leave out its oldest messages."
+                raise OptionError(msg)
             prompt, token_ids = self._codec.encode_chat(chat_of(given, row), **(template or {}))
         elif template is not None:
             msg = f"row {row} is a text, and template= belongs to chats: leave it out, or pass messages."
@@ -198,7 +204,7 @@ class Generator(Writer[Generation]):
         keep = None if context is None else max(context - chosen.max_new_tokens, context // 2)
         token_ids, cut = fit(token_ids, limit, keep=keep, around=around, truncate=chosen.truncate, row=row)
         room = chosen.max_new_tokens if context is None else context - len(token_ids)
-        return Job(self._request(chosen, token_ids, room=room), prompt, cut)
+        return Job(self._request(chosen, token_ids, room=room), prompt, cut, row)
 
     def _beginning(self, row: int) -> list[int]:
         """Return what stands for an empty prompt: the token that texts begin with."""

@@ -121,6 +121,9 @@ class Languages:
         if target is None and given is not None:
             return Prepared(text, source=source, target=self._code("target", given[1]))
         code = self._code("target", target)
+        if given is not None:
+            msg = f"the text begins with {given[0].strip()!r}, and target={target!r} was given too: leave one out."
+            raise LanguageError(msg)
         return Prepared(f">>{code}<< {text}", source=source, target=code)
 
     def _prefixed(self, text: str, source: str | None, target: str | None) -> Prepared:
@@ -144,7 +147,8 @@ _CODE = re.compile(r"[a-z]{2,3}(_[A-Z]{2}|_[A-Z][a-z]{3})")
 
 def languages_of(tokenizer: Any, config: Any) -> Languages:
     """Read from a tokenizer and a config what the checkpoint speaks; neither is changed."""
-    presets = getattr(config, "task_specific_params", None) or {}
+    named = getattr(config, "task_specific_params", None) or {}
+    presets = {name: values for name, values in named.items() if isinstance(values, dict)}
     if codes := _language_tokens(tokenizer):
         current = tokenizer.convert_tokens_to_ids(_token(tokenizer, tokenizer.src_lang))
         layout = tuple(

@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
 
 from lmkit._gguf import gguf_read_once
@@ -145,7 +146,8 @@ def load(
     # Who waits for a download in a terminal sees the Hub library's bars.
     with contextlib.nullcontext() if sys.stderr.isatty() else quiet():
         source = find(os.fspath(name), hub, Wanted(pickle=pickles, code=trusted))
-    with quiet():
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         with _reading_gguf(source):
             plan, config = make_plan(kind, source, precision, devices, trust_remote_code=trusted, allow_pickle=pickles)
             tokenizer = _read_tokenizer(source, trusted=trusted)
@@ -296,7 +298,10 @@ def _check_offload(model: Any, placed: Placement) -> None:
 def _put_on(model: Any, adapter: str, hub: HubOptions) -> None:
     folder = find_adapter(adapter, hub)
     with reading(f"the adapter {adapter!r}"):
-        model.load_adapter(str(folder), adapter_kwargs={"local_files_only": True})
+        report = model.load_adapter(str(folder), adapter_kwargs={"local_files_only": True})
+    if strange := sorted(map(str, report.unexpected_keys)):
+        msg = f"the adapter {adapter!r} has weights for modules this model does not have: {listed(strange[:5])}."
+        raise WeightsError(msg)
 
 
 def _tell(plan: LoadPlan, model: Any) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lmkit.errors import UnknownTaskError, listed
+from lmkit.errors import UnknownTaskError, WeightsError, listed
 from lmkit.placement import resolve_placement
 from lmkit.precision import resolve_precision
+from lmkit.results import Result
 from lmkit.tasks import TASK_WORDS, check_task
 from lmkit.weights import check_code, check_tokenizer, check_weights, read_json, reading
 
@@ -29,7 +30,7 @@ __all__ = ["LoadPlan"]
 
 
 @dataclass(frozen=True, slots=True)
-class LoadPlan:
+class LoadPlan(Result):
     """What will be loaded, in what precision, where to, and why.
 
     Attributes:
@@ -104,8 +105,8 @@ def packing(source: Source, config: PreTrainedConfig) -> str | None:
     saved = getattr(config, "quantization_config", None)
     if saved is None:
         return None
-    method = saved.get("quant_method") if isinstance(saved, dict) else saved.quant_method
-    return str(getattr(method, "value", method))
+    method: Any = saved.get("quant_method") if isinstance(saved, dict) else saved.quant_method
+    return None if method is None else str(getattr(method, "value", method))
 
 
 def read_config(source: Source, *, trusted: bool) -> PreTrainedConfig:
@@ -121,6 +122,9 @@ def read_config(source: Source, *, trusted: bool) -> PreTrainedConfig:
     if not gguf:
         content = source.read_config()
         check_code(source, content, trusted=trusted)
+        if named := content.get("transformers_weights"):
+            msg = f"the config of {source.name!r} names other weights, {named!r}: lmkit reads model.safetensors only."
+            raise WeightsError(msg)
         kind = content.get("model_type")
         if not (isinstance(kind, str) and kind in CONFIG_MAPPING) and not content.get("auto_map"):
             msg = (

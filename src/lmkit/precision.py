@@ -129,7 +129,7 @@ def _passed_through(config: Any, saved: str | torch.dtype | None, device_type: s
 def _dtype(saved: str | torch.dtype | None) -> torch.dtype | None:
     import torch
 
-    return getattr(torch, saved.removeprefix("torch.")) if isinstance(saved, str) else saved
+    return getattr(torch, saved.removeprefix("torch."), None) if isinstance(saved, str) else saved
 
 
 def _automatic(saved: torch.dtype | None, device_type: str) -> tuple[torch.dtype, str]:

@@ -169,7 +169,7 @@ class Translator(Writer[Translation]):
         # The decoder has as many places as the encoder; its start token takes one.
         room = chosen.max_new_tokens if context is None else context - 1
         request = self._request(chosen, token_ids, room=room, forced_bos_token_id=prepared.forced_bos_token_id)
-        return Job(request, prepared.text, cut, given, prepared.source, prepared.target)
+        return Job(request, prepared.text, cut, row, given, prepared.source, prepared.target)
 
     def _encode(self, prepared: Prepared) -> tuple[list[int], tuple[int, int]]:
         """Encode a text, and say how many special tokens stand around it."""
@@ -211,7 +211,7 @@ def from_preset(prepared: Prepared, given: dict[str, Any]) -> dict[str, Any]:
     if preset.get("no_repeat_ngram_size"):
         options["no_repeat_ngram_size"] = preset["no_repeat_ngram_size"]
     chosen = {"mode", "sample", "temperature", "top_p", "top_k", "min_p", "num_beams"}
-    if preset.get("num_beams", 1) > 1 and not chosen & given.keys():
+    if (preset.get("num_beams") or 1) > 1 and not chosen & given.keys():
         beams = ("num_beams", "length_penalty", "early_stopping")
         options |= {name: preset[name] for name in beams if preset.get(name) is not None}
     return options

@@ -309,7 +309,9 @@ class Unmasker(Wrapper[Job, Unmasking]):
             word = word if target is None else target.strip()
             text += job.text[end : job.spans[mask][0]]
             if glued:
-                text = text.rstrip()
+                text = text.rstrip(" ")
+            elif text[-1:].isalnum() and word[:1].isalnum():
+                text += " "  # the token begins a word, and the text before it does not end with a space
             text, end = text + word, job.spans[mask][1]
             words.append(word)
         token_ids = tuple(token_id for token_id, _ in filled.values())

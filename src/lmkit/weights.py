@@ -409,7 +409,7 @@ def read_json(file: Path) -> object:
     except FileNotFoundError as error:
         msg = f"{file.parent} has no {file.name}, so it is not a checkpoint: pass the folder that holds one."
         raise WeightsError(msg) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         msg = f"{file} is not JSON: {error}. Restore it from where the model came from."
         raise WeightsError(msg) from error
     return content
@@ -427,10 +427,13 @@ def reading(what: str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise _missing(what, error) from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except (*_READING, SafetensorError, StrictDataclassError) as error:
         msg = f"{what} cannot be read: {type(error).__name__}: {error}"
         raise WeightsError(msg) from error
 
+
+_READING = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, struct.error)
+"""What the libraries below raise when a file is not what they take it for."""
 
 EXTRAS = {
     "gguf": "lmkit[gguf]",

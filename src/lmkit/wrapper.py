@@ -128,7 +128,7 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
         return self._loaded
 
     def close(self) -> None:
-        """Give the memory back; work in flight ends with an `EngineError` at its next step."""
+        """Give the memory back; work in flight ends with an `EngineError` at its next step, and holds it until then."""
         self._loaded = None
 
     def __enter__(self) -> Self:
@@ -184,10 +184,13 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
         jobs = self._valid(inputs, options)
         results: list[ResultT | None] = [None] * len(jobs)
         failed: LmkitError | None = None
-        for news in self._run(jobs, stream=False, cancelled=cancelled):
-            failed = failed or news.error
-            if news.result is not None:
-                results[news.index] = news.result
+        try:
+            for news in self._run(jobs, stream=False, cancelled=cancelled):
+                failed = failed or news.error
+                if news.result is not None:
+                    results[news.index] = news.result
+        except LmkitError as error:
+            failed = error  # the model was closed: what had ended by then is kept
         if failed is not None:
             failed.results = results
             raise failed
@@ -287,13 +290,17 @@ async def finished(work: Any, cancel: Callable[[], None]) -> Any:
     believes to be free.
     """
     task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        cancel()
-        with contextlib.suppress(Exception):
-            await task
-        raise
+    interrupted = False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            interrupted = True
+            cancel()
+    if interrupted:
+        task.exception()  # looked at, so that asyncio does not complain about it
+        raise asyncio.CancelledError
+    return task.result()
 
 
 def rows_of(inputs: Any) -> tuple[list[Any], bool]:

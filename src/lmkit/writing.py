@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmkit.engine import Engine, Request
-from lmkit.generation import Options, Sample, build_config
+from lmkit.errors import EngineError, WeightsError
+from lmkit.generation import REPLACED, Options, Sample, build_config
 from lmkit.results import Generation
 from lmkit.wrapper import Loaded, News, Wrapper
 
@@ -30,6 +32,7 @@ class Job:
         request: What the engine is asked for.
         text: What the model reads, as text.
         truncated: Whether the text was cut.
+        row: Its number in the call.
         source: A translation's text as given.
         source_language: A translation's source, as the checkpoint's code.
         target_language: A translation's target, as the checkpoint's code.
@@ -38,6 +41,7 @@ class Job:
     request: Request
     text: str
     truncated: bool
+    row: int = 0
     source: str = ""
     source_language: str | None = None
     target_language: str | None = None
@@ -50,11 +54,11 @@ class Writer(Wrapper[Job, ResultT]):
         """Take over a loaded model and start an engine for it."""
         super().__init__(loaded)
         model: Any = loaded.model
-        self._start: int | None = None
-        if model.config.is_encoder_decoder:
-            config = model.generation_config
-            start = config.decoder_start_token_id
-            self._start = config.bos_token_id if start is None else start
+        self._checkpoint_config = copy.deepcopy(model.generation_config)
+        for name in REPLACED:
+            # generate() fills what a config leaves open from the model's own, so it has to be gone from there.
+            setattr(model.generation_config, name, None)
+        self._start = decoder_start(model) if model.config.is_encoder_decoder else None
         self._engine: Engine | None = Engine(model, self._codec, self._start)
 
     def close(self) -> None:
@@ -85,14 +89,10 @@ class Writer(Wrapper[Job, ResultT]):
             input_ids=tuple(token_ids),
             config=config,
             copies=options.num_return_sequences if sampled else 1,
-            stop=options.stop,
+            stop=options.stop or tuple(self._checkpoint_config.stop_strings or ()),
             seed=options.seed if sampled else None,
             logprobs=options.logprobs,
         )
-
-    @property
-    def _checkpoint_config(self) -> Any:
-        return self._opened.model.generation_config
 
     def _options(self, given: Mapping[str, Any]) -> Options:
         return Options.of(given, self._checkpoint_config).with_seed()
@@ -108,8 +108,33 @@ class Writer(Wrapper[Job, ResultT]):
         for update in self._engine.run(requests, stream=stream, cancelled=cancelled):
             ended = update.outcome
             result = None if ended is None else self._result(jobs[update.index], ended)
-            yield News(update.index, update.text, result, update.error)
+            error = None if update.error is None else failure(update.error, jobs[update.index].row)
+            yield News(update.index, update.text, result, error)
 
     @abstractmethod
     def _result(self, job: Job, outcome: Outcome) -> ResultT:
         """Describe a row that ended."""
+
+
+def decoder_start(model: Any) -> int:
+    """Return the token that an encoder-decoder's answers begin with.
+
+    Raises:
+        WeightsError: Its generation config names none, or one per row.
+    """
+    config = model.generation_config
+    start = config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
+    if not isinstance(start, int):
+        msg = (
+            f"the checkpoint's decoder_start_token_id is {start!r}, so there is no telling how an answer begins: "
+            "set one token id in its generation_config.json."
+        )
+        raise WeightsError(msg)
+    return start
+
+
+def failure(error: EngineError, row: int) -> EngineError:
+    """Say in the message which row of the call failed."""
+    named = EngineError(f"row {row}: {error}")
+    named.__cause__ = error.__cause__
+    return named

@@ -51,7 +51,7 @@ class Chooser:
         usable = (torch.isfinite(logits).any(-1) & ~torch.isnan(logits).any(-1)).tolist()
         for number, row in enumerate(rows):
             if not usable[number]:
-                row.error = EngineError(_NO_SCORES.format(index=row.index, step=len(row.token_ids) + 1))
+                row.error = EngineError(_NO_SCORES.format(step=len(row.token_ids) + 1))
                 continue
             if row.processors is None:
                 row.processors = self._build(row)
@@ -59,7 +59,7 @@ class Chooser:
             if row.processors or row.request.config.do_sample:
                 token_id = self._process(row, row.processors, logits[number])
             if token_id is None:
-                row.error = EngineError(_NO_CHOICE.format(index=row.index, step=len(row.token_ids) + 1))
+                row.error = EngineError(_NO_CHOICE.format(step=len(row.token_ids) + 1))
                 continue
             row.accept(token_id, self._logprob(row, token_id, logits[number]))
 
@@ -87,10 +87,10 @@ class Chooser:
         scores = processors(token_ids, logits[None].to("cpu", copy=True))[0]
         if not row.request.config.do_sample:
             return int(scores.argmax())
-        if not torch.isfinite(scores).any():
-            return None
         # Inversion of the cumulative distribution: one number of the row's own stream per token.
         cumulative = scores.double().softmax(-1).cumsum(-1)
+        if not torch.isfinite(cumulative[-1]):
+            return None
         drawn = torch.searchsorted(cumulative, row.uniform() * cumulative[-1], right=True)
         return int(drawn)
 
@@ -110,13 +110,11 @@ class Chooser:
 
 
 _NO_CHOICE = (
-    "row {index}: its options leave no token to draw at token {step}: suppress fewer tokens, or drop one of the "
+    "the options leave no token to draw at token {step}: suppress fewer tokens, or drop one of the "
     "options that forbid them."
 )
 
 _NO_SCORES = (
-    "row {index}: the model gave no finite score at token {step}, so there is nothing to choose from. "
+    "the model gave no finite score at token {step}, so there is nothing to choose from. "
     "This is usual where half precision overflows: load with precision='float32' or 'bfloat16'."
 )
-
-Decode = "Callable[[Sequence[int]], str]"

@@ -44,6 +44,7 @@ PADDING_SENSITIVE = frozenset(
         "prophetnet",
         "recurrent_gemma",
         "reformer",
+        "roformer",
         "rwkv",
         "trocr",
         "whisper",
@@ -134,12 +135,12 @@ class CachedDecoder:
             self._start_encoder(decoder_start)
 
     def _start_encoder(self, decoder_start: int) -> None:
-        from transformers import EncoderDecoderCache
+        from transformers import DynamicCache, EncoderDecoderCache
 
         self._encoded = self._model.get_encoder()(
             input_ids=self._token_ids, attention_mask=self._mask, return_dict=True
         )
-        self._cache = EncoderDecoderCache(self._cache, _cache(self._model))
+        self._cache = EncoderDecoderCache(self._cache, DynamicCache())
         self._token_ids = torch.full_like(self._token_ids[:, :1], decoder_start)
 
     def prefill(self) -> torch.Tensor:

@@ -14,7 +14,7 @@ from lmkit.engine.choice import Chooser
 from lmkit.engine.decoders import CachedDecoder, Decoder, PreparedDecoder, drives, pads
 from lmkit.engine.request import Outcome, Update
 from lmkit.engine.row import Row
-from lmkit.errors import EngineError
+from lmkit.errors import EngineError, LmkitError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -53,7 +53,9 @@ class Engine:
         self._turn = threading.Lock()
         self._closed = False
         config = model.generation_config
-        self._pad = next((i for i in (config.pad_token_id, model.config.pad_token_id) if i is not None), 0)
+        self._pad = next(
+            (i for i in (config.pad_token_id, getattr(model.config, "pad_token_id", None)) if i is not None), 0
+        )
         self._drives = drives(model)
         self._pads = pads(model)
 
@@ -109,24 +111,25 @@ class Engine:
         """Step one batch until all its rows have ended; `ended` collects the copies of each request."""
         for row in rows:
             row.start_clock()
-        with self._stepping():
-            decoder = self._decoder(rows)
-            scores = decoder.prefill()
-            self._chooser.choose(rows, scores)
+        decoder: Decoder | None = None
         while True:
+            kept = [place for place, row in enumerate(rows) if not row.done]
+            if not kept:
+                return
+            with self._stepping(rows):
+                if decoder is None:
+                    decoder = self._decoder(rows)
+                    scores = decoder.prefill()
+                else:
+                    if len(kept) < len(rows):
+                        decoder.keep(kept)
+                        rows = [rows[place] for place in kept]
+                    scores = decoder.step([row.token_ids[-1] for row in rows])
+                self._chooser.choose(rows, scores)
             for row in rows:
                 if cancelled.is_set():
                     row.cancel()
                 yield from self._news(row, ended)
-            kept = [place for place, row in enumerate(rows) if not row.done]
-            if not kept:
-                return
-            with self._stepping():
-                if len(kept) < len(rows):
-                    decoder.keep(kept)
-                    rows = [rows[place] for place in kept]
-                scores = decoder.step([row.token_ids[-1] for row in rows])
-                self._chooser.choose(rows, scores)
 
     def _decoder(self, rows: list[Row]) -> Decoder:
         if self._drives:
@@ -157,19 +160,41 @@ class Engine:
                     return
                 batch = group[start : start + size]
                 chosen = [requests[place] for place in batch]
-                with self._stepping():
-                    outcomes = search(self._model, chosen, self._pad, self._codec, cancelled)
+                try:
+                    with self._stepping():
+                        outcomes = search(self._model, chosen, self._pad, self._codec, cancelled)
+                except Exception as error:
+                    if isinstance(error, LmkitError):
+                        raise
+                    yield from (Update(place, error=step_failed(error)) for place in batch)
+                    continue
                 for place, outcome in zip(batch, outcomes, strict=True):
                     yield Update(place, text=outcome.completions[0].text, outcome=outcome)
 
     @contextmanager
-    def _stepping(self) -> Iterator[None]:
-        """Hold the model for one step: nothing of it (lock, grad mode, silence) outlasts a `yield` to the caller."""
+    def _stepping(self, rows: Sequence[Row] = ()) -> Iterator[None]:
+        """Hold the model for one step: nothing of it (lock, grad mode, silence) outlasts a `yield` to the caller.
+
+        What fails in the step fails for `rows` alone, if there are any.
+        """
         with self._turn, torch.no_grad(), quiet():
             if self._closed:
                 msg = "the model was closed: load it again to go on."
                 raise EngineError(msg)
-            yield
+            try:
+                yield
+            except Exception as error:
+                if not rows:
+                    raise
+                for row in rows:
+                    row.error = row.error or step_failed(error)
+
+
+def step_failed(error: Exception) -> EngineError:
+    """Wrap what a forward pass raised, for each of the rows that it was made for."""
+    failed = EngineError(f"a step of the model failed: {type(error).__name__}: {error}")
+    failed.__cause__ = error
+    return failed
 
 
 def _end(copies: list[Row]) -> Update:
