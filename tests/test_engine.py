@@ -209,7 +209,7 @@ def searched(name: str, prompts: list[str], **settings: Any) -> tuple[list[list[
     """Return what generate() finds with beams: tokens up to the end token, and scores."""
     model = reference(name)[0]
     ids, mask = checkpoints.inputs(name, prompts)
-    neutral = {"do_sample": False, "length_penalty": 1.0, "early_stopping": False}
+    neutral = {"do_sample": False}
     found = model.generate(
         ids,
         attention_mask=mask,

@@ -250,7 +250,9 @@ def test_the_mode_is_the_options_alone_and_the_rest_the_checkpoints() -> None:
     checkpoint = reference("bart")[0].generation_config
     before = copy.deepcopy(checkpoint).to_dict()
     built = build_config(Options(), checkpoint, prefix_tokens=1, max_new_tokens=30)
-    assert (built.do_sample, built.num_beams, built.length_penalty) == (False, 1, 1.0)
+    assert (built.do_sample, built.num_beams) == (False, 1)
+    searched = build_config(Options(mode=Beam(4)), checkpoint, prefix_tokens=1, max_new_tokens=30)
+    assert (searched.length_penalty, searched.early_stopping) == (2.0, True)
     assert (built.no_repeat_ngram_size, built.min_length) == (3, 8)
     assert (built.forced_bos_token_id, built.forced_eos_token_id) == (0, 2)
     assert checkpoint.to_dict() == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -68,3 +69,14 @@ def _without_bars() -> Iterator[None]:
         if shown:
             own.enable_progress_bar()  # the Hub's as well
         (hub.disable_progress_bars if hub_hidden else hub.enable_progress_bars)()
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Ignore Python's warnings while it is open: for a load and for calls of generate(), not for every step.
+
+    Opening it makes Python forget which warnings it has shown once already, wherever they came from.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -215,7 +215,7 @@ def build_config(
         "top_p": float(sample.top_p),
         "top_k": sample.top_k or 0,
         "min_p": sample.min_p,
-        **dict.fromkeys(("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")),
+        **dict.fromkeys(("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h", *REPLACED)),
         "num_beams": beam.num_beams if beam else 1,
         "num_return_sequences": options.num_return_sequences if beam else 1,
         "max_new_tokens": max_new_tokens,

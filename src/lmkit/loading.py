@@ -9,11 +9,10 @@ import gc
 import logging
 import os
 import sys
-import warnings
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
 
 from lmkit._gguf import gguf_read_once
-from lmkit._quiet import quiet
+from lmkit._quiet import quiet, without_warnings
 from lmkit.errors import (
     LmkitError,
     PlacementError,
@@ -146,8 +145,7 @@ def load(
     # Who waits for a download in a terminal sees the Hub library's bars.
     with contextlib.nullcontext() if sys.stderr.isatty() else quiet():
         source = find(os.fspath(name), hub, Wanted(pickle=pickles, code=trusted))
-    with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet(), without_warnings():
         with _reading_gguf(source):
             plan, config = make_plan(kind, source, precision, devices, trust_remote_code=trusted, allow_pickle=pickles)
             tokenizer = _read_tokenizer(source, trusted=trusted)

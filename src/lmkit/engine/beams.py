@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lmkit._quiet import without_warnings
 from lmkit.engine.decoders import input_device, padded
 from lmkit.engine.request import Outcome
 from lmkit.engine.row import end_tokens, timing
@@ -48,16 +49,16 @@ def search(
     started = time.perf_counter()
     sources = [request.input_ids for request in requests]
     token_ids, mask = padded(sources, pad, input_device(model), left=not encodes)
-    found = model.generate(
-        inputs=token_ids,
-        attention_mask=mask,
-        generation_config=requests[0].config,
-        return_dict_in_generate=True,
-        output_scores=True,
-        stopping_criteria=[
+    options: dict[str, Any] = {
+        "generation_config": requests[0].config,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "stopping_criteria": [
             lambda token_ids, _scores: torch.full_like(token_ids[:, 0], cancelled.is_set(), dtype=torch.bool)
         ],
-    )
+    }
+    with without_warnings():
+        found = model.generate(inputs=token_ids, attention_mask=mask, **options)
     seconds = time.perf_counter() - started
     skip = 1 if encodes else token_ids.shape[1]
     count = len(found.sequences) // len(requests)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from lmkit._quiet import without_warnings
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -199,15 +201,16 @@ class PreparedDecoder:
         self._model = model
         self._pad = pad
         self._alive = list(range(len(rows)))
-        self._token_ids, self._kwargs = model.generate(
-            inputs=token_ids,
-            attention_mask=mask,
-            max_new_tokens=max(row.request.config.max_new_tokens or 1 for row in rows),
-            num_beams=1,
-            num_return_sequences=1,
-            do_sample=False,
-            custom_generate=_hand_back,
-        )
+        with without_warnings():
+            self._token_ids, self._kwargs = model.generate(
+                inputs=token_ids,
+                attention_mask=mask,
+                max_new_tokens=max(row.request.config.max_new_tokens or 1 for row in rows),
+                num_beams=1,
+                num_return_sequences=1,
+                do_sample=False,
+                custom_generate=_hand_back,
+            )
 
     def prefill(self) -> torch.Tensor:
         """Read the prompts, or an encoder-decoder's first token."""
