@@ -29,6 +29,16 @@ _PIECES = {
 }
 
 
+# Round numbers are few below a million, and people type them first; the roundest are listed most.
+ROUND_NUMBERS = (
+    np.array([first * 10**zeros for zeros in range(6) for first in range(1, 10)]),
+    np.arange(10_000, LIMIT, 10_000),
+    np.arange(1_000, LIMIT, 1_000),
+    np.arange(100, 100_000, 100),
+    np.arange(1_000),
+)
+
+
 @dataclass(frozen=True)
 class NumberCorpus:
     """Numbers in rising order and, for each language, their texts in the same order."""
@@ -48,13 +58,15 @@ def number_corpora(seed: int, size: int = 50_000) -> tuple[NumberCorpus, NumberC
     """Return the training corpus and the held-out one, which share no number.
 
     The held-out numbers are uniform below a million. What remains for training is every other
-    number below ten thousand, and a uniform sample of those above, `size` in all.
+    number below ten thousand, every other round one, and a uniform sample of the rest, `size` in
+    all.
     """
     rng = np.random.default_rng(seed)
     held_out = np.sort(rng.choice(LIMIT, HELD_OUT_COUNT, replace=False))
-    small = np.setdiff1d(np.arange(10_000), held_out)
-    large = np.setdiff1d(np.arange(10_000, LIMIT), held_out)
-    training = np.concatenate([small, np.sort(rng.choice(large, size - len(small), replace=False))])
+    chosen = np.setdiff1d(np.concatenate([np.arange(10_000), *ROUND_NUMBERS]), held_out)
+    others = np.setdiff1d(np.arange(LIMIT), np.concatenate([chosen, held_out]))
+    sample = rng.choice(others, size - len(chosen), replace=False)
+    training = np.sort(np.concatenate([chosen, sample]))
     if np.intersect1d(training, held_out).size:
         raise AssertionError("a held-out number is in the training set")
     return write_out(training), write_out(held_out)

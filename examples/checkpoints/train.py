@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from cards import bert_card, m2m100_card, t5_card
 from masked_model import clean_questions, held_out_questions, top_one, train_bert
-from numbers_corpus import number_corpora, write_out
+from numbers_corpus import LIMIT, number_corpora, write_out
 from safetensors import safe_open
 from translators import exact_match, train_m2m100, train_t5
 from world_facts import load_facts
@@ -69,12 +69,14 @@ def make_translator(
     size = weights_size(folder)
     scores = exact_match(folder, held_out)
     small_scores = exact_match(folder, write_out(np.arange(1_000)))
-    for (source, target), score in scores.items():
-        small_score = small_scores[source, target]
-        print(f"  {source} to {target}: {score:.1%}, below 1,000 {small_score:.1%}")
+    thousands_scores = exact_match(folder, write_out(np.arange(1_000, LIMIT, 1_000)))
+    for direction, score in scores.items():
+        small, thousands = small_scores[direction], thousands_scores[direction]
+        print(f"  {' to '.join(direction)}: {score:.1%}, below 1,000 {small:.1%}, thousands {thousands:.1%}")
     card = write_card(
         scores,
         small_scores,
+        thousands_scores,
         seed=seed,
         count=len(corpus.numbers),
         **size,

@@ -13,6 +13,7 @@ from numbers_corpus import (
     ENGLISH_NAMES,
     LANGUAGES,
     NLLB_CODES,
+    ROUND_NUMBERS,
     NumberCorpus,
     all_pieces,
     number_corpora,
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 MAX_LENGTH = 40
 _IGNORED_LABEL = -100
 _CHUNKS_PER_DRAW = 8
-_SHARE_BY_DIGITS = 0.5
+_SHARE_BY_DIGITS = 0.45
+_SHARE_ROUND = 0.15
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,25 @@ def t5_rows(tokenizer: PreTrainedTokenizerBase, corpus: NumberCorpus) -> Rows:
 
 
 def _draw_numbers(rng: np.random.Generator, numbers: np.ndarray, count: int) -> np.ndarray:
-    """Return indices into the sorted `numbers`, half of them uniform over the count of digits.
+    """Return indices into the sorted `numbers`, drawn in three ways.
 
     Six digits are nine tenths of what lies below a million, so a uniform draw alone would hardly
-    show the short numbers.
+    show the short numbers: many draws are uniform over the count of digits instead. Neither would
+    show the round ones, so some draws take a list of those and then a number from it.
     """
     bounds = np.searchsorted(numbers, [0, 10, 100, 1_000, 10_000, 100_000, 1_000_000])
     digits = rng.integers(0, 6, count)
     by_digits = rng.integers(bounds[digits], bounds[digits + 1])
+    lists = [np.flatnonzero(np.isin(numbers, listed)) for listed in ROUND_NUMBERS]
+    by_list = np.stack([rng.choice(indices, count) for indices in lists])
+    by_roundness = by_list[rng.integers(0, len(lists), count), np.arange(count)]
     uniform = rng.integers(0, len(numbers), count)
-    return np.where(rng.random(count) < _SHARE_BY_DIGITS, by_digits, uniform)
+    way = rng.random(count)
+    return np.select(
+        [way < _SHARE_ROUND, way < _SHARE_ROUND + _SHARE_BY_DIGITS],
+        [by_roundness, by_digits],
+        uniform,
+    )
 
 
 def _batch(sources: np.ndarray, targets: np.ndarray, pad_token_id: int) -> Batch:
@@ -197,7 +208,7 @@ def train_m2m100(folder: Path, *, seed: int, steps: int = 1_700) -> None:
     _save(model, tokenizer, folder)
 
 
-def train_t5(folder: Path, *, seed: int, steps: int = 2_600) -> None:
+def train_t5(folder: Path, *, seed: int, steps: int = 2_000) -> None:
     """Train the T5 translator and save it."""
     corpus, _ = number_corpora(seed)
     tokenizer = t5_tokenizer(all_pieces(corpus))
