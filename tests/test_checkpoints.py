@@ -104,7 +104,7 @@ def test_t5_translates_numbers(t5: lmkit.Translator, source: str, target: str) -
 
 @pytest.mark.parametrize("name", ["numbers-m2m100", "numbers-t5"])
 def test_mistakes_are_the_checkpoints_own(name: str, request: pytest.FixtureRequest) -> None:
-    """Where a translator errs, on round numbers say, plain transformers errs alike."""
+    """Where a translator errs, plain transformers errs alike."""
     translator = request.getfixturevalue(name.removeprefix("numbers-"))
     model = AutoModelForSeq2SeqLM.from_pretrained(CHECKPOINTS / name)
     tokenizer: Any = AutoTokenizer.from_pretrained(CHECKPOINTS / name)

@@ -420,7 +420,7 @@ def test_info_of_a_gguf_file(saved: dict[str, str], tmp_path: Path, monkeypatch:
     file.write_bytes(b"GGUF and more")
     config = AutoConfig.from_pretrained(saved["gpt2"])
     monkeypatch.setattr("lmkit.planning.read_config", lambda _source, **_: config)
-    monkeypatch.setattr("lmkit.weights.find", lambda name, *_, **__: Source(name, tmp_path, file.name))
+    monkeypatch.setattr("lmkit.sources.find", lambda name, *_, **__: Source(name, tmp_path, file.name))
     found = describe(Checkpoint(str(file)))
     assert (found["weights"], found["weights_bytes"], found["chat_template"]) == (["model.gguf"], 13, None)
 

@@ -13,7 +13,8 @@ from transformers import GenerationConfig
 import checkpoints
 import lmkit
 from checkpoints import reference, texts, wrapper
-from lmkit.generation import GENERATION_OPTIONS, Beam, Greedy, Options, Sample, build_config, split
+from lmkit.generation import GENERATION_OPTIONS, Beam, Greedy, Options, Sample, build_config
+from lmkit.rows import split
 
 RECOMMENDED = GenerationConfig(do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
 PENALTIES: list[dict[str, Any]] = [

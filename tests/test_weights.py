@@ -8,18 +8,15 @@ import torch
 from safetensors.torch import save_file
 
 from lmkit.errors import ModelNotFoundError, WeightsError
+from lmkit.sources import HubOptions, Wanted, find, wanted_files
 from lmkit.weights import (
     VOCABULARY_FILES,
-    HubOptions,
     Source,
-    Wanted,
     check_code,
     check_tokenizer,
     check_weights,
-    find,
     read_header,
     read_json,
-    wanted_files,
     weight_files,
 )
 

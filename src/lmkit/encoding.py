@@ -73,7 +73,9 @@ class Codec:
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             msg = f"the checkpoint's chat template refuses these messages: {error}"
             raise OptionError(msg) from error
-        return self.tokenizer.decode(token_ids), token_ids
+        with self._lock:
+            text: str = self.tokenizer.decode(token_ids)
+        return text, token_ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of generated tokens, special ones left out."""

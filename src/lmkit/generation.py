@@ -11,9 +11,10 @@ import copy
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
-from lmkit.errors import OptionError, UnknownOptionError, listed, nearest
+from lmkit.errors import OptionError
+from lmkit.rows import LISTS, PerRow
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -22,10 +23,6 @@ __all__ = ["Beam", "GenerationOptions", "Greedy", "Mode", "Options", "Sample"]
 
 DEFAULT_MAX_NEW_TOKENS = 256
 """What `max_new_tokens` is when nobody says: the length of a long paragraph."""
-
-T = TypeVar("T")
-PerRow: TypeAlias = T | Sequence[T | None]
-"""One value for all rows of a call, or a sequence with one per row, where None means not given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +150,7 @@ class Options:
         plain = {name: value for name, value in known.items() if name in _OWN}
         if isinstance(plain.get("stop"), str):
             plain["stop"] = (plain["stop"],)
-        for name in _LISTS & plain.keys():
+        for name in LISTS & plain.keys():
             plain[name] = tuple(plain[name])  # type: ignore[arg-type]
         plain["mode"] = _mode(known, recommended)
         return cls(**plain)  # type: ignore[arg-type]
@@ -255,63 +252,6 @@ REPLACED = (
 )
 """What a checkpoint's generation config may ask for that would send generate() another way: ways of decoding that
 lmkit has no mode for, a clock, and stop strings, which lmkit watches for itself."""
-
-
-def split(given: Mapping[str, object], rows: int | None, known: frozenset[str]) -> list[dict[str, object]]:
-    """Give each row of a call its own options.
-
-    Args:
-        given: The call's options: one value for all rows, or a list with one per row; for an option
-            that is itself a list (`stop`, `targets`, …) one list, or a list of lists.
-        rows: How many rows the call has; None where nobody knows, and options take one value for all.
-        known: The names the call accepts.
-
-    Raises:
-        UnknownOptionError: A name that is not in `known`.
-        OptionError: A list of another length than `rows`.
-    """
-    for name in given:
-        if name not in known:
-            hint = f" lmkit calls it {_ELSEWHERE[name]}." if name in _ELSEWHERE else nearest(name, known)
-            msg = f"unknown option {name!r}.{hint} Accepted: {listed(sorted(known))}."
-            raise UnknownOptionError(msg)
-    columns = {name: _column(name, value, rows) for name, value in given.items()}
-    return [{name: column[row] for name, column in columns.items()} for row in range(1 if rows is None else rows)]
-
-
-_ELSEWHERE = {
-    "do_sample": "sample",
-    "max_length": "max_new_tokens, and counts new tokens only",
-    "max_tokens": "max_new_tokens",
-    "min_length": "min_new_tokens, and counts new tokens only",
-    "stop_strings": "stop",
-    "n": "num_return_sequences",
-    "src_lang": "source",
-    "tgt_lang": "target",
-}
-"""Names that transformers and other libraries have for an option."""
-
-
-def _column(name: str, value: object, rows: int | None) -> Sequence[object]:
-    listed_value = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-    if not listed_value or (name in _LISTS and not _nested(value)):
-        return [value] * (1 if rows is None else rows)
-    assert isinstance(value, Sequence)  # noqa: S101 - narrows for the type checkers what was tested above
-    if rows is None:
-        msg = (
-            f"{name} has {len(value)} values, and map takes one for all rows: pass one, or call the model with a list."
-        )
-        raise OptionError(msg)
-    if len(value) != rows:
-        msg = f"{name} has {len(value)} values for {rows} rows: pass one value, or one per row."
-        raise OptionError(msg)
-    return value
-
-
-def _nested(value: object) -> bool:
-    return isinstance(value, Sequence) and any(
-        item is None or (isinstance(item, Sequence) and not isinstance(item, str)) for item in value
-    )
 
 
 def _mode(given: Mapping[str, Any], recommended: GenerationConfig | None) -> Mode:
@@ -424,7 +364,6 @@ _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
 GENERATION_OPTIONS = frozenset(_RULES)
 """The names of all options that generation takes."""
 
-_LISTS = frozenset({"stop", "suppress_tokens", "targets"})
 _SAMPLING = tuple(field.name for field in fields(Sample))
 _BEAM = tuple(field.name for field in fields(Beam))
 _OWN = frozenset(field.name for field in fields(Options))

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from lmkit.engine import Outcome
     from lmkit.errors import LmkitError
-    from lmkit.generation import PerRow
     from lmkit.results import TextChunk
+    from lmkit.rows import PerRow
 
 __all__ = ["Chat", "Generator", "GeneratorOptions", "Message"]
 

@@ -25,10 +25,11 @@ from lmkit.generator import Generator
 from lmkit.placement import accelerator
 from lmkit.planning import make_plan
 from lmkit.precision import computes_bfloat16
+from lmkit.sources import HubOptions, Wanted, find, find_adapter
 from lmkit.tasks import auto_class, resolve_task
 from lmkit.translator import Translator
 from lmkit.unmasker import Unmasker
-from lmkit.weights import HubOptions, Wanted, find, find_adapter, reading
+from lmkit.weights import reading
 from lmkit.wrapper import Loaded
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Unpack
 
-    from lmkit.generation import PerRow
+    from lmkit.rows import PerRow
 
 __all__ = ["UnmaskOptions", "Unmasker"]
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from lmkit.encoding import Codec
 from lmkit.errors import EngineError, LmkitError, OptionError
-from lmkit.generation import split
 from lmkit.results import Generation, TextChunk
+from lmkit.rows import split
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence

@@ -24,8 +24,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     from lmkit._quiet import quiet
     from lmkit.planning import context_length, read_config
+    from lmkit.sources import HubOptions, Wanted, find
     from lmkit.tasks import fitting_tasks
-    from lmkit.weights import HubOptions, Wanted, find
 
     hub = HubOptions(checkpoint.revision, local_files_only=checkpoint.local_files_only)
     trusted = checkpoint.trust_remote_code
