@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import os
@@ -591,10 +592,27 @@ class Screen:
     def close(self) -> int:
         """Wait for the end and return the exit code."""
         try:
-            return self.process.wait(60)
+            self._drain(60)
+            return self.process.wait(1)
         finally:
             self.process.kill()
+            self.process.wait()
             os.close(self.master)
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C, and again as a person would: Python drops an interrupt that falls into a destructor."""
+        for _ in range(10):
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGINT)
+                self._drain(5)
+
+    def _drain(self, seconds: float) -> None:
+        """Read until the process ends: one whose screen nobody reads waits for ever."""
+        end = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < end:
+            if select.select([self.master], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):
+                    self.shown += os.read(self.master, 4096).decode("utf-8", "replace")
 
 
 @pytest.mark.slow
@@ -603,7 +621,7 @@ def test_tokens_stream_into_a_real_terminal_until_ctrl_c(saved: dict[str, str]) 
     terminal = Screen("generate", saved["bloom"], SAILOR, "--max-new-tokens", "1000000")
     terminal.wait_for(length=100)
     still_running = terminal.process.poll() is None
-    terminal.process.send_signal(signal.SIGINT)
+    terminal.interrupt()
     code = terminal.close()
     with lmkit.load("causal", saved["bloom"]) as generator:
         expected = visible(generator(SAILOR, max_new_tokens=200).text).replace("\n", "\r\n")
