@@ -599,13 +599,6 @@ class Screen:
             self.process.wait()
             os.close(self.master)
 
-    def interrupt(self) -> None:
-        """Press Ctrl-C, and again as a person would: Python drops an interrupt that falls into a destructor."""
-        for _ in range(10):
-            if self.process.poll() is None:
-                self.process.send_signal(signal.SIGINT)
-                self._drain(5)
-
     def _drain(self, seconds: float) -> None:
         """Read until the process ends: one whose screen nobody reads waits for ever."""
         end = time.monotonic() + seconds
@@ -621,7 +614,7 @@ def test_tokens_stream_into_a_real_terminal_until_ctrl_c(saved: dict[str, str]) 
     terminal = Screen("generate", saved["bloom"], SAILOR, "--max-new-tokens", "1000000")
     terminal.wait_for(length=100)
     still_running = terminal.process.poll() is None
-    terminal.interrupt()
+    terminal.process.send_signal(signal.SIGINT)
     code = terminal.close()
     with lmkit.load("causal", saved["bloom"]) as generator:
         expected = visible(generator(SAILOR, max_new_tokens=200).text).replace("\n", "\r\n")
