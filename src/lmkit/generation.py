@@ -88,7 +88,9 @@ class GenerationOptions(TypedDict, total=False):
 
     `mode` is a `Greedy`, `Sample` or `Beam`; the keywords of those classes may be written directly
     instead. `sample=True` takes the sampling values the checkpoint's author recommends. `stop` is a
-    string or a list of them; `suppress_tokens` a list of token ids; a list of lists has one per row.
+    string or a list of them; `suppress_tokens` a list of token ids; a list of lists has one per row. `lookup=True`
+    guesses at next tokens from the row's own text while it runs alone, and verifies them: the same tokens, sooner
+    where the answer repeats the prompt.
     """
 
     mode: PerRow[Mode]
@@ -109,6 +111,7 @@ class GenerationOptions(TypedDict, total=False):
     stop: str | Sequence[str] | Sequence[Sequence[str]]
     seed: PerRow[int]
     logprobs: PerRow[int]
+    lookup: PerRow[bool]
     truncate: PerRow[Literal["left", "right"]]
 
 
@@ -130,6 +133,7 @@ class Options:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: int | None = None
+    lookup: bool = False
     truncate: Literal["left", "right"] | None = None
 
     @classmethod
@@ -357,6 +361,7 @@ _RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "stop": ("a string or a list of strings, none empty", _strings),
     "seed": ("a whole number of at least 0", _integer(0)),
     "logprobs": ("a whole number of at least 0", _integer(0)),
+    "lookup": ("True or False", lambda value: isinstance(value, bool)),
     "truncate": ("'left' or 'right'", lambda value: value in ("left", "right")),
 }
 """What each option accepts, in words and as a test."""

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 __all__ = [
     "Candidate",
     "Completion",
+    "EngineStats",
     "FinishReason",
     "Generation",
     "MaskSlot",
@@ -177,6 +178,31 @@ class Generation(Result):
         shown["tokens"] = f"{self.prompt_tokens} read, {self.generated_tokens} generated"
         shown["speed"] = f"{self.timing.tokens_per_second:.1f} tokens/s"
         return shown
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats(Result):
+    """What an engine holds at the moment, and what it has done since the model was loaded.
+
+    Attributes:
+        running: Rows in batches.
+        waiting: Rows and beam searches that have not begun.
+        cache_bytes: Keys and values of running rows, as far as lmkit holds them itself.
+        prefix_bytes: Keys and values kept of recent prompts.
+        forwards: Forward passes, but for beam searches.
+        prompt_tokens: Prompt tokens read.
+        reused_tokens: Prompt tokens that were not read again, since they were kept.
+        generated_tokens: New tokens.
+    """
+
+    running: int
+    waiting: int
+    cache_bytes: int
+    prefix_bytes: int
+    forwards: int
+    prompt_tokens: int
+    reused_tokens: int
+    generated_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

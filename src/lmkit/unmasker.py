@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -41,6 +42,10 @@ class UnmaskOptions(TypedDict, total=False):
 
     top_k: PerRow[int]
     targets: Sequence[str] | Sequence[Sequence[str]]
+
+
+WINDOW = 32
+"""How many rows are read before they run together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +166,7 @@ class Unmasker(Wrapper[Job, Unmasking]):
         return self._results(self._valid(rows_of(texts)[0], options))
 
     def _results(self, jobs: list[Job]) -> Iterator[Unmasking]:
-        for news in self._run(jobs, stream=True, cancelled=None):
+        for news in filter(None, self._run(jobs, stream=True)):
             if news.error is not None:
                 raise news.error
             if news.result is not None:
@@ -235,20 +240,26 @@ class Unmasker(Wrapper[Job, Unmasking]):
         raise OptionError(msg)
 
     def _run(
-        self, jobs: Sequence[Job], *, stream: bool, cancelled: threading.Event | None
-    ) -> Iterator[News[Unmasking]]:
-        size = 1 if stream else 32
-        for start in range(0, len(jobs), size):
+        self,
+        jobs: Iterable[Job | None],
+        *,
+        stream: bool = False,
+        lazy: bool = False,  # noqa: ARG002 - rows are read in windows anyway
+        cancelled: threading.Event | None = None,
+    ) -> Iterator[News[Unmasking] | None]:
+        source, number = iter(jobs), 0
+        while window := list(itertools.islice(source, 1 if stream else WINDOW)):
             if self._scorer is None:
                 self._opened  # noqa: B018 - raises: the wrapper was closed
             if cancelled is not None and cancelled.is_set():
                 return
-            batch = jobs[start : start + size]
-            for place, result in enumerate(self._fill_all(batch), start):
+            for result in self._fill_all([job for job in window if job is not None]):
                 if isinstance(result, LmkitError):
-                    yield News(place, error=result)
+                    yield News(number, error=result)
                 else:
-                    yield News(place, result=result)
+                    yield News(number, result=result)
+                number += 1
+            yield None
 
     def _fill_all(self, jobs: Sequence[Job]) -> list[Unmasking | LmkitError]:
         """Fill texts together; if the batch fails, each alone, so that one does not take others down."""

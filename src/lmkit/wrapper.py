@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -34,8 +36,8 @@ ItemT = TypeVar("ItemT")
 OnError = Literal["raise", "return"]
 """What `map` does with a row that fails: raise its error in its place, or return it in its place."""
 
-READ_AHEAD = 32
-"""How many inputs `map` reads before it runs them together: one batch of the engine."""
+READ_AHEAD = 256
+"""How many inputs `map` reads beyond the results it has given: enough to fill the batches of the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     plan: LoadPlan
     reload: Callable[[], object]
+    prefix_cache_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +82,19 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
         """Check the options that `map` uses for all rows; raise an `LmkitError` before any is read."""
 
     @abstractmethod
-    def _run(self, jobs: Sequence[JobT], *, stream: bool, cancelled: threading.Event | None) -> Iterator[News[ResultT]]:
-        """Run prepared rows and tell what happens to each."""
+    def _run(
+        self,
+        jobs: Iterable[JobT | None],
+        *,
+        stream: bool = False,
+        lazy: bool = False,
+        cancelled: threading.Event | None = None,
+    ) -> Iterator[News[ResultT] | None]:
+        """Run prepared rows and tell what happens to each.
+
+        With `lazy`, rows are read as others end; None among them says that there are more, but not now, and comes
+        out again when all before it have ended.
+        """
 
     @property
     def name(self) -> str:
@@ -185,7 +199,7 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
         results: list[ResultT | None] = [None] * len(jobs)
         failed: LmkitError | None = None
         try:
-            for news in self._run(jobs, stream=False, cancelled=cancelled):
+            for news in filter(None, self._run(jobs, cancelled=cancelled)):
                 failed = failed or news.error
                 if news.result is not None:
                     results[news.index] = news.result
@@ -213,35 +227,43 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
     def _mapped(
         self, inputs: Iterator[Any], options: Mapping[str, Any], on_error: OnError
     ) -> Iterator[ResultT | LmkitError]:
-        for first in itertools.count(step=READ_AHEAD):
-            window: list[Any] = []
-            broken: Exception | None = None
-            try:
-                window.extend(itertools.islice(inputs, READ_AHEAD))
-            except Exception as error:  # noqa: BLE001 - raised again below, after the rows read before it
-                broken = error
-            for result in self._window(window, options, first):
+        ended: dict[int, ResultT | LmkitError] = {}
+        running: dict[int, int] = {}  # the engine's number of a row that runs: the row's own
+        given = 0
+        broken: Exception | None = None
+
+        def jobs() -> Iterator[JobT | None]:
+            nonlocal broken
+            numbers = itertools.count()
+            for row in itertools.count():
+                while row - given >= READ_AHEAD:
+                    yield None
+                try:
+                    (job,) = self._jobs([next(inputs)], options, row)
+                except StopIteration:
+                    return
+                except Exception as error:  # noqa: BLE001 - raised again below, after the rows read before it
+                    broken = error
+                    return
+                if isinstance(job, LmkitError):
+                    ended[row] = job
+                else:
+                    running[next(numbers)] = row
+                    yield job
+
+        for news in itertools.chain(self._run(jobs(), lazy=True), [None]):
+            if news is not None:
+                result = news.result if news.error is None else news.error
+                assert result is not None  # noqa: S101 - without a stream, news are ends
+                ended[running.pop(news.index)] = result
+            while given in ended:
+                result = ended.pop(given)
                 if isinstance(result, LmkitError) and on_error == "raise":
                     raise result
+                given += 1
                 yield result
-            if broken is not None:
-                raise broken
-            if len(window) < READ_AHEAD:
-                return
-
-    def _window(self, window: list[Any], options: Mapping[str, Any], first: int) -> list[ResultT | LmkitError]:
-        """Run the inputs that `map` has read; each gives its result or its error."""
-        jobs = self._jobs(window, options, first)
-        places = [place for place, job in enumerate(jobs) if not isinstance(job, LmkitError)]
-        ready = [job for job in jobs if not isinstance(job, LmkitError)]
-        results: dict[int, ResultT | LmkitError] = {
-            place: job for place, job in enumerate(jobs) if isinstance(job, LmkitError)
-        }
-        for news in self._run(ready, stream=False, cancelled=None):
-            ended = news.result if news.error is None else news.error
-            if ended is not None:
-                results[places[news.index]] = ended
-        return [results[place] for place in range(len(jobs))]
+        if broken is not None:
+            raise broken
 
     def _stream(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> Iterator[TextChunk]:
         """Check all rows now; compute when asked for chunks."""
@@ -253,8 +275,8 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
 
     def _streamed(self, jobs: list[JobT]) -> Iterator[TextChunk]:
         failed: LmkitError | None = None
-        with contextlib.closing(self._run(jobs, stream=True, cancelled=None)) as run:  # type: ignore[type-var]
-            for news in run:
+        with contextlib.closing(self._run(jobs, stream=True)) as run:  # type: ignore[type-var]
+            for news in filter(None, run):
                 failed = failed or news.error
                 if news.text or news.result is not None:
                     result = news.result if isinstance(news.result, Generation) else None
@@ -265,9 +287,8 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
     async def _acall(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> list[ResultT]:
         """Run in a thread; cancelling the task ends the rows at their next step."""
         cancelled = threading.Event()
-        results: list[ResultT] = await finished(
-            asyncio.to_thread(self._call, inputs, options, cancelled), cancelled.set
-        )
+        with a_thread() as run:
+            results: list[ResultT] = await finished(run(self._call, inputs, options, cancelled), cancelled.set)
         return results
 
     def _astream(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> AsyncIterator[TextChunk]:
@@ -276,11 +297,29 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
 
     async def _alternate(self, items: Iterator[ItemT]) -> AsyncIterator[ItemT]:
         """Take items one by one in a thread; leaving the loop or cancelling the task ends the rows."""
-        try:
-            while (item := await finished(asyncio.to_thread(next, items, None), lambda: None)) is not None:
-                yield item
-        finally:
-            items.close()  # type: ignore[attr-defined]
+        with a_thread() as run:
+            try:
+                while (item := await finished(run(next, items, None), lambda: None)) is not None:
+                    yield item
+            finally:
+                items.close()  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def a_thread() -> Iterator[Callable[..., asyncio.Future[Any]]]:
+    """Give an asynchronous call a thread of its own.
+
+    asyncio.to_thread has a handful for everybody, and a call that waits for one joins no batch.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="lmkit")
+
+    def run(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+        return asyncio.wrap_future(pool.submit(contextvars.copy_context().run, function, *arguments))
+
+    try:
+        yield run
+    finally:
+        pool.shutdown(wait=False)
 
 
 async def finished(work: Any, cancel: Callable[[], None]) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,9 +17,10 @@ from lmkit.wrapper import Loaded, News, Wrapper
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from lmkit.engine import Outcome
+    from lmkit.engine import Outcome, Update
+    from lmkit.results import EngineStats
 
 __all__ = ["Job", "Writer"]
 
@@ -59,7 +62,7 @@ class Writer(Wrapper[Job, ResultT]):
             # generate() fills what a config leaves open from the model's own, so it has to be gone from there.
             setattr(model.generation_config, name, None)
         self._start = decoder_start(model) if model.config.is_encoder_decoder else None
-        self._engine: Engine | None = Engine(model, self._codec, self._start)
+        self._engine: Engine | None = Engine(model, self._codec, self._start, prefix_bytes=loaded.prefix_cache_bytes)
 
     def close(self) -> None:
         """Give the memory back; work in flight ends with an `EngineError` at its next step."""
@@ -92,6 +95,7 @@ class Writer(Wrapper[Job, ResultT]):
             stop=options.stop or tuple(self._checkpoint_config.stop_strings or ()),
             seed=options.seed if sampled else None,
             logprobs=options.logprobs,
+            lookup=options.lookup,
         )
 
     def _options(self, given: Mapping[str, Any]) -> Options:
@@ -100,16 +104,47 @@ class Writer(Wrapper[Job, ResultT]):
     def _check(self, options: dict[str, Any]) -> None:
         self._options(options)
 
-    def _run(self, jobs: Sequence[Job], *, stream: bool, cancelled: threading.Event | None) -> Iterator[News[ResultT]]:
+    def _run(
+        self,
+        jobs: Iterable[Job | None],
+        *,
+        stream: bool = False,
+        lazy: bool = False,
+        cancelled: threading.Event | None = None,
+    ) -> Iterator[News[ResultT] | None]:
+        taken: dict[int, Job] = {}
+
+        def requests() -> Iterator[Request | None]:
+            numbers = itertools.count()
+            for job in jobs:
+                if job is not None:
+                    taken[next(numbers)] = job
+                yield None if job is None else job.request
+
+        run = self._opened_engine.run(requests(), stream=stream, lazy=lazy, cancelled=cancelled)
+        with contextlib.closing(run):  # type: ignore[type-var]  # a generator
+            for update in run:
+                yield None if update is None else self._news(update, taken)
+
+    def _news(self, update: Update, taken: dict[int, Job]) -> News[ResultT]:
+        if update.outcome is None and update.error is None:
+            return News(update.index, update.text)
+        job = taken.pop(update.index)
+        result = None if update.outcome is None else self._result(job, update.outcome)
+        error = None if update.error is None else failure(update.error, job.row)
+        return News(update.index, update.text, result, error)
+
+    @property
+    def _opened_engine(self) -> Engine:
         if self._engine is None:
             self._opened  # noqa: B018 - raises: the wrapper was closed
-            return
-        requests = [job.request for job in jobs]
-        for update in self._engine.run(requests, stream=stream, cancelled=cancelled):
-            ended = update.outcome
-            result = None if ended is None else self._result(jobs[update.index], ended)
-            error = None if update.error is None else failure(update.error, jobs[update.index].row)
-            yield News(update.index, update.text, result, error)
+        assert self._engine is not None  # noqa: S101 - closing takes both away together
+        return self._engine
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine holds at the moment, and what it has done so far."""
+        return self._opened_engine.stats()
 
     @abstractmethod
     def _result(self, job: Job, outcome: Outcome) -> ResultT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,87 +19,145 @@ if TYPE_CHECKING:
     from lmkit.encoding import Codec
     from lmkit.engine.row import Row
 
-__all__ = ["Chooser"]
+__all__ = ["Chooser", "Steering"]
+
+READS_NO_ORDER = frozenset(
+    [
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "InfNanRemoveLogitsProcessor",
+        "LogitNormalization",
+        "MinPLogitsWarper",
+        "RepetitionPenaltyLogitsProcessor",
+        "SuppressTokensLogitsProcessor",
+        "TemperatureLogitsWarper",
+        "TopHLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "TypicalLogitsWarper",
+    ]
+)
+"""transformers' processors that look at no token ids, or only at which there are: a row may be padded with a token of
+its own, so that rows of any length go through them together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """What reshapes a row's scores.
+
+    Attributes:
+        processors: transformers' own, in its order.
+        key: What rows have in common that may go through one of their processors together.
+        ordered: Whether they must have equally many tokens for that.
+        sampled: Whether the token is drawn.
+    """
+
+    processors: LogitsProcessorList
+    key: object
+    ordered: bool
+    sampled: bool
+
+    @property
+    def plain(self) -> bool:
+        """Whether the likeliest token is the one to take."""
+        return not self.processors and not self.sampled
 
 
 class Chooser:
     """Chooses the next token of each row of a batch.
 
-    Each row goes through the processors of its own config, on its own unpadded tokens: a repetition
-    penalty never sees another row's padding, so a row of a batch equals its single run. Rows without
-    processors, the common case, share one `argmax`.
+    A row goes through the processors of its own config, on its own unpadded tokens: a repetition penalty never sees
+    another row's padding, so a row of a batch equals its single run. Rows whose processors say the same
+    go through them together; rows without processors, the common case, share one maximum.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        codec: Codec,
-        decoder_start: int | None,
-    ) -> None:
+    def __init__(self, model: Any, codec: Codec, decoder_start: int | None) -> None:
         """Serve rows of `model`; an encoder-decoder's rows begin with the token `decoder_start`."""
         self._model = model
         self._codec = codec
         self._start = decoder_start
 
     def choose(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
-        """Give each row its next token.
+        """Give each row its next token, or its error.
 
         Args:
             rows: The rows that still run.
-            logits: The model's scores in float32. *Shape:* `(rows, vocabulary)`.
+            logits: The model's scores. *Shape:* `(rows, vocabulary)`.
         """
-        likeliest = logits.argmax(-1).tolist()
-        usable = (torch.isfinite(logits).any(-1) & ~torch.isnan(logits).any(-1)).tolist()
-        for number, row in enumerate(rows):
-            if not usable[number]:
+        # One pass serves three questions: NaN and -inf show in the maximum, and the place is the greedy choice.
+        highest, likeliest = logits.max(-1)
+        usable = (highest > -torch.inf).tolist()
+        chosen: list[int | None] = likeliest.tolist()
+        groups: dict[object, list[int]] = {}
+        for place, row in enumerate(rows):
+            steering = self.steering(row)
+            if usable[place] and not steering.plain:
+                length = len(row.token_ids) if steering.ordered else 0
+                groups.setdefault((steering.key, length), []).append(place)
+        for places in groups.values():
+            for place, token_id in zip(places, self._steered([rows[p] for p in places], logits[places]), strict=True):
+                chosen[place] = token_id
+        for place, row in enumerate(rows):
+            token_id = chosen[place]
+            if not usable[place]:
                 row.error = EngineError(_NO_SCORES.format(step=len(row.token_ids) + 1))
-                continue
-            if row.processors is None:
-                row.processors = self._build(row)
-            token_id: int | None = likeliest[number]
-            if row.processors or row.request.config.do_sample:
-                token_id = self._process(row, row.processors, logits[number])
-            if token_id is None:
+            elif token_id is None:
                 row.error = EngineError(_NO_CHOICE.format(step=len(row.token_ids) + 1))
-                continue
-            row.accept(token_id, self._logprob(row, token_id, logits[number]))
+            else:
+                row.accept(token_id, self._logprob(row, token_id, logits[place]))
+
+    def steering(self, row: Row) -> Steering:
+        """Return what reshapes the row's scores, built as `generate` does, from the row's resolved config."""
+        if row.steering is None:
+            processors, config = self._build(row), row.request.config
+            names = {type(one).__name__ for one in processors}
+            ordered = not names <= READS_NO_ORDER
+            # Some begin to count at the prompt's end; those that do not are the same for all lengths.
+            told = config.to_diff_dict() | {"max_new_tokens": 0, "max_length": 0}
+            key: object = repr((sorted(told.items()), len(row.request.input_ids) if ordered else 0))
+            if any(name.startswith("Encoder") for name in names):
+                key = id(row)  # these hold the row's own source
+            row.steering = Steering(processors, key, ordered, config.do_sample)
+        return row.steering
 
     def _build(self, row: Row) -> LogitsProcessorList:
-        """Build the row's processors the way `generate` does, in its order, from its resolved config."""
         model, request = self._model, row.request
         # generate() fills these in on a copy of the config, and its builder reads them from there.
         config = copy.deepcopy(request.config)
         model._prepare_special_tokens(config, True, device="cpu", batch_size=1)  # noqa: SLF001, FBT003
-        source = torch.tensor([request.input_ids]) if model.config.is_encoder_decoder else None
+        source = torch.tensor([request.input_ids], device="cpu")
         processors: LogitsProcessorList = model._get_logits_processor(  # noqa: SLF001 - the only builder there is
             generation_config=config,
-            input_ids_seq_length=1 if source is not None else len(request.input_ids),
-            encoder_input_ids=source if source is not None else torch.tensor([request.input_ids]),
+            input_ids_seq_length=1 if model.config.is_encoder_decoder else len(request.input_ids),
+            encoder_input_ids=source,
             device="cpu",
             model_kwargs={},
         )
         return processors
 
-    def _process(self, row: Row, processors: LogitsProcessorList, logits: torch.Tensor) -> int | None:
-        """Choose among the scores that the row's options leave; None if they leave none to draw from."""
-        prefix = row.request.input_ids if self._start is None else (self._start,)
-        token_ids: Any = torch.tensor([[*prefix, *row.token_ids]])
+    def _steered(self, rows: Sequence[Row], logits: torch.Tensor) -> list[int | None]:
+        """Choose among the scores that the rows' options leave; None if they leave a row none to draw from."""
+        steering = self.steering(rows[0])
+        sofar = [[*(row.request.input_ids if self._start is None else (self._start,)), *row.token_ids] for row in rows]
+        width = max(map(len, sofar))
+        token_ids: Any = torch.tensor([[row[0]] * (width - len(row)) + row for row in sofar], device="cpu")
         # Processors write into the scores they are given, and `logits` is still needed for logprobs.
-        scores = processors(token_ids, logits[None].to("cpu", copy=True))[0]
-        if not row.request.config.do_sample:
-            return int(scores.argmax())
+        scores: torch.Tensor = steering.processors(token_ids, logits.to("cpu", torch.float32, copy=True))  # type: ignore[assignment]
+        if not steering.sampled:
+            return list(scores.argmax(-1).tolist())
         # Inversion of the cumulative distribution: one number of the row's own stream per token.
         cumulative = scores.double().softmax(-1).cumsum(-1)
-        if not torch.isfinite(cumulative[-1]):
-            return None
-        drawn = torch.searchsorted(cumulative, row.uniform() * cumulative[-1], right=True)
-        return int(drawn)
+        total = cumulative[:, -1:]
+        uniform = torch.tensor([[row.uniform()] for row in rows], dtype=torch.float64, device="cpu")
+        drawn = torch.searchsorted(cumulative, uniform * total, right=True)[:, 0].tolist()
+        possible = torch.isfinite(total[:, 0]).tolist()
+        return [token_id if fine else None for token_id, fine in zip(drawn, possible, strict=True)]
 
     def _logprob(self, row: Row, token_id: int, logits: torch.Tensor) -> TokenLogprob | None:
         count = row.request.logprobs
         if count is None:
             return None
-        values = logits.log_softmax(-1)
+        values = logits.float().log_softmax(-1)
         top = values.topk(min(count, len(values)))
         return TokenLogprob(
             *self._named(token_id, values),

@@ -25,6 +25,7 @@ class Request:
         stop: Strings that end the row; its text is cut before them.
         seed: Where the draws of a sampled row begin.
         logprobs: How many alternatives to record beside each token; None records nothing.
+        lookup: Guess at next tokens from the row's own text while it runs alone.
     """
 
     input_ids: tuple[int, ...]
@@ -33,6 +34,7 @@ class Request:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: int | None = None
+    lookup: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,248 @@
+"""Keys and values of a batch of rows: they grow in place, rows leave and join, unneeded columns are dropped.
+
+Rows lie side by side and end in the same column; a shorter row has padding on its left, which the attention mask
+hides. Padding is zeros, never stale memory: a masked weight of 0 times NaN is NaN.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["GrowingLayer", "KeyValues", "Prefix"]
+
+AHEAD = 64
+"""How many columns a buffer reserves at the least beyond those it needs."""
+
+Prefix: TypeAlias = "list[tuple[torch.Tensor, torch.Tensor]]"
+"""Keys and values of one row in each layer. *Shape:* `(heads, tokens, size)` each."""
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer whose buffers reserve and double, in place of a concatenation at every step.
+
+    The live part is rows `0..rows` and columns `start..end`; one column before it is kept free for `pad`.
+
+    Attributes:
+        room: The most columns that the rows can still need, so that doubling does not reserve beyond it.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing reserved."""
+        super().__init__()
+        self.rows = self.start = self.end = 0
+        self.room = AHEAD
+        self._buffers: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """How many columns are live."""
+        return self.end - self.start
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes are reserved."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *_args: Any,
+        **_kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append columns. *Shape:* `(rows, heads, columns, size)` each; returns all live columns."""
+        columns = key_states.shape[-2]
+        if not self._buffers:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.rows = len(key_states)
+            self._reserve((key_states, value_states), self.rows, columns)
+        elif self.end + columns > self._buffers[0].shape[-2]:
+            self._reserve(self._buffers, self.rows, columns)
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[: self.rows, :, self.end : self.end + columns] = states
+        self.end += columns
+        return self._live()
+
+    def get_seq_length(self) -> int:
+        """Count the live columns."""
+        return self.width
+
+    def _live(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = (buffer[: self.rows, :, self.start : self.end] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def _reserve(self, like: Sequence[torch.Tensor], rows: int, columns: int) -> None:
+        """Move to new buffers for `rows` rows and `columns` more columns, and some more of these."""
+        needed = 1 + self.width + columns
+        size = needed + min(max(needed, AHEAD), max(self.room, 1))
+        fresh = tuple(part.new_zeros(rows, part.shape[1], size, part.shape[3]) for part in like)
+        for old, new in zip(self._buffers, fresh, strict=False):
+            new[: self.rows, :, 1 : 1 + self.width] = old[: self.rows, :, self.start : self.end]
+        self.start, self.end, self._buffers = 1, 1 + self.width, fresh
+
+    def pad(self, columns: int) -> None:
+        """Add columns of padding on the left."""
+        if columns > self.start:
+            keys, values = (pad(part, (0, 0, columns, 0)) for part in self._live())
+            self._reserve((keys, values), self.rows, columns)
+            self.end += columns
+            for buffer, part in zip(self._buffers, (keys, values), strict=True):
+                buffer[: self.rows, :, 1 : self.end] = part
+        else:
+            self.start -= columns
+            for buffer in self._buffers:
+                buffer[: self.rows, :, self.start : self.start + columns] = 0
+        self._live()
+
+    def drop(self, columns: int) -> None:
+        """Forget columns on the left."""
+        self.start += columns
+        self._live()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns, given as a negative number like transformers does."""
+        self.end -= abs(tokens_to_remove)
+        self._live()
+
+    def keep(self, holes: Sequence[int], movers: Sequence[int], rows: int) -> None:
+        """Go on with `rows` rows, after moving the rows `movers` into the places `holes`."""
+        if holes:
+            for part in self._live():
+                part[holes] = part[movers]
+        self.rows = rows
+        if rows * 4 <= len(self._buffers[0]):
+            self._reserve(self._buffers, rows, 0)
+        self._live()
+
+    def absorb(self, other: GrowingLayer) -> None:
+        """Append the rows of a layer that is at most as wide."""
+        rows = self.rows + other.rows
+        if rows > (places := len(self._buffers[0])):
+            self._reserve(self._buffers, max(rows, min(2 * places, rows + rows // 4)), 0)
+        gap = self.width - other.width
+        for buffer, part in zip(self._buffers, other._live(), strict=True):
+            buffer[self.rows : rows, :, self.start : self.start + gap] = 0
+            buffer[self.rows : rows, :, self.start + gap : self.end] = part
+        self.rows = rows
+        self._live()
+
+
+class KeyValues:
+    """The cache of a batch: plain layers grow in place, sliding ones stay transformers' own.
+
+    Attributes:
+        cache: What `forward` takes as `past_key_values`.
+        plain: Whether all layers are plain, so that parts of a row can be taken out and put back.
+    """
+
+    def __init__(self, config: Any) -> None:
+        """Make the layers that `config` asks for; nothing is reserved yet."""
+        from transformers import DynamicCache
+
+        self.cache: Any = DynamicCache(config=config)
+        self.cache.layers = [
+            GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.cache.layers
+        ]
+        self.layers: list[Any] = self.cache.layers
+        self.plain = all(isinstance(layer, GrowingLayer) for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the layers hold."""
+        return sum(
+            layer.nbytes if isinstance(layer, GrowingLayer) else layer.keys.nbytes + layer.values.nbytes
+            for layer in self._filled
+        )
+
+    @property
+    def _filled(self) -> list[Any]:
+        """The layers that hold something; those that share another's keys and values never do."""
+        return [layer for layer in self.layers if layer.is_initialized]
+
+    def expect(self, columns: int) -> None:
+        """Say how many more columns the rows can need."""
+        for layer in self.layers:
+            layer.room = columns
+
+    def begin(self, prefixes: Sequence[Prefix | None], lengths: Sequence[int]) -> None:
+        """Put the first `lengths[row]` tokens of each row's prefix into an empty cache of plain layers."""
+        width = max(lengths)
+        some = next(prefix for prefix in prefixes if prefix is not None)
+        for number, layer in enumerate(self.layers):
+            keys, values = (
+                part.new_zeros(len(lengths), part.shape[0], width, part.shape[2]) for part in some[number]
+            )
+            for row, (prefix, length) in enumerate(zip(prefixes, lengths, strict=True)):
+                if prefix is not None and length:
+                    keys[row, :, width - length :] = prefix[number][0][:, :length]
+                    values[row, :, width - length :] = prefix[number][1][:, :length]
+            layer.update(keys, values)
+
+    def taken(self, row: int, tokens: int) -> Prefix:
+        """Copy the last `tokens` columns of a row, from plain layers."""
+        return [
+            (layer.keys[row, :, -tokens:].clone(), layer.values[row, :, -tokens:].clone()) for layer in self.layers
+        ]
+
+    def pad(self, columns: int) -> None:
+        """Add columns of padding on the left."""
+        for layer in self._filled:
+            if isinstance(layer, GrowingLayer):
+                layer.pad(columns)
+            else:
+                layer.cumulative_length += columns
+                _widen(layer, min(layer.cumulative_length, layer.sliding_window - 1))
+
+    def drop(self, columns: int) -> None:
+        """Forget columns on the left."""
+        for layer in self._filled:
+            if isinstance(layer, GrowingLayer):
+                layer.drop(columns)
+            else:
+                layer.cumulative_length -= columns
+                layer.keys = layer.keys[:, :, -layer.cumulative_length :]
+                layer.values = layer.values[:, :, -layer.cumulative_length :]
+
+    def crop(self, columns: int) -> None:
+        """Forget the last columns of plain layers."""
+        for layer in self.layers:
+            layer.crop(-columns)
+
+    def keep(self, holes: Sequence[int], movers: Sequence[int], rows: int) -> None:
+        """Go on with `rows` rows, after moving the rows `movers` into the places `holes`."""
+        for layer in self._filled:
+            if isinstance(layer, GrowingLayer):
+                layer.keep(holes, movers, rows)
+            else:
+                shrink(layer, holes, movers, rows)
+
+    def absorb(self, other: KeyValues) -> None:
+        """Append the rows of a cache that is at most as wide."""
+        for mine, others in zip(self._filled, other._filled, strict=True):
+            if isinstance(mine, GrowingLayer):
+                mine.absorb(others)
+            else:
+                _widen(others, mine.keys.shape[-2])
+                mine.keys = torch.cat([mine.keys, others.keys])
+                mine.values = torch.cat([mine.values, others.values])
+
+
+def shrink(layer: Any, holes: Sequence[int], movers: Sequence[int], rows: int) -> None:
+    """Do in one of transformers' layers what `GrowingLayer.keep` does: only the moved rows are copied."""
+    for part in (layer.keys, layer.values):
+        if holes:
+            part[holes] = part[movers]
+    layer.keys, layer.values = layer.keys[:rows], layer.values[:rows]
+
+
+def _widen(layer: DynamicSlidingWindowLayer, columns: int) -> None:
+    gap = columns - layer.keys.shape[-2]
+    if gap > 0:
+        layer.keys, layer.values = pad(layer.keys, (0, 0, gap, 0)), pad(layer.values, (0, 0, gap, 0))

@@ -1,0 +1,146 @@
+"""Which rows run together: by a budget of tokens, fair between callers, the rows that need most first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lmkit.engine.decoders import input_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from lmkit.engine.decoders import Decoder
+    from lmkit.engine.row import Row
+    from lmkit.engine.ticket import Ticket
+
+__all__ = ["Scheduler", "bytes_per_token"]
+
+SHARE_OF_FREE_MEMORY = 0.5
+"""How much of the memory that is free when a batch begins its keys and values may take."""
+
+BATCH_TOKENS = {"cpu": 16_384}
+"""Beyond this many tokens of keys and values a step gains nothing any more: on a CPU the products are then bound by
+arithmetic (docs/performance.md)."""
+
+BATCH_TOKENS_ELSEWHERE = 262_144
+
+PROMPT_TOKENS = 2048
+"""How many tokens of prompts one forward pass reads; more would only take more memory."""
+
+PROMPT_TOKENS_BESIDE = 512
+"""The same while other rows are running: they wait for it."""
+
+REFILL = 8
+"""A full batch waits until one in so many of its rows have ended before it takes in others together."""
+
+
+class Scheduler:
+    """Chooses rows from the callers' tickets."""
+
+    def __init__(self, model: Any) -> None:
+        """Serve `model`, whose device and sizes set the budget."""
+        self._device = input_device(model)
+        self._bytes_per_token = bytes_per_token(model)
+        self._most_rows: int | None = None  # after a step failed
+        self._memory = False
+
+    def columns(self, rows: int, *, busy: bool) -> int:
+        """Say how many columns of a batch's prompts to read at once."""
+        return max((PROMPT_TOKENS_BESIDE if busy else PROMPT_TOKENS) // rows, 1)
+
+    def failed(self, rows: int, *, memory: bool) -> None:
+        """Take note that a forward pass of so many rows failed: half as many from now on.
+
+        One that failed alone was the reason, and the others may run together again; except when memory is short, which
+        it stays until all are done.
+        """
+        self._memory = self._memory or memory
+        if rows > 1:
+            self._most_rows = rows // 2
+        elif not self._memory:
+            self._most_rows = None
+
+    def reset(self) -> None:
+        """Forget failures: all rows are done."""
+        self._most_rows, self._memory = None, False
+
+    def pick(
+        self,
+        tickets: Sequence[Ticket],
+        decoders: Sequence[Decoder],
+        *,
+        joins: bool,
+        alike: Callable[[Row], object],
+    ) -> list[Row]:
+        """Choose the rows to begin now; they stay in their tickets.
+
+        Args:
+            tickets: Where rows wait.
+            decoders: The batches that run.
+            joins: Whether new rows join the batch that runs.
+            alike: Rows of a batch must have this in common.
+        """
+        running = [row for decoder in decoders for row in decoder.rows]
+        # Rows that cannot join a batch begin another one beside it, once few of their caller's rows are left in it.
+        tickets = [
+            ticket for ticket in tickets if ticket.waiting and (joins or ticket.running * REFILL <= len(ticket.waiting))
+        ]
+        if not tickets:
+            return []
+        budget = self._budget(decoders)
+        room = {"rows": len(running), "tokens": max((_tokens(row) for row in running), default=0)}
+        picked: list[Row] = []
+        for row in _fair(tickets):
+            if picked and alike(row) != alike(picked[0]):
+                continue
+            room = {"rows": room["rows"] + 1, "tokens": max(room["tokens"], _tokens(row))}
+            full = room["rows"] * room["tokens"] > budget
+            if (running or picked) and (full or (self._most_rows and room["rows"] > self._most_rows)):
+                # It is full: to take in a few rows at a time would read their prompts one by one.
+                return picked if len(picked) * REFILL >= len(running) or not joins else []
+            picked.append(row)
+            if joins and sum(len(row.input_ids) for row in picked) > PROMPT_TOKENS:
+                break
+        return picked
+
+    def _budget(self, decoders: Sequence[Decoder]) -> int:
+        """Count the tokens whose keys and values may be held at once."""
+        held = sum(decoder.nbytes for decoder in decoders)
+        most = BATCH_TOKENS.get(self._device.type, BATCH_TOKENS_ELSEWHERE)
+        return min(most, int((_free(self._device) * SHARE_OF_FREE_MEMORY + held) / self._bytes_per_token))
+
+
+def _tokens(row: Row) -> int:
+    return len(row.request.input_ids) + (row.request.config.max_new_tokens or 1)
+
+
+def _fair(tickets: Sequence[Ticket]) -> Iterator[Row]:
+    """Go through waiting rows, the most demanding of each caller first, by turns between callers."""
+    queues = {ticket: iter(reversed(ticket.waiting)) for ticket in tickets}
+    served = {ticket: ticket.running for ticket in tickets}
+    while served:
+        least = min(served, key=served.__getitem__)
+        row = next(queues[least], None)
+        if row is None:
+            del served[least]
+        else:
+            served[least] += 1
+            yield row
+
+
+def _free(device: Any) -> int:
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def bytes_per_token(model: Any) -> int:
+    """Estimate the bytes of keys and values that a token takes, from the model's config."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", 1)
+    size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 64) // heads
+    pairs = 2 * (getattr(config, "num_key_value_heads", None) or heads)
+    return int(getattr(config, "num_hidden_layers", 1) * pairs * size * model.dtype.itemsize)
