@@ -15,7 +15,7 @@ from checkpoints import texts, wrapper
 
 OF_EACH_TASK = ["llama", "t5", "bert"]
 INPUTS = {"llama": "She", "t5": "Birds fly.", "bert": "Birds [MASK]."}
-BOUND = 64  # inputs that map may have read beyond the results it gave; any constant will do
+BOUND = 256  # inputs that map may have read beyond the results it gave; any constant will do
 
 
 def short(name: str) -> dict[str, Any]:

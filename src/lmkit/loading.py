@@ -22,6 +22,7 @@ from lmkit.errors import (
     nearest,
 )
 from lmkit.generator import Generator
+from lmkit.packing import pack
 from lmkit.placement import accelerator
 from lmkit.planning import make_plan
 from lmkit.precision import computes_bfloat16
@@ -160,6 +161,8 @@ def load(
             model = _read_model(plan, config, source, trusted=trusted)
         if (adapter := options.get("adapter")) is not None:
             _put_on(model, adapter, hub)
+        if plan.kernels == "packed":
+            pack(model)
     _tell(plan, model)
     again = {name: value for name, value in options.items() if name != "token"}  # a pickle keeps no secrets
     reload = functools.partial(load, task, name, precision, devices, **again)

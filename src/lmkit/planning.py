@@ -7,9 +7,10 @@ what would fit) belongs here, from the headers that `weights` reads.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lmkit.errors import UnknownTaskError, WeightsError, listed
+from lmkit.packing import packs
 from lmkit.placement import resolve_placement
 from lmkit.precision import resolve_precision
 from lmkit.results import Result
@@ -40,6 +41,7 @@ class LoadPlan(Result):
         model_class: The transformers class that will hold it.
         precision: What the weights will be held in.
         placement: Where they will go.
+        kernels: `"packed"` where linear layers are kept in the order of the processor's own kernel, else `"torch"`.
         context_length: The most tokens the model takes at once; None where nothing bounds it.
         reasons: Why, a sentence per automatic choice.
     """
@@ -50,6 +52,7 @@ class LoadPlan(Result):
     model_class: str
     precision: Precision
     placement: Placement
+    kernels: Literal["torch", "packed"]
     context_length: int | None
     reasons: Mapping[str, str]
 
@@ -85,6 +88,9 @@ def make_plan(
     reasons = {"precision": chosen.reason, "devices": placed.reason}
     if source.gguf_file is not None:
         reasons["format"] = f"GGUF: its packed weights are widened to {chosen.dtype} as they are read"
+    packed = placed.device_type == "cpu" and str(chosen.dtype) == "torch.bfloat16" and chosen.quantization is None and packs()
+    if packed:
+        reasons["kernels"] = "bfloat16 on this CPU: linear layers are reordered once for its matrix kernel"
     plan = LoadPlan(
         task=task,
         name=source.name,
@@ -92,6 +98,7 @@ def make_plan(
         model_class=model_class,
         precision=chosen,
         placement=placed,
+        kernels="packed" if packed else "torch",
         context_length=context_length(config),
         reasons=reasons,
     )

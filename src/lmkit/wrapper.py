@@ -131,8 +131,10 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
     @property
     def memory_bytes(self) -> int:
         """How many bytes the weights and buffers hold."""
+        from lmkit.packing import packed_bytes
+
         model: Any = self.model  # this method is untyped
-        return int(model.get_memory_footprint())
+        return int(model.get_memory_footprint()) + packed_bytes(model)
 
     @property
     def _opened(self) -> Loaded:

@@ -1,0 +1,115 @@
+"""Linear layers whose weights lie in the order that a CPU's bfloat16 kernel reads.
+
+`torch.nn.functional.linear` brings a weight into that order anew at every call. Done once, a row costs half as much
+on a processor with AVX512-BF16 (`docs/performance.md` has the figures); the results are those of the same kernel.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["PackedLinear", "pack", "packed_bytes", "packs"]
+
+
+class PackedLinear(torch.nn.Linear):
+    """A linear layer that holds its weight packed, and unpacks it for who asks for it.
+
+    Attributes:
+        packed: The weight in the kernel's own layout, which only the kernel and `to_dense` can read.
+    """
+
+    def __init__(self, linear: torch.nn.Linear, *, tied: bool) -> None:
+        """Take the place of `linear`; a `tied` weight is another module's too, which keeps it."""
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.training = linear.training
+        self.bias = linear.bias
+        self._dense = (linear.weight,) if tied else ()  # in a tuple, so that it is not registered a second time
+        self.packed: torch.Tensor = _pack(linear.weight)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
+        """Multiply. *Shape:* `(…, in_features)` to `(…, out_features)`."""
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001 - torch has no public one
+            input, self.packed, self.bias, "none", [], ""
+        )
+        return product
+
+    @property
+    def weight(self) -> torch.nn.Parameter:  # type: ignore[override]
+        """The weight as it was loaded; kept from then on, since who asks once asks at every step (T5 does)."""
+        if not self._dense:
+            self._dense = (torch.nn.Parameter(self.packed.to_dense(), requires_grad=False),)
+        return self._dense[0]
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the packed weight takes."""
+        return self.in_features * self.out_features * self.packed.element_size()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self._dense[0].detach() if self._dense else self.packed.to_dense()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle the weight as a plain tensor: the packed one knows neither."""
+        return self.__dict__ | {"packed": self.packed.to_dense()}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Pack the weight again."""
+        super().__setstate__({**state, "packed": _pack(state["packed"])})
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)  # noqa: SLF001
+    return packed
+
+
+def packs() -> bool:
+    """Say whether this torch and this processor have the kernel."""
+    ops: Any = torch.ops.mkldnn
+    has = torch.backends.mkldnn.is_available() and hasattr(ops, "_reorder_linear_weight")
+    return bool(has and ops._is_mkldnn_bf16_supported())  # noqa: SLF001
+
+
+def pack(model: torch.nn.Module) -> int:
+    """Pack the bfloat16 linear layers of a model that are on a CPU, one after the other; return how many.
+
+    Only plain `torch.nn.Linear` modules are replaced, each in its own place; a hook of accelerate's, which moves
+    weights about, keeps a module as it is.
+    """
+    shared = _shared(model)
+    count = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is torch.nn.Linear and _fits(child):
+                tied = id(child.weight) in shared
+                parent._modules[name] = PackedLinear(child, tied=tied)  # noqa: SLF001 - setattr would do the same
+                count += 1
+    return count
+
+
+def _fits(linear: torch.nn.Linear) -> bool:
+    weight = linear.weight
+    hooked = hasattr(linear, "_hf_hook") or linear._forward_hooks or linear._forward_pre_hooks  # noqa: SLF001
+    return weight.dtype is torch.bfloat16 and weight.device.type == "cpu" and not hooked
+
+
+def _shared(model: torch.nn.Module) -> set[int]:
+    """Find the weights that several modules hold."""
+    seen: set[int] = set()
+    twice: set[int] = set()
+    for module in model.modules():
+        for parameter in module._parameters.values():  # noqa: SLF001 - parameters() leaves out repetitions
+            if parameter is not None:
+                (twice if id(parameter) in seen else seen).add(id(parameter))
+    return twice
+
+
+def packed_bytes(model: torch.nn.Module) -> int:
+    """Count the bytes of packed weights, which `get_memory_footprint` does not know of."""
+    return sum(module.nbytes for module in model.modules() if isinstance(module, PackedLinear))
