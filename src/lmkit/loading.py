@@ -166,7 +166,9 @@ def load(
     _tell(plan, model)
     again = {name: value for name, value in options.items() if name != "token"}  # a pickle keeps no secrets
     reload = functools.partial(load, task, name, precision, devices, **again)
-    return _WRAPPERS[kind](Loaded(model, tokenizer, plan, reload, options.get("prefix_cache_bytes", PREFIX_CACHE_BYTES)))
+    return _WRAPPERS[kind](
+        Loaded(model, tokenizer, plan, reload, options.get("prefix_cache_bytes", PREFIX_CACHE_BYTES))
+    )
 
 
 _WRAPPERS: dict[Task, Callable[[Loaded], Generator | Translator | Unmasker]] = {
@@ -250,7 +252,7 @@ def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, *, tru
 def _without_traps(quantization: Any, plan: LoadPlan, config: PreTrainedConfig) -> Any:
     """Leave out what bitsandbytes' 4-bit kernel for bfloat16 processors cannot multiply.
 
-    It asserts that the outputs of a linear layer are a multiple of 32, at the first forward pass.
+    It takes outputs in multiples of 32 and inputs in multiples of 64, and finds out at the first forward pass.
     """
     four_bit = getattr(quantization, "load_in_4bit", False)
     if not (four_bit and plan.placement.device_type == "cpu" and computes_bfloat16()):
@@ -261,7 +263,7 @@ def _without_traps(quantization: Any, plan: LoadPlan, config: PreTrainedConfig) 
     with torch.device("meta"):
         model = auto_class(plan.task).from_config(config)
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    if awkward := [name for name, module in linear if module.out_features % 32]:
+    if awkward := [name for name, module in linear if module.out_features % 32 or module.in_features % 64]:
         # A list of one's own replaces the one that transformers would make.
         own = quantization.llm_int8_skip_modules or get_keys_to_not_convert(model)
         quantization.llm_int8_skip_modules = [*own, *awkward]

@@ -29,7 +29,8 @@ class PackedLinear(torch.nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.training = linear.training
         self.bias = linear.bias
-        self._dense = (linear.weight,) if tied else ()  # in a tuple, so that it is not registered a second time
+        # In a tuple, so that it is not registered a second time.
+        self._dense: tuple[Any, ...] = (linear.weight,) if tied else ()
         self.packed: torch.Tensor = _pack(linear.weight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
@@ -44,7 +45,8 @@ class PackedLinear(torch.nn.Linear):
         """The weight as it was loaded; kept from then on, since who asks once asks at every step (T5 does)."""
         if not self._dense:
             self._dense = (torch.nn.Parameter(self.packed.to_dense(), requires_grad=False),)
-        return self._dense[0]
+        dense: torch.nn.Parameter = self._dense[0]
+        return dense
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +63,7 @@ class PackedLinear(torch.nn.Linear):
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Pack the weight again."""
-        super().__setstate__({**state, "packed": _pack(state["packed"])})
+        super().__setstate__({**state, "packed": _pack(state["packed"])})  # type: ignore[no-untyped-call]
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:
@@ -72,7 +74,8 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
 def packs() -> bool:
     """Say whether this torch and this processor have the kernel."""
     ops: Any = torch.ops.mkldnn
-    has = torch.backends.mkldnn.is_available() and hasattr(ops, "_reorder_linear_weight")
+    backend: Any = torch.backends.mkldnn
+    has = backend.is_available() and hasattr(ops, "_reorder_linear_weight")
     return bool(has and ops._is_mkldnn_bf16_supported())  # noqa: SLF001
 
 

@@ -169,7 +169,7 @@ def _free_bytes(name: str) -> int:
     import torch
 
     if name == "cpu":
-        import psutil  # type: ignore[import-untyped]  # accelerate requires it
+        import psutil
 
         return int(psutil.virtual_memory().available * 0.9)
     return int(torch.accelerator.get_memory_info(torch.device(name))[0] * 0.9)

@@ -88,7 +88,12 @@ def make_plan(
     reasons = {"precision": chosen.reason, "devices": placed.reason}
     if source.gguf_file is not None:
         reasons["format"] = f"GGUF: its packed weights are widened to {chosen.dtype} as they are read"
-    packed = placed.device_type == "cpu" and str(chosen.dtype) == "torch.bfloat16" and chosen.quantization is None and packs()
+    packed = (
+        placed.device_type == "cpu"
+        and str(chosen.dtype) == "torch.bfloat16"
+        and chosen.quantization is None
+        and packs()
+    )
     if packed:
         reasons["kernels"] = "bfloat16 on this CPU: linear layers are reordered once for its matrix kernel"
     plan = LoadPlan(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import contextvars
 import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
+from lmkit.background import a_thread, finished
 from lmkit.encoding import Codec
 from lmkit.errors import EngineError, LmkitError, OptionError
+from lmkit.ordering import Rows
 from lmkit.results import Generation, TextChunk
 from lmkit.rows import split
 
@@ -35,9 +34,6 @@ ResultT = TypeVar("ResultT")
 ItemT = TypeVar("ItemT")
 OnError = Literal["raise", "return"]
 """What `map` does with a row that fails: raise its error in its place, or return it in its place."""
-
-READ_AHEAD = 256
-"""How many inputs `map` reads beyond the results it has given: enough to fill the batches of the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,43 +225,16 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
     def _mapped(
         self, inputs: Iterator[Any], options: Mapping[str, Any], on_error: OnError
     ) -> Iterator[ResultT | LmkitError]:
-        ended: dict[int, ResultT | LmkitError] = {}
-        running: dict[int, int] = {}  # the engine's number of a row that runs: the row's own
-        given = 0
-        broken: Exception | None = None
-
-        def jobs() -> Iterator[JobT | None]:
-            nonlocal broken
-            numbers = itertools.count()
-            for row in itertools.count():
-                while row - given >= READ_AHEAD:
-                    yield None
-                try:
-                    (job,) = self._jobs([next(inputs)], options, row)
-                except StopIteration:
-                    return
-                except Exception as error:  # noqa: BLE001 - raised again below, after the rows read before it
-                    broken = error
-                    return
-                if isinstance(job, LmkitError):
-                    ended[row] = job
-                else:
-                    running[next(numbers)] = row
-                    yield job
-
-        for news in itertools.chain(self._run(jobs(), lazy=True), [None]):
+        rows: Rows[JobT, ResultT] = Rows(inputs, lambda given, row: self._jobs([given], options, row)[0])
+        for news in itertools.chain(self._run(rows.jobs(), lazy=True), [None]):
             if news is not None:
-                result = news.result if news.error is None else news.error
-                assert result is not None  # noqa: S101 - without a stream, news are ends
-                ended[running.pop(news.index)] = result
-            while given in ended:
-                result = ended.pop(given)
+                rows.end(news.index, news.error or news.result)
+            for result in rows.ended():
                 if isinstance(result, LmkitError) and on_error == "raise":
                     raise result
-                given += 1
                 yield result
-        if broken is not None:
-            raise broken
+        if rows.broken is not None:
+            raise rows.broken
 
     def _stream(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> Iterator[TextChunk]:
         """Check all rows now; compute when asked for chunks."""
@@ -305,43 +274,6 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
                     yield item
             finally:
                 items.close()  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def a_thread() -> Iterator[Callable[..., asyncio.Future[Any]]]:
-    """Give an asynchronous call a thread of its own.
-
-    asyncio.to_thread has a handful for everybody, and a call that waits for one joins no batch.
-    """
-    pool = ThreadPoolExecutor(1, thread_name_prefix="lmkit")
-
-    def run(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
-        return asyncio.wrap_future(pool.submit(contextvars.copy_context().run, function, *arguments))
-
-    try:
-        yield run
-    finally:
-        pool.shutdown(wait=False)
-
-
-async def finished(work: Any, cancel: Callable[[], None]) -> Any:
-    """Await work in a thread; if the task is cancelled, call `cancel` and still wait for the thread.
-
-    A thread cannot be killed, and leaving it behind would let it go on with a model that its caller
-    believes to be free.
-    """
-    task = asyncio.ensure_future(work)
-    interrupted = False
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError:
-            interrupted = True
-            cancel()
-    if interrupted:
-        task.exception()  # looked at, so that asyncio does not complain about it
-        raise asyncio.CancelledError
-    return task.result()
 
 
 def rows_of(inputs: Any) -> tuple[list[Any], bool]:

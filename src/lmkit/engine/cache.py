@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,7 @@ Prefix: TypeAlias = "list[tuple[torch.Tensor, torch.Tensor]]"
 """Keys and values of one row in each layer. *Shape:* `(heads, tokens, size)` each."""
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' own registration
     """A layer whose buffers reserve and double, in place of a concatenation at every step.
 
     The live part is rows `0..rows` and columns `start..end`; one column before it is kept free for `pad`.
@@ -35,7 +35,7 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self) -> None:
         """Begin with nothing reserved."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rows = self.start = self.end = 0
         self.room = AHEAD
         self._buffers: tuple[torch.Tensor, ...] = ()
@@ -147,9 +147,7 @@ class KeyValues:
         from transformers import DynamicCache
 
         self.cache: Any = DynamicCache(config=config)
-        self.cache.layers = [
-            GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.cache.layers
-        ]
+        self.cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
         self.layers: list[Any] = self.cache.layers
         self.plain = all(isinstance(layer, GrowingLayer) for layer in self.layers)
 
@@ -176,9 +174,7 @@ class KeyValues:
         width = max(lengths)
         some = next(prefix for prefix in prefixes if prefix is not None)
         for number, layer in enumerate(self.layers):
-            keys, values = (
-                part.new_zeros(len(lengths), part.shape[0], width, part.shape[2]) for part in some[number]
-            )
+            keys, values = (part.new_zeros(len(lengths), part.shape[0], width, part.shape[2]) for part in some[number])
             for row, (prefix, length) in enumerate(zip(prefixes, lengths, strict=True)):
                 if prefix is not None and length:
                     keys[row, :, width - length :] = prefix[number][0][:, :length]
@@ -187,9 +183,7 @@ class KeyValues:
 
     def taken(self, row: int, tokens: int) -> Prefix:
         """Copy the last `tokens` columns of a row, from plain layers."""
-        return [
-            (layer.keys[row, :, -tokens:].clone(), layer.values[row, :, -tokens:].clone()) for layer in self.layers
-        ]
+        return [(layer.keys[row, :, -tokens:].clone(), layer.values[row, :, -tokens:].clone()) for layer in self.layers]
 
     def pad(self, columns: int) -> None:
         """Add columns of padding on the left."""
@@ -242,7 +236,7 @@ def shrink(layer: Any, holes: Sequence[int], movers: Sequence[int], rows: int) -
     layer.keys, layer.values = layer.keys[:rows], layer.values[:rows]
 
 
-def _widen(layer: DynamicSlidingWindowLayer, columns: int) -> None:
+def _widen(layer: Any, columns: int) -> None:
     gap = columns - layer.keys.shape[-2]
     if gap > 0:
         layer.keys, layer.values = pad(layer.keys, (0, 0, gap, 0)), pad(layer.values, (0, 0, gap, 0))

@@ -142,7 +142,7 @@ class Chooser:
         width = max(map(len, sofar))
         token_ids: Any = torch.tensor([[row[0]] * (width - len(row)) + row for row in sofar], device="cpu")
         # Processors write into the scores they are given, and `logits` is still needed for logprobs.
-        scores: torch.Tensor = steering.processors(token_ids, logits.to("cpu", torch.float32, copy=True))  # type: ignore[assignment]
+        scores: torch.Tensor = steering.processors(token_ids, logits.to("cpu", torch.float32, copy=True))
         if not steering.sampled:
             return list(scores.argmax(-1).tolist())
         # Inversion of the cumulative distribution: one number of the row's own stream per token.

@@ -151,7 +151,9 @@ class CachedDecoder(Decoder):
     Rows end in the same column, so that a batch can take in the rows of another one.
     """
 
-    def __init__(self, model: Any, rows: Sequence[Row], pad: int, prefixes: Sequence[tuple[Prefix | None, int]]) -> None:
+    def __init__(
+        self, model: Any, rows: Sequence[Row], pad: int, prefixes: Sequence[tuple[Prefix | None, int]]
+    ) -> None:
         """Lay out the rows; `prefixes` are what is known of each row's first tokens, and how many they are."""
         super().__init__(rows)
         self._model = model
@@ -170,7 +172,9 @@ class CachedDecoder(Decoder):
         self._pads = [max(lengths) - length for length in lengths]
         self._cache.expect(rest + max(row.remaining for row in rows))
         self._known: tuple[list[Prefix | None], list[int]] = [prefix for prefix, _ in prefixes], used
-        self._unread, _ = padded([row.input_ids[skip:] for row, skip in zip(rows, used, strict=True)], pad, self._device)
+        self._unread, _ = padded(
+            [row.input_ids[skip:] for row, skip in zip(rows, used, strict=True)], pad, self._device
+        )
 
     @property
     def nbytes(self) -> int:
@@ -286,13 +290,13 @@ class EncodedDecoder(Decoder):
         self._encoded: Any = None
         self._own = KeyValues(model.config.get_text_config(decoder=True))
         self._own.expect(max(row.remaining for row in rows))
-        self._cache = EncoderDecoderCache(self._own.cache, DynamicCache())
+        self._cache: Any = EncoderDecoderCache(self._own.cache, DynamicCache())
 
     @property
     def nbytes(self) -> int:
         """How many bytes the keys and values hold, those of the sources too."""
         across = [layer for layer in self._cache.cross_attention_cache.layers if layer.is_initialized]
-        return self._own.nbytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in across)
+        return self._own.nbytes + sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in across)
 
     def fill(self, columns: int) -> torch.Tensor | None:  # noqa: ARG002 - an encoder reads a source at once
         """Encode the sources and read the beginnings of the answers."""
@@ -360,8 +364,16 @@ class PreparedDecoder(Decoder):
         """Have generate() prepare the batch, which it hands back instead of decoding; then read it."""
         device = input_device(self._model)
         causal = self._start is None
-        token_ids, mask = padded([row.input_ids if causal else row.request.input_ids for row in self.rows], self._pad, device, left=causal)
-        begun = {} if causal else {"decoder_input_ids": torch.tensor([[self._start, *row.token_ids] for row in self.rows], device=device)}
+        token_ids, mask = padded(
+            [row.input_ids if causal else row.request.input_ids for row in self.rows], self._pad, device, left=causal
+        )
+        begun = (
+            {}
+            if causal
+            else {
+                "decoder_input_ids": torch.tensor([[self._start, *row.token_ids] for row in self.rows], device=device)
+            }
+        )
         with without_warnings():
             self._token_ids, self._kwargs = self._model.generate(
                 inputs=token_ids,

@@ -406,7 +406,9 @@ class Engine:
     def _worth(self, first: Row, second: Row) -> bool:
         """Say whether a row is to wait for what it shares with another."""
         pairs = zip(first.input_ids, second.input_ids[:-1], strict=False)
-        common = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first.input_ids), len(second.input_ids) - 1))
+        common = next(
+            (n for n, (a, b) in enumerate(pairs) if a != b), min(len(first.input_ids), len(second.input_ids) - 1)
+        )
         known = self._prefixes.find(second.input_ids)[1]
         fits = len(first.input_ids) * bytes_per_token(self._model) <= self._prefixes.limit
         return fits and common >= known + SHORTEST

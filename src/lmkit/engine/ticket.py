@@ -7,12 +7,12 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from lmkit.engine.request import Outcome, Update
-from lmkit.engine.row import Row
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lmkit.engine.request import Request
+    from lmkit.engine.row import Row
     from lmkit.errors import EngineError
 
 __all__ = ["Ticket"]
