@@ -90,7 +90,8 @@ class GenerationOptions(TypedDict, total=False):
     instead. `sample=True` takes the sampling values the checkpoint's author recommends. `stop` is a
     string or a list of them; `suppress_tokens` a list of token ids; a list of lists has one per row. `lookup=True`
     guesses at next tokens from the row's own text while it runs alone, and verifies them: the same tokens, sooner
-    where the answer repeats the prompt.
+    where the answer repeats the prompt. `progress` is for a call or a `map` as a whole: whether to draw a bar; left
+    out, there is one in a terminal or a notebook when it takes long.
     """
 
     mode: PerRow[Mode]
@@ -112,6 +113,7 @@ class GenerationOptions(TypedDict, total=False):
     seed: PerRow[int]
     logprobs: PerRow[int]
     lookup: PerRow[bool]
+    progress: bool
     truncate: PerRow[Literal["left", "right"]]
 
 

@@ -37,11 +37,13 @@ class UnmaskOptions(TypedDict, total=False):
     """The options of every call that fills masks.
 
     `top_k` is how many candidates to give (5, or all targets); `targets` are the only words to consider, one list
-    for all rows or a list of lists.
+    for all rows or a list of lists. `progress` is for a call or a `map` as a whole: whether to draw a bar; left out,
+    there is one in a terminal or a notebook when it takes long.
     """
 
     top_k: PerRow[int]
     targets: Sequence[str] | Sequence[Sequence[str]]
+    progress: bool
 
 
 WINDOW = 32

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -14,6 +14,7 @@ from lmkit.background import a_thread, finished
 from lmkit.encoding import Codec
 from lmkit.errors import EngineError, LmkitError, OptionError
 from lmkit.ordering import Rows
+from lmkit.progress import bar
 from lmkit.results import Generation, TextChunk
 from lmkit.rows import split
 
@@ -193,14 +194,17 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
         cancelled: threading.Event | None = None,
     ) -> list[ResultT]:
         """Run all rows; an error of one is raised after the others ended, and carries their results."""
+        options = dict(options)
+        progress = options.pop("progress", None)
         jobs = self._valid(inputs, options)
         results: list[ResultT | None] = [None] * len(jobs)
         failed: LmkitError | None = None
         try:
-            for news in filter(None, self._run(jobs, cancelled=cancelled)):
-                failed = failed or news.error
-                if news.result is not None:
+            with bar(progress, len(jobs)) as ended:
+                for news in filter(None, self._run(jobs, cancelled=cancelled)):
+                    failed = failed or news.error
                     results[news.index] = news.result
+                    ended(news.result)
         except LmkitError as error:
             failed = error  # the model was closed: what had ended by then is kept
         if failed is not None:
@@ -218,21 +222,29 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
         if isinstance(inputs, str):
             msg = f"map takes an iterable of rows, not the one text {inputs!r}: call the model, or pass a list."
             raise OptionError(msg)
+        options = dict(options)
+        progress = bar(options.pop("progress", None), len(inputs) if isinstance(inputs, Sized) else None)
         self._check(split(options, None, self._accepted)[0])
         self._opened  # noqa: B018 - a closed wrapper refuses now
-        return self._mapped(iter(inputs), options, on_error)
+        return self._mapped(iter(inputs), options, on_error, progress)
 
     def _mapped(
-        self, inputs: Iterator[Any], options: Mapping[str, Any], on_error: OnError
+        self,
+        inputs: Iterator[Any],
+        options: Mapping[str, Any],
+        on_error: OnError,
+        progress: contextlib.AbstractContextManager[Callable[[object], None]],
     ) -> Iterator[ResultT | LmkitError]:
         rows: Rows[JobT, ResultT] = Rows(inputs, lambda given, row: self._jobs([given], options, row)[0])
-        for news in itertools.chain(self._run(rows.jobs(), lazy=True), [None]):
-            if news is not None:
-                rows.end(news.index, news.error or news.result)
-            for result in rows.ended():
-                if isinstance(result, LmkitError) and on_error == "raise":
-                    raise result
-                yield result
+        with progress as ended, contextlib.closing(self._run(rows.jobs(), lazy=True)) as run:  # type: ignore[type-var]
+            for news in itertools.chain(run, [None]):
+                if news is not None:
+                    rows.end(news.index, news.error or news.result)
+                for result in rows.ended():
+                    ended(result)
+                    if isinstance(result, LmkitError) and on_error == "raise":
+                        raise result
+                    yield result
         if rows.broken is not None:
             raise rows.broken
 
