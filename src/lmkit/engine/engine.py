@@ -41,6 +41,12 @@ logger = logging.getLogger("lmkit")
 BEAMS_PER_BATCH = 32
 """How many beams, over all rows, one call of generate() carries."""
 
+STEPS_PER_SEARCH = 64
+"""How many steps other rows make between two groups of beam searches, which they have to wait for."""
+
+MOST_KEPT_ROWS = 8
+"""Of a call with more rows, a batch, only what its rows share is kept: such texts are seldom continued."""
+
 PULLING_SECONDS = 0.02
 """How long a run reads its source before it goes on with what is there."""
 
@@ -77,6 +83,7 @@ class Engine:
         self._filling: Decoder | None = None
         self._running: list[Decoder] = []
         self._closed = False
+        self._steps = 0
         self._room = False  # whether rows may have room that had none before
         self._counts = dict.fromkeys(("forwards", "prompt_tokens", "reused_tokens", "generated_tokens"), 0)
 
@@ -250,7 +257,8 @@ class Engine:
         for decoder in list(self._running):
             with self._trying(decoder):
                 self._step(decoder)
-        if not (self._running or self._filling):
+        self._steps += 1
+        if not (self._running or self._filling) or self._steps % STEPS_PER_SEARCH == 0:
             self._search()
 
     def _sweep(self) -> None:
@@ -463,7 +471,8 @@ class Engine:
         """Tell the callers what is new, and let rows go that ended."""
         self._counts["generated_tokens"] += tokens
         for place, row in enumerate(decoder.rows):
-            if row.done and row.error is None and self._prefixes.limit and isinstance(decoder, CachedDecoder):
+            kept = row.done and row.error is None and row.ticket.added <= MOST_KEPT_ROWS
+            if kept and self._prefixes.limit and isinstance(decoder, CachedDecoder):
                 self._store(decoder, place)
         self._tell(decoder.rows)
         if any(row.done for row in decoder.rows):
