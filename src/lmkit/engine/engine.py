@@ -7,45 +7,26 @@ nobody reads costs nothing, and what a caller's thread has to suffer (Ctrl-C, an
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lmkit._quiet import quiet
-from lmkit.engine.beams import alike, search
-from lmkit.engine.choice import Chooser
-from lmkit.engine.decoders import CachedDecoder, Decoder, EncodedDecoder, PreparedDecoder, drives, pads
-from lmkit.engine.lookup import guess
-from lmkit.engine.prefixes import SHORTEST, PrefixStore
-from lmkit.engine.request import Update
+from lmkit.engine.batches import CLOSED, Batches
 from lmkit.engine.row import Row
-from lmkit.engine.scheduler import Scheduler, bytes_per_token
 from lmkit.engine.ticket import Ticket
 from lmkit.errors import EngineError
-from lmkit.results import EngineStats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from lmkit.encoding import Codec
-    from lmkit.engine.request import Request
+    from lmkit.engine.request import Request, Update
+    from lmkit.results import EngineStats
 
 __all__ = ["Engine"]
-
-logger = logging.getLogger("lmkit")
-
-BEAMS_PER_BATCH = 32
-"""How many beams, over all rows, one call of generate() carries."""
-
-STEPS_PER_SEARCH = 64
-"""How many steps other rows make between two groups of beam searches, which they have to wait for."""
-
-MOST_KEPT_ROWS = 8
-"""Of a call with more rows, a batch, only what its rows share is kept: such texts are seldom continued."""
 
 PULLING_SECONDS = 0.02
 """How long a run reads its source before it goes on with what is there."""
@@ -63,31 +44,11 @@ class Engine:
             start: The token an encoder-decoder's answer begins with; None for a causal model.
             prefix_bytes: How many bytes of keys and values of recent prompts may be kept.
         """
-        self._model: Any = model
         self._codec = codec
-        self._start = start
-        self._chooser = Chooser(model, codec, start)
-        config = model.generation_config
-        self._pad = next(
-            (i for i in (config.pad_token_id, getattr(model.config, "pad_token_id", None)) if i is not None), 0
-        )
-        self._drives = drives(model)
-        self._joins = self._drives and start is None
-        self._pads = pads(model)
-        self._scheduler = Scheduler(model)
-        self._prefixes = PrefixStore(prefix_bytes if self._joins else 0)
         self._lock = threading.Lock()
+        self._batches = Batches(model, codec, start, prefix_bytes, self._lock)
         self._leader: Ticket | None = None
         self._waiters: list[Ticket] = []
-        self._tickets: list[Ticket] = []
-        self._filling: Decoder | None = None
-        self._running: list[Decoder] = []
-        self._closed = False
-        self._steps = 0
-        self._room = False  # whether rows may have room that had none before
-        self._counts = dict.fromkeys(("forwards", "prompt_tokens", "reused_tokens", "generated_tokens"), 0)
-
-    # For callers: any thread.
 
     def run(
         self,
@@ -123,21 +84,14 @@ class Engine:
 
     def close(self) -> None:
         """Refuse further work; runs in flight end with an `EngineError`, at once or at their next step."""
-        self._closed = True
-        for ticket in list(self._tickets):
+        self._batches.closed = True
+        for ticket in list(self._batches.tickets):
             ticket.cancelled.set()  # a beam search looks at nothing else
         self._clean()
 
     def stats(self) -> EngineStats:
         """Say what the engine holds and has done."""
-        decoders = self._decoders()
-        return EngineStats(
-            running=sum(len(decoder.rows) for decoder in decoders),
-            waiting=sum(len(ticket.waiting) + len(ticket.searches) for ticket in list(self._tickets)),
-            cache_bytes=sum(decoder.nbytes for decoder in decoders),
-            prefix_bytes=self._prefixes.nbytes,
-            **self._counts,
-        )
+        return self._batches.stats()
 
     def _pull(self, ticket: Ticket, source: Iterator[Request | None], *, lazy: bool) -> bool:
         """Take requests from their source; False if it has no more."""
@@ -161,9 +115,9 @@ class Engine:
                 for copy in range(request.copies)
             ]
             ticket.add(found, rows)
-            if ticket not in self._tickets:
-                self._tickets.append(ticket)
-            self._room = True
+            if ticket not in self._batches.tickets:
+                self._batches.tickets.append(ticket)
+            self._batches.room = True
         return more
 
     def _next(self, ticket: Ticket, *, hold: bool) -> Update | None:
@@ -171,8 +125,8 @@ class Engine:
         try:
             while True:
                 with self._lock:
-                    if not ticket.news and ticket.error is None and self._closed:
-                        raise EngineError(_CLOSED)
+                    if not ticket.news and ticket.error is None and self._batches.closed:
+                        raise EngineError(CLOSED)
                     if ticket.news:
                         return ticket.news.popleft()
                     if ticket.error is not None:
@@ -201,10 +155,10 @@ class Engine:
             return
         try:
             ticket.forget()
-            if ticket in self._tickets:
-                self._tickets.remove(ticket)
-            if not self._tickets:
-                self._scheduler.reset()
+            if ticket in self._batches.tickets:
+                self._batches.tickets.remove(ticket)
+            if not self._batches.tickets:
+                self._batches.scheduler.reset()
         finally:
             self._lock.release()
         self._hand_on(ticket)
@@ -227,316 +181,16 @@ class Engine:
             self._leader = broom
         try:
             with torch.no_grad():
-                self._sweep()
+                self._batches.sweep()
         finally:
             self._hand_on(broom)
-
-    # For the leader: one thread at a time.
 
     def _lead(self, ticket: Ticket) -> None:
         """Run steps until the ticket has news."""
         try:
             with torch.no_grad(), quiet():
                 while not ticket.news and ticket.unfinished and ticket.error is None:
-                    self._advance()
+                    self._batches.advance()
         except BaseException:
-            # Interrupted between any two statements: what was computed cannot be trusted, what was chosen can.
-            for decoder in self._decoders():
-                self._begin_again(decoder)
+            self._batches.begin_again()
             raise
-
-    def _advance(self) -> None:
-        """Make a step: some columns of new rows' prompts, then a token for each running row."""
-        self._sweep()
-        if self._filling is None:
-            self._admit()
-        if (decoder := self._filling) is not None:
-            busy = bool(self._running)
-            with self._trying(decoder):
-                self._fill(decoder, self._scheduler.columns(len(decoder.rows), busy=busy))
-        for decoder in list(self._running):
-            with self._trying(decoder):
-                self._step(decoder)
-        self._steps += 1
-        if not (self._running or self._filling) or self._steps % STEPS_PER_SEARCH == 0:
-            self._search()
-
-    def _sweep(self) -> None:
-        """Take out rows whose caller left, cancelled them or closed the engine."""
-        with self._lock:
-            gone = [ticket for ticket in self._tickets if self._closed or ticket.cancelled.is_set()]
-            for ticket in gone:
-                if self._closed:
-                    ticket.error = EngineError(_CLOSED)
-                ticket.cancelled.set()
-                self._tickets = [other for other in self._tickets if not other.left]
-        for decoder in self._decoders():
-            lost = [row for row in decoder.rows if row.ticket.cancelled.is_set()]
-            for row in lost:
-                row.cancel()
-            if lost:
-                self._compact(decoder)
-            self._tell(lost)
-        for ticket in gone:
-            begun = [row for row in ticket.waiting if row.token_ids]
-            for row in begun:
-                row.cancel()
-            self._tell(begun)
-            with self._lock:
-                ticket.forget()
-                ticket.ready.notify()
-        if self._closed:
-            self._prefixes.clear()
-            self._model = self._chooser = None  # type: ignore[assignment]  # both hold the model
-
-    def _tell(self, rows: Sequence[Row]) -> None:
-        """Pass on what is new of rows; a closed engine's callers get its error instead."""
-        with self._lock:
-            for row in rows:
-                if (row.done or row.streams) and not row.ticket.left and row.ticket.error is None:
-                    row.ticket.look(row)
-                    if row.ticket.news:
-                        row.ticket.ready.notify()
-
-    def _decoders(self) -> list[Decoder]:
-        return [*self._running, *([self._filling] if self._filling else [])]
-
-    def _compact(self, decoder: Decoder) -> None:
-        """Take the rows that ended out of a batch, and an empty batch out of the engine."""
-        if decoder is self._filling:
-            self._begin_again(decoder)  # its prompts are half read: the others start over
-            return
-        for row in decoder.rows:
-            row.ticket.running -= row.done
-        if all(row.done for row in decoder.rows):
-            self._discard(decoder)
-        else:
-            decoder.keep()
-        self._room = True
-
-    def _discard(self, decoder: Decoder) -> None:
-        decoder.rows.clear()
-        if decoder is self._filling:
-            self._filling = None
-        elif decoder in self._running:
-            self._running.remove(decoder)
-
-    def _begin_again(self, decoder: Decoder) -> None:
-        """Drop what a batch has computed; its rows wait again, with the tokens they have."""
-        rows = list(decoder.rows)
-        self._discard(decoder)
-        self._tell([row for row in rows if row.done])
-        with self._lock:
-            for row in rows:
-                row.ticket.running -= 1
-                if not row.done:
-                    row.ticket.waiting.append(row)
-        self._room = True
-
-    @contextmanager
-    def _trying(self, decoder: Decoder) -> Iterator[None]:
-        """Run a batch's forward pass: if it fails, its rows are tried again in halves, and one alone fails alone."""
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the rows it concerns
-            rows = [row for row in decoder.rows if not row.done]
-            if len(rows) > 1:
-                logger.info("a step with %d rows failed, trying again with half of them: %s", len(rows), error)
-                self._scheduler.failed(len(rows), memory=out_of_memory(error))
-                self._begin_again(decoder)
-                return
-            self._scheduler.failed(1, memory=out_of_memory(error))
-            for row in rows:
-                row.error = self._failure(row, error)
-            self._begin_again(decoder)
-        else:
-            self._counts["forwards"] += 1
-
-    def _failure(self, row: Row, error: Exception) -> EngineError:
-        if not out_of_memory(error):
-            return step_failed(error)
-        tokens = len(row.input_ids) + row.remaining
-        needed = tokens * bytes_per_token(self._model) / 2**20
-        failed = EngineError(_NO_MEMORY.format(tokens=tokens, needed=needed, error=error))
-        failed.__cause__ = error
-        return failed
-
-    def _admit(self) -> None:
-        """Begin a batch of waiting rows, if there is room for enough of them."""
-        if not self._room:
-            return
-        with self._lock:
-            rows = self._scheduler.pick(self._tickets, self._decoders(), joins=self._joins, alike=self._alike)
-            rows = self._sharing(rows)
-            for row in rows:
-                row.ticket.running += 1
-            for ticket in {row.ticket for row in rows}:
-                ticket.waiting = [row for row in ticket.waiting if row not in set(rows)]
-        self._room = bool(rows)
-        if not rows:
-            return
-        for row in rows:
-            row.start_clock()
-        reused = 0
-        if self._joins:
-            known = [self._prefixes.find(row.input_ids) if self._prefixes.limit else (None, 0) for row in rows]
-            cached = CachedDecoder(self._model, rows, self._pad, known)
-            decoder, reused = cast("Decoder", cached), cached.reused
-        elif self._drives and self._start is not None:
-            decoder = EncodedDecoder(self._model, rows, self._pad, self._start)
-        else:
-            decoder = PreparedDecoder(self._model, rows, self._pad, self._start)
-        self._counts["reused_tokens"] += reused
-        self._counts["prompt_tokens"] += sum(len(row.input_ids) for row in rows) - reused
-        self._filling = decoder
-
-    def _alike(self, row: Row) -> object:
-        """Return what rows must have in common to share a batch."""
-        if self._start is not None:
-            return len(row.token_ids)
-        return None if self._pads else len(row.input_ids)
-
-    def _sharing(self, rows: list[Row]) -> list[Row]:
-        """Leave out rows that begin like another of them: once that one is read they begin behind it."""
-        if not self._prefixes.limit or len(rows) == 1:
-            return rows
-        first: dict[tuple[int, ...], Row] = {}
-        kept = []
-        for row in rows:
-            begins = row.input_ids[:SHORTEST]
-            other = first.setdefault(begins, row)
-            if other is not row and len(begins) == SHORTEST and self._worth(other, row):
-                other.shared = True
-            else:
-                kept.append(row)
-        return kept
-
-    def _worth(self, first: Row, second: Row) -> bool:
-        """Say whether a row is to wait for what it shares with another."""
-        pairs = zip(first.input_ids, second.input_ids[:-1], strict=False)
-        common = next(
-            (n for n, (a, b) in enumerate(pairs) if a != b), min(len(first.input_ids), len(second.input_ids) - 1)
-        )
-        known = self._prefixes.find(second.input_ids)[1]
-        fits = len(first.input_ids) * bytes_per_token(self._model) <= self._prefixes.limit
-        return fits and common >= known + SHORTEST
-
-    def _fill(self, decoder: Decoder, columns: int) -> None:
-        """Read some of a batch's prompts; when all are read, its rows run, in the batch that runs if they can."""
-        logits = decoder.fill(columns)
-        if logits is None:
-            return
-        first = self._running[0] if self._running else None
-        self._filling = None
-        self._running.append(decoder)
-        if isinstance(decoder, CachedDecoder):
-            for place, row in enumerate(decoder.rows):
-                if row.shared:
-                    self._store(decoder, place)
-        self._choose(decoder, logits)
-        if decoder in self._running and isinstance(first, CachedDecoder) and isinstance(decoder, CachedDecoder):
-            try:
-                first.absorb(decoder)
-            except BaseException:
-                self._begin_again(first)  # some of its layers may have taken rows in, and others not
-                raise
-            self._running.remove(decoder)
-
-    def _step(self, decoder: Decoder) -> None:
-        row = decoder.rows[0]
-        if row.request.lookup and len(decoder.rows) == 1 and isinstance(decoder, CachedDecoder):
-            guesses = guess(row) if self._chooser.steering(row).plain else []
-            if guesses:
-                self._verify(decoder, row, guesses)
-                return
-        self._choose(decoder, decoder.step())
-
-    def _verify(self, decoder: CachedDecoder, row: Row, guesses: list[int]) -> None:
-        """Read a guess at the next tokens at once, and take those that the model would have chosen."""
-        logits = decoder.verify(guesses)
-        taken = 0
-        for scores, expected in zip(logits, [*guesses, None], strict=True):
-            self._chooser.choose([row], scores[None])
-            taken += 1
-            if row.done or row.token_ids[-1] != expected:
-                break
-        decoder.crop(len(logits) - taken)
-        self._look(decoder, taken)
-
-    def _choose(self, decoder: Decoder, logits: torch.Tensor) -> None:
-        self._chooser.choose(decoder.rows, logits)
-        self._look(decoder, len(decoder.rows))
-
-    def _look(self, decoder: Decoder, tokens: int) -> None:
-        """Tell the callers what is new, and let rows go that ended."""
-        self._counts["generated_tokens"] += tokens
-        for place, row in enumerate(decoder.rows):
-            kept = row.done and row.error is None and row.ticket.added <= MOST_KEPT_ROWS
-            if kept and self._prefixes.limit and isinstance(decoder, CachedDecoder):
-                self._store(decoder, place)
-        self._tell(decoder.rows)
-        if any(row.done for row in decoder.rows):
-            self._compact(decoder)
-
-    def _store(self, decoder: CachedDecoder, place: int) -> None:
-        """Keep what a row has read; its newest token was not read."""
-        token_ids = decoder.rows[place].input_ids[: decoder.width - decoder.padding(place)]
-        if len(token_ids) < SHORTEST or self._prefixes.holds(token_ids):
-            return
-        if len(token_ids) * bytes_per_token(self._model) <= self._prefixes.limit:
-            taken = decoder.taken(place)
-            if taken is not None:
-                self._prefixes.put(token_ids, taken)
-
-    def _search(self) -> None:
-        """Run a group of beam searches, which generate() does for us."""
-        ticket = next((ticket for ticket in self._tickets if ticket.searches), None)
-        if ticket is None:
-            return
-        places = self._alike_searches(ticket.searches)
-        chosen = [ticket.searches.pop(place) for place in places]
-        try:
-            outcomes: Sequence[Any] = search(self._model, chosen, self._pad, self._codec, ticket.cancelled)
-            updates = [
-                Update(place, text=outcome.completions[0].text, outcome=outcome)
-                for place, outcome in zip(places, outcomes, strict=True)
-            ]
-        except Exception as error:  # noqa: BLE001 - it is told to the caller, once per row
-            updates = [Update(place, error=step_failed(error)) for place in places]
-        with self._lock:
-            for update in updates if not self._closed else ():
-                ticket.tell(update)
-            ticket.ready.notify()
-
-    def _alike_searches(self, searches: dict[int, Request]) -> list[int]:
-        """Choose requests that one call of generate() can run together: those like the first."""
-
-        def key(request: Request) -> str:
-            return f"{alike(request)}{'' if self._pads else len(request.input_ids)}"
-
-        wanted = key(next(iter(searches.values())))
-        places = [place for place, request in searches.items() if key(request) == wanted]
-        size = max(1, BEAMS_PER_BATCH // searches[places[0]].config.num_beams)
-        return places[:size]
-
-
-def step_failed(error: Exception) -> EngineError:
-    """Wrap what a forward pass raised, for a row that it was made for."""
-    failed = EngineError(f"a step of the model failed: {type(error).__name__}: {error}")
-    failed.__cause__ = error
-    return failed
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Recognise an allocation that failed, on an accelerator or on a CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    told = str(error).lower()
-    return isinstance(error, RuntimeError) and ("allocate memory" in told or "not enough memory" in told)
-
-
-_CLOSED = "the model was closed: load it again to go on."
-_NO_MEMORY = (
-    "out of memory, with this row alone: its {tokens} tokens, prompt and answer, need about {needed:.0f} MiB of keys "
-    "and values. Shorten the prompt or max_new_tokens, or free memory ({error})."
-)
