@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["PackedLinear", "pack", "packed_bytes", "packs"]
+__all__ = ["PackedLinear", "pack", "packs"]
 
 
 class PackedLinear(torch.nn.Linear):
@@ -31,7 +31,7 @@ class PackedLinear(torch.nn.Linear):
         self.bias = linear.bias
         # In a tuple, so that it is not registered a second time.
         self._dense: tuple[Any, ...] = (linear.weight,) if tied else ()
-        self.packed: torch.Tensor = _pack(linear.weight)
+        self.packed = torch.nn.Buffer(_pack(linear.weight), persistent=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
         """Multiply. *Shape:* `(…, in_features)` to `(…, out_features)`."""
@@ -48,22 +48,18 @@ class PackedLinear(torch.nn.Linear):
         dense: torch.nn.Parameter = self._dense[0]
         return dense
 
-    @property
-    def nbytes(self) -> int:
-        """How many bytes the packed weight takes."""
-        return self.in_features * self.out_features * self.packed.element_size()
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self._dense[0].detach() if self._dense else self.packed.to_dense()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the weight as a plain tensor: the packed one knows neither."""
-        return self.__dict__ | {"packed": self.packed.to_dense()}
+        return self.__dict__ | {"_buffers": {"packed": self.packed.to_dense()}}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Pack the weight again."""
-        super().__setstate__({**state, "packed": _pack(state["packed"])})  # type: ignore[no-untyped-call]
+        packed = _pack(state["_buffers"]["packed"])
+        super().__setstate__({**state, "_buffers": {"packed": packed}})  # type: ignore[no-untyped-call]
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:
@@ -111,8 +107,3 @@ def _shared(model: torch.nn.Module) -> set[int]:
             if parameter is not None:
                 (twice if id(parameter) in seen else seen).add(id(parameter))
     return twice
-
-
-def packed_bytes(model: torch.nn.Module) -> int:
-    """Count the bytes of packed weights, which `get_memory_footprint` does not know of."""
-    return sum(module.nbytes for module in model.modules() if isinstance(module, PackedLinear))

@@ -20,6 +20,7 @@ from lmkit.rows import split
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from pathlib import Path
     from types import TracebackType
     from typing import Self
 
@@ -46,6 +47,7 @@ class Loaded:
     plan: LoadPlan
     reload: Callable[[], object]
     prefix_cache_bytes: int = 0
+    compile_folder: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +130,8 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
     @property
     def memory_bytes(self) -> int:
         """How many bytes the weights and buffers hold."""
-        from lmkit.packing import packed_bytes
-
         model: Any = self.model  # this method is untyped
-        return int(model.get_memory_footprint()) + packed_bytes(model)
+        return int(model.get_memory_footprint())
 
     @property
     def _opened(self) -> Loaded:

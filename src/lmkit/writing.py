@@ -62,7 +62,13 @@ class Writer(Wrapper[Job, ResultT]):
             # generate() fills what a config leaves open from the model's own, so it has to be gone from there.
             setattr(model.generation_config, name, None)
         self._start = decoder_start(model) if model.config.is_encoder_decoder else None
-        self._engine: Engine | None = Engine(model, self._codec, self._start, prefix_bytes=loaded.prefix_cache_bytes)
+        self._engine: Engine | None = Engine(
+            model,
+            self._codec,
+            self._start,
+            prefix_bytes=loaded.prefix_cache_bytes,
+            compile_folder=loaded.compile_folder,
+        )
 
     def close(self) -> None:
         """Give the memory back; work in flight ends with an `EngineError` at its next step."""

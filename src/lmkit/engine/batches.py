@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lmkit.encoding import Codec
+    from lmkit.engine.compiled import CompiledStep
     from lmkit.engine.request import Request
     from lmkit.engine.row import Row
     from lmkit.engine.ticket import Ticket
@@ -51,8 +52,18 @@ class Batches:
         scheduler: What chooses among the rows that wait.
     """
 
-    def __init__(self, model: Any, codec: Codec, start: int | None, prefix_bytes: int, lock: threading.Lock) -> None:
+    def __init__(
+        self,
+        model: Any,
+        codec: Codec,
+        start: int | None,
+        prefix_bytes: int,
+        lock: threading.Lock,
+        *,
+        compiled: CompiledStep | None = None,
+    ) -> None:
         """Serve `model`; see `Engine`. `lock` guards tickets."""
+        self._compiled = compiled
         self._model: Any = model
         self._codec = codec
         self._start = start
@@ -128,7 +139,7 @@ class Batches:
                 ticket.ready.notify()
         if self.closed:
             self._prefixes.clear()
-            self._model = self._chooser = None  # type: ignore[assignment]  # both hold the model
+            self._model = self._chooser = self._compiled = None  # type: ignore[assignment]  # all hold the model
 
     def _tell(self, rows: Sequence[Row]) -> None:
         """Pass on what is new of rows; a closed engine's callers get its error instead."""
@@ -226,7 +237,7 @@ class Batches:
         reused = 0
         if self._joins:
             known = [self._prefixes.find(row.input_ids) if self._prefixes.limit else (None, 0) for row in rows]
-            cached = CachedDecoder(self._model, rows, self._pad, known)
+            cached = CachedDecoder(self._model, rows, self._pad, known, self._compiled)
             decoder, reused = cast("Decoder", cached), cached.reused
         elif self._drives and self._start is not None:
             decoder = EncodedDecoder(self._model, rows, self._pad, self._start)

@@ -87,6 +87,15 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
             new[: self.rows, :, 1 : 1 + self.width] = old[: self.rows, :, self.start : self.end]
         self.start, self.end, self._buffers = 1, 1 + self.width, fresh
 
+    def opened(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all columns of the only row, one more than the live ones reserved, which now counts as live."""
+        if self.end + 1 > self._buffers[0].shape[-2]:
+            self._reserve(self._buffers, 1, 1)
+        self.end += 1
+        self._live()
+        keys, values = (buffer[:1] for buffer in self._buffers)
+        return keys, values
+
     def pad(self, columns: int) -> None:
         """Add columns of padding on the left."""
         if columns > self.start:
@@ -103,6 +112,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
 
     def drop(self, columns: int) -> None:
         """Forget columns on the left."""
+        for buffer in self._buffers:
+            buffer[:, :, self.start : self.start + columns] = 0  # a compiled step reads them too, with weight 0
         self.start += columns
         self._live()
 

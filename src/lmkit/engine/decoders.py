@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lmkit.engine.cache import Prefix
+    from lmkit.engine.compiled import CompiledStep
     from lmkit.engine.row import Row
 
 __all__ = [
@@ -152,11 +153,17 @@ class CachedDecoder(Decoder):
     """
 
     def __init__(
-        self, model: Any, rows: Sequence[Row], pad: int, prefixes: Sequence[tuple[Prefix | None, int]]
+        self,
+        model: Any,
+        rows: Sequence[Row],
+        pad: int,
+        prefixes: Sequence[tuple[Prefix | None, int]],
+        compiled: CompiledStep | None = None,
     ) -> None:
         """Lay out the rows; `prefixes` are what is known of each row's first tokens, and how many they are."""
         super().__init__(rows)
         self._model = model
+        self._compiled = compiled
         self._device = input_device(model)
         accepted = inspect.signature(model.forward).parameters
         self._positions = "position_ids" in accepted
@@ -192,12 +199,25 @@ class CachedDecoder(Decoder):
 
     def step(self) -> torch.Tensor:
         """Read the newest tokens."""
+        if self._compiled is not None and len(self.rows) == 1:
+            return self._compiled_step(self._compiled)
         if self._gap and not any(self._pads):
             # Without a mask, transformers leaves the grouping of heads to torch, which takes four times as long on a
             # CPU; a column of padding keeps the mask.
             self._pad(1)
         token_ids = torch.tensor([row.token_ids[-1:] for row in self.rows], device=self._device)
         return self._forward(token_ids, 1)[:, -1]
+
+    def _compiled_step(self, compiled: CompiledStep) -> torch.Tensor:
+        """Read the newest token of the only row: the step sees all that is reserved, and a mask hides the rest."""
+        buffers = [layer.opened() for layer in self._cache.layers]
+        layer, position = self._cache.layers[0], self.width - self._pads[0]
+        self.width += 1
+        columns = torch.arange(buffers[0][0].shape[-2], device=self._device)
+        seen = (columns >= layer.start + self._pads[0]) & (columns < layer.end)
+        token_ids, positions = torch.tensor([[[self.rows[0].token_ids[-1]]], [[position]]], device=self._device)
+        slot = torch.tensor([layer.end - 1], device=self._device)
+        return compiled(token_ids, positions, seen[None, None, None], slot, buffers)
 
     def verify(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Read the newest token of the only row and a guess at the next ones.

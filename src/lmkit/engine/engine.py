@@ -15,12 +15,14 @@ import torch
 
 from lmkit._quiet import quiet
 from lmkit.engine.batches import CLOSED, Batches
+from lmkit.engine.compiled import CompiledStep
 from lmkit.engine.row import Row
 from lmkit.engine.ticket import Ticket
 from lmkit.errors import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
     from lmkit.encoding import Codec
     from lmkit.engine.request import Request, Update
@@ -35,7 +37,15 @@ PULLING_SECONDS = 0.02
 class Engine:
     """Runs requests on one model, for any number of callers at a time."""
 
-    def __init__(self, model: Any, codec: Codec, start: int | None, *, prefix_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        model: Any,
+        codec: Codec,
+        start: int | None,
+        *,
+        prefix_bytes: int = 0,
+        compile_folder: Path | None = None,
+    ) -> None:
         """Serve `model`.
 
         Args:
@@ -43,10 +53,16 @@ class Engine:
             codec: Its tokenizer.
             start: The token an encoder-decoder's answer begins with; None for a causal model.
             prefix_bytes: How many bytes of keys and values of recent prompts may be kept.
+            compile_folder: Compile the step of a row that runs alone, and keep it in this folder.
+
+        Raises:
+            OptionError: `compile_folder` is given, and the model's family has no step that can be compiled.
+            EngineError: It could not be compiled.
         """
+        compiled = None if compile_folder is None else CompiledStep(model, compile_folder)
         self._codec = codec
         self._lock = threading.Lock()
-        self._batches = Batches(model, codec, start, prefix_bytes, self._lock)
+        self._batches = Batches(model, codec, start, prefix_bytes, self._lock, compiled=compiled)
         self._leader: Ticket | None = None
         self._waiters: list[Ticket] = []
 

@@ -1,0 +1,250 @@
+"""One decode step of a single row, compiled ahead: half of such a step is Python and calls of small kernels.
+
+The step is traced once for any width of the cache and compiled by inductor; the artifact is kept on disk for other
+processes. Rows that run together do not use it: they share what compilation would save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from lmkit.engine.cache import KeyValues
+from lmkit.engine.decoders import drives, input_device
+from lmkit.errors import EngineError, OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+__all__ = ["CompiledStep"]
+
+WIDTH = 256
+"""The width of the cache that is traced; the compiled step takes any."""
+
+TOLERANCE = 0.1
+"""How far compiled scores may be from the model's own, as a share of their spread: fused steps round bfloat16 less."""
+
+SETTINGS = {"pattern_matcher": False, "size_asserts": False, "alignment_asserts": False}
+"""For inductor: packed weights (`lmkit.packing`) have no strides to assert, and as inputs fit none of its patterns."""
+
+
+class _Slot(CacheLayerMixin):
+    """Buffers of one layer; a step writes the column `slot`."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, slot: torch.Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys, self.values, self._slot = keys, values, slot
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing is left to do."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write one column; return all of them."""
+        assert self.keys is not None  # noqa: S101 - for the type checkers
+        assert self.values is not None  # noqa: S101
+        self.keys.index_copy_(2, self._slot, key_states)
+        self.values.index_copy_(2, self._slot, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - transformers' signature
+        """Return the width; the mask is given whole."""
+        return self.keys.shape[2] if self.keys is not None else 0, 0
+
+    def get_seq_length(self) -> int:
+        """Return 0: positions are given."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Return the width."""
+        return self.get_mask_sizes(1)[0]
+
+
+class CompiledStep:
+    """The compiled step of a model; only the thread that leads its engine calls it.
+
+    Raises:
+        OptionError: The model's family has no step that can be compiled.
+        EngineError: Compilation failed, or gave other scores than the model.
+    """
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        """Load the step of `model` from `folder`, or compile it and keep it there."""
+        plain = KeyValues(model.config.get_text_config(decoder=True)).plain
+        takes = "position_ids" in inspect.signature(model.forward).parameters
+        if not (drives(model) and plain and takes) or model.config.is_encoder_decoder:
+            msg = f"compile=True is not to be had for {type(model).__name__}: its cache is not plain keys and values."
+            raise OptionError(msg)
+        self._model = model
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        places: dict[int, int] = {}
+        self._weights: list[torch.Tensor] = []
+        self._places: dict[str, int] = {}
+        for name, tensor in named:
+            if id(tensor) not in places:
+                places[id(tensor)] = len(self._weights)
+                self._weights.append(tensor.detach())
+            self._places[name] = places[id(tensor)]
+        with torch.no_grad():
+            self._sample = self._read_a_token()
+            try:
+                self._run = self._artifact(folder / f"{self._key()}.step", folder)
+                self._verify()
+            except Exception as error:
+                msg = f"{type(model).__name__} could not be compiled: load it without compile=True ({error})."
+                raise EngineError(msg) from error
+
+    def __call__(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        slot: torch.Tensor,
+        buffers: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    ) -> torch.Tensor:
+        """Read one token.
+
+        Args:
+            token_ids: *Shape:* `(1, 1)`.
+            positions: Its place in the text. *Shape:* `(1, 1)`.
+            mask: Which columns it sees, its own among them. *Shape:* `(1, 1, 1, width)`, bool.
+            slot: The column to write. *Shape:* `(1,)`.
+            buffers: Keys and values of each layer, contiguous, written in place. *Shape:* `(1, heads, width, size)`.
+
+        Returns:
+            The scores that follow. *Shape:* `(1, vocabulary)`.
+        """
+        keys, values = [pair[0] for pair in buffers], [pair[1] for pair in buffers]
+        scores: torch.Tensor = self._run(*self._weights, token_ids, positions, mask, slot, *keys, *values)[0]
+        return scores
+
+    def _read_a_token(self) -> KeyValues:
+        """Run the model on one token, to see the shapes of its keys and values."""
+        cache = KeyValues(self._model.config.get_text_config(decoder=True))
+        token_ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(self._model))
+        self._model(input_ids=token_ids, past_key_values=cache.cache, use_cache=True)
+        return cache
+
+    def _key(self) -> str:
+        """Name what the compiled code depends on: inductor writes the number of threads into its kernels too."""
+        import transformers
+
+        described = [(name, place, str(self._weights[place].dtype)) for name, place in self._places.items()]
+        shapes = [(tuple(weight.shape), weight.is_mkldnn) for weight in self._weights]
+        told = [
+            [
+                torch.__version__,
+                transformers.__version__,
+                type(self._model).__qualname__,
+                str(input_device(self._model)),
+            ],
+            [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), SETTINGS],
+            [self._model.config.to_dict(), described, shapes],
+        ]
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+    def _artifact(self, path: Path, folder: Path) -> Any:
+        inductor: Any = torch._inductor  # noqa: SLF001 - this part of torch is all there is for the purpose
+        from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
+        from torch._inductor.standalone_compile import CompiledArtifact
+
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with temporary_cache_dir(str(folder / "kernels")):
+            if path.exists():
+                with contextlib.suppress(Exception):  # damaged: compile it again
+                    return CompiledArtifact.load(path=str(path))
+            graph, inputs, mode = self._trace()
+            artifact = inductor.standalone_compile(
+                graph,
+                inputs,
+                dynamic_shapes="from_example_inputs",
+                fake_mode=mode,
+                options={"config_patches": dict(SETTINGS)},
+                donate_graph_module=True,
+            )
+            unfinished = path.with_suffix(f".{os.getpid()}")
+            artifact.save(path=str(unfinished))
+            unfinished.replace(path)
+            return artifact
+
+    def _trace(self) -> tuple[Any, list[torch.Tensor], Any]:
+        """Write the step down as a graph, without computing: for one row and any width."""
+        from torch._subclasses import FakeTensorMode
+        from torch.fx.experimental.proxy_tensor import make_fx
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+        mode: Any = FakeTensorMode(shape_env=ShapeEnv())
+        device = input_device(self._model)
+        dims = [*[DimDynamic.STATIC] * 3, DimDynamic.DYNAMIC]
+        mask = mode.from_tensor(
+            torch.zeros(1, 1, 1, WIDTH, dtype=torch.bool, device=device),
+            symbolic_context=StatelessSymbolicContext(dims),
+        )
+        with mode:
+            weights = [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in self._weights]
+            one = [torch.empty(1, 1, dtype=torch.long, device=device) for _ in range(2)]
+            slot = torch.empty(1, dtype=torch.long, device=device)
+            keys, values = (
+                [torch.empty(1, part.shape[1], mask.shape[3], part.shape[3], dtype=part.dtype, device=part.device)
+                 for part in (layer.keys if which == 0 else layer.values for layer in self._sample.layers)]
+                for which in range(2)
+            )  # fmt: skip
+        inputs = [*weights, *one, mask, slot, *keys, *values]
+        with mode, torch.fx.traceback.preserve_node_meta():
+            graph = make_fx(self._step)(*inputs)
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.mkldnn._linear_pointwise.default:  # noqa: SLF001
+                # Else inductor asserts that the packed weight is a constant.
+                node.meta.setdefault("custom", {})["fallback_to_eager"] = True
+        return graph, inputs, mode
+
+    def _step(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        """What is traced: the model's forward, with all tensors as inputs."""
+        count, layers = len(self._weights), len(self._sample.layers)
+        token_ids, positions, mask, slot, *cache = inputs[count:]
+        slots: list[Any] = [_Slot(*pair, slot) for pair in zip(cache[:layers], cache[layers:], strict=True)]
+        outputs: Any = torch.func.functional_call(
+            self._model,
+            {name: inputs[place] for name, place in self._places.items()},
+            kwargs={
+                "input_ids": token_ids,
+                "attention_mask": mask,
+                "position_ids": positions,
+                "past_key_values": Cache(layers=slots),
+                "use_cache": True,
+                "return_dict": True,
+            },
+            tie_weights=False,
+        )
+        return [outputs.logits[:, -1]]
+
+    def _verify(self) -> None:
+        """Compare one step with the model's own."""
+        device = input_device(self._model)
+        token_ids = torch.ones(1, 1, dtype=torch.long, device=device)
+        mask = (torch.arange(WIDTH, device=device) < 2)[None, None, None]  # noqa: PLR2004 - a token before, and its own
+        buffers = []
+        for layer in self._sample.layers:
+            pair = [torch.nn.functional.pad(part, (0, 0, 0, WIDTH - 1)) for part in (layer.keys, layer.values)]
+            buffers.append((pair[0], pair[1]))
+        found = self(token_ids, token_ids, mask, torch.ones(1, dtype=torch.long, device=device), buffers)
+        expected = self._model(
+            input_ids=token_ids, position_ids=token_ids, past_key_values=self._sample.cache, use_cache=True
+        ).logits[:, -1]
+        off = float((found - expected).float().square().mean().sqrt() / expected.float().std())
+        if not off < TOLERANCE:
+            msg = f"its compiled step gave other scores, off by {off:.2f} standard deviations"
+            raise EngineError(msg)
