@@ -4,6 +4,7 @@ import atexit
 import json
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -183,6 +184,21 @@ def forwards(module: Any) -> Iterator[list[dict[str, Any]]]:
 
 
 @contextmanager
+def before_forwards(module: Any, do: Callable[[int, dict[str, Any]], None]) -> Iterator[None]:
+    """Call `do(step, keyword arguments)` before every forward pass of a module while the block runs."""
+    steps = iter(range(10**6))
+
+    def hook(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        do(next(steps), kwargs)
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def on_logits(model: Any, change: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
     """Call `change(step, logits)` after every forward pass of the model while the block runs."""
     steps = iter(range(10**6))
@@ -195,3 +211,19 @@ def on_logits(model: Any, change: Callable[[int, torch.Tensor], None]) -> Iterat
         yield
     finally:
         handle.remove()
+
+
+def idle(generator: Any) -> bool:
+    """Say whether a wrapper's engine holds nothing of any caller: no rows, and no keys and values but kept prefixes."""
+    stats = generator.stats
+    return (stats.running, stats.waiting, stats.cache_bytes) == (0, 0, 0)
+
+
+def forget(generator: Any) -> None:
+    """Let a wrapper's engine drop the prefixes that it keeps of other tests."""
+    generator._engine._batches._prefixes.clear()
+
+
+def threads() -> set[str]:
+    """Return the names of the threads that run, but for the one that watches over tqdm's bars."""
+    return {thread.name for thread in threading.enumerate() if type(thread).__name__ != "TMonitor"}

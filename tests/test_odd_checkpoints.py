@@ -125,26 +125,26 @@ def test_a_temperature_too_small_to_divide_by_fails_its_row_alone() -> None:
 
 
 def test_a_failing_step_keeps_the_results_that_were_there() -> None:
-    """An error of one batch is an EngineError that holds what other batches gave, and its cause."""
+    """A row that no step can be made with is an EngineError with its cause, and holds what the others gave."""
     generator = wrapper("llama")
     prompts = [" ".join(["water"] * length) for length in range(1, 36)]
-    seen = 0
+    prompts[20] = "The old sailor"
+    only = next(iter(set(checkpoints.encoded("llama", prompts[20])) - set(checkpoints.encoded("llama", prompts[34]))))
 
-    def fail(_step: int, logits: torch.Tensor) -> None:
-        nonlocal seen
-        seen += 1
-        if len(logits) <= 3:  # the second batch: the three shortest prompts
-            msg = "no memory left"
-            raise RuntimeError(msg)
+    def fail(_step: int, kwargs: dict[str, Any]) -> None:
+        if (kwargs["input_ids"] == only).any():
+            msg = "no such thing"
+            raise ValueError(msg)
 
     with (
-        checkpoints.on_logits(generator.model, fail),
-        pytest.raises(lmkit.EngineError, match="RuntimeError: no memory left") as caught,
+        checkpoints.before_forwards(generator.model, fail),
+        pytest.raises(lmkit.EngineError, match="row 20: a step of the model failed: ValueError: no such") as caught,
     ):
         generator(prompts, max_new_tokens=1)
-    assert isinstance(caught.value.__cause__, RuntimeError)
-    assert [result is None for result in caught.value.results] == [True] * 3 + [False] * 32
-    assert seen == 2
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert [number for number, result in enumerate(caught.value.results) if result is None] == [20]
+    for prompt, result in zip(prompts, caught.value.results, strict=True):
+        assert result is None or tokens(result) == checkpoints.generated("llama", [prompt], max_new_tokens=1)[0]
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "albert", "xlm_roberta"])

@@ -9,6 +9,7 @@ import transformers
 import families
 import lmkit
 from lmkit.errors import UnknownTaskError, WeightsError
+from lmkit.packing import packs
 from lmkit.planning import context_length, make_plan, read_config
 from lmkit.weights import Source
 
@@ -117,7 +118,10 @@ def test_every_choice_of_a_plan_has_a_reason(llama: Path) -> None:
         assert all(reasons.values())
         assert "float32" in reasons["precision"]
     with lmkit.load("causal", llama, "bf16", "cpu") as generator:
-        assert generator.plan.reasons == {"precision": "as asked", "devices": "as asked"}
+        reasons = dict(generator.plan.reasons)
+        assert generator.plan.kernels == ("packed" if packs() else "torch")
+        assert ("matrix kernel" in reasons.pop("kernels", "")) == packs()
+        assert reasons == {"precision": "as asked", "devices": "as asked"}
 
 
 def test_a_plan_is_frozen(llama: Path) -> None:

@@ -105,7 +105,9 @@ class Codec:
         vocabulary = self.tokenizer.get_vocab()
         found = {vocabulary[name] for n in range(256) if (name := f"<0x{n:02X}>") in vocabulary}
         # Special tokens are not written, so they do not end a run.
-        return frozenset(found | set(self.tokenizer.all_special_ids) if found else ())
+        added = self.tokenizer.added_tokens_decoder.items()
+        special = {token_id for token_id, token in added if token.special} | set(self.tokenizer.all_special_ids)
+        return frozenset(found | special if found else ())
 
     @cached_property
     def around(self) -> tuple[int, int]:

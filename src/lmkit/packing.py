@@ -89,7 +89,16 @@ def pack(model: torch.nn.Module) -> int:
                 tied = id(child.weight) in shared
                 parent._modules[name] = PackedLinear(child, tied=tied)  # noqa: SLF001 - setattr would do the same
                 count += 1
+    if count:
+        _let_go_of_file(model)
     return count
+
+
+def _let_go_of_file(model: torch.nn.Module) -> None:
+    """Copy what still lies in the mapped file, so that the file's pages do not stay in memory beside packed copies."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def _fits(linear: torch.nn.Linear) -> bool:

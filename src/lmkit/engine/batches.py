@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from lmkit.engine.beams import alike, search
+from lmkit.engine.cache import KeyValues
 from lmkit.engine.choice import Chooser
 from lmkit.engine.decoders import CachedDecoder, Decoder, EncodedDecoder, PreparedDecoder, drives, pads
 from lmkit.engine.lookup import guess
@@ -75,7 +76,8 @@ class Batches:
         self._drives = drives(model)
         self._joins = self._drives and start is None
         self._pads = pads(model)
-        self._prefixes = PrefixStore(prefix_bytes if self._joins else 0)
+        takes_apart = self._joins and KeyValues(model.config.get_text_config(decoder=True)).plain
+        self._prefixes = PrefixStore(prefix_bytes if takes_apart else 0)
         self._lock = lock
         self._filling: Decoder | None = None
         self._running: list[Decoder] = []
@@ -302,7 +304,7 @@ class Batches:
     def _step(self, decoder: Decoder) -> None:
         row = decoder.rows[0]
         if row.request.lookup and len(decoder.rows) == 1 and isinstance(decoder, CachedDecoder):
-            guesses = guess(row) if self._chooser.steering(row).plain else []
+            guesses = guess(row) if decoder.plain and self._chooser.steering(row).plain else []
             if guesses:
                 self._verify(decoder, row, guesses)
                 return

@@ -50,12 +50,14 @@ class Steering:
         key: What rows have in common that may go through one of their processors together.
         ordered: Whether they must have equally many tokens for that.
         sampled: Whether the token is drawn.
+        blocked: The tokens that a greedy row may not take, if its processors say nothing else.
     """
 
     processors: LogitsProcessorList
     key: object
     ordered: bool
     sampled: bool
+    blocked: list[int] | None
 
     @property
     def plain(self) -> bool:
@@ -117,7 +119,9 @@ class Chooser:
             key: object = repr((sorted(told.items()), len(row.request.input_ids) if ordered else 0))
             if any(name.startswith("Encoder") for name in names):
                 key = id(row)  # these hold the row's own source
-            row.steering = Steering(processors, key, ordered, config.do_sample)
+            blocks = names == {"SuppressTokensLogitsProcessor"} and not config.do_sample
+            blocked = [int(token_id) for one in processors for token_id in one.suppress_tokens] if blocks else None
+            row.steering = Steering(processors, key, ordered, config.do_sample, blocked)
         return row.steering
 
     def _build(self, row: Row) -> LogitsProcessorList:
@@ -138,11 +142,17 @@ class Chooser:
     def _steered(self, rows: Sequence[Row], logits: torch.Tensor) -> list[int | None]:
         """Choose among the scores that the rows' options leave; None if they leave a row none to draw from."""
         steering = self.steering(rows[0])
+        if steering.blocked is not None:
+            # What the processor does, without its five passes over all scores: a fifth of the step at 64 rows.
+            scores = logits.index_fill(
+                -1, torch.tensor(steering.blocked, dtype=torch.long, device=logits.device), -torch.inf
+            )
+            return list(scores.max(-1).indices.tolist())
         sofar = [[*(row.request.input_ids if self._start is None else (self._start,)), *row.token_ids] for row in rows]
         width = max(map(len, sofar))
         token_ids: Any = torch.tensor([[row[0]] * (width - len(row)) + row for row in sofar], device="cpu")
         # Processors write into the scores they are given, and `logits` is still needed for logprobs.
-        scores: torch.Tensor = steering.processors(token_ids, logits.to("cpu", torch.float32, copy=True))
+        scores = steering.processors(token_ids, logits.to("cpu", torch.float32, copy=True))
         if not steering.sampled:
             return list(scores.argmax(-1).tolist())
         # Inversion of the cumulative distribution: one number of the row's own stream per token.

@@ -258,6 +258,11 @@ class CachedDecoder(Decoder):
         self.rows += other.rows
         self._pads += other._pads
 
+    @property
+    def plain(self) -> bool:
+        """Whether parts of the cache can be taken out and put back."""
+        return self._cache.plain
+
     def padding(self, place: int) -> int:
         """Count the columns on the left of a row."""
         return self._pads[place]

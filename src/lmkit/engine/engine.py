@@ -150,11 +150,11 @@ class Engine:
                     if not ticket.unfinished:
                         return None
                     if self._leader not in (None, ticket):
-                        self._waiters.append(ticket)
                         try:
+                            self._waiters.append(ticket)
                             ticket.ready.wait()
                         finally:
-                            self._waiters.remove(ticket)
+                            self._waiters = [other for other in self._waiters if other is not ticket]
                         continue
                     self._leader = ticket
                 self._lead(ticket)
@@ -167,16 +167,18 @@ class Engine:
         ticket.left = True
         ticket.cancelled.set()
         # The garbage collector may close an iterator in the middle of anything, even where this thread has the lock.
-        if not self._lock.acquire(timeout=1):
-            return
+        has = False
         try:
+            if not (has := self._lock.acquire(timeout=1)):
+                return
             ticket.forget()
             if ticket in self._batches.tickets:
                 self._batches.tickets.remove(ticket)
             if not self._batches.tickets:
                 self._batches.scheduler.reset()
         finally:
-            self._lock.release()
+            if has:
+                self._lock.release()
         self._hand_on(ticket)
         self._clean()
 
@@ -191,11 +193,11 @@ class Engine:
     def _clean(self) -> None:
         """Take out rows that nobody waits for, unless somebody leads, who does it at the next step."""
         broom = Ticket(self._lock, stream=False)
-        with self._lock:
-            if self._leader is not None:
-                return
-            self._leader = broom
         try:
+            with self._lock:
+                if self._leader is not None:
+                    return
+                self._leader = broom
             with torch.no_grad():
                 self._batches.sweep()
         finally:

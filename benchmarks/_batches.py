@@ -1,0 +1,126 @@
+"""Workloads of many rows: A, chat prompts; B, ragged budgets; J, an encoder-decoder."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import _data
+import _models
+from _context import load
+from _harness import Report, best, contenders, interleave, say
+from _sides import lmkit_side, pipeline_side, static_sides
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from _context import Bench
+    from _harness import Side
+
+NEW_TOKENS = 96
+PIPELINE_EVERY = 8
+"""The pipeline is given one in this many of the prompts, for it takes long."""
+
+RAGGED = 256
+RAGGED_SIZES = (32, 64)
+PEER_ROWS = 256
+"""How many rows vLLM may run at a time: as many as there are in a call."""
+
+SOURCES, FORCED = 64, 32
+WORDS = (4, 8, 12, 24)
+KINDS = ("int8", "bfloat16", "float32")
+
+
+def chat_prompts(bench: Bench) -> Report:
+    """A: 64 chat prompts, up to 96 new tokens each, to their natural end."""
+    chats = _data.steady_chats()
+    prompts = [_data.encode(bench.tokenizer, chat) for chat in chats]
+    budgets = [NEW_TOKENS] * len(chats)
+    few = range(0, len(chats), PIPELINE_EVERY)
+    ours = lmkit_side(bench.generator, chats, prompts, max_new_tokens=NEW_TOKENS)
+    static = contenders(static_sides(bench.model, prompts, budgets))
+    some = [chats[row] for row in few]
+    pipe = pipeline_side(bench.model, bench.tokenizer, some, [prompts[row] for row in few], NEW_TOKENS)
+    vllm = vllm_side(bench, prompts, budgets, forced=False)
+    report = measured(bench, "A", [ours, *static, pipe, *vllm], warm=[ours, *vllm])
+    report.notes.append(f"prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens")
+    note = f"on {len(few)} of the {len(chats)} prompts"
+    report.faster(ours.name, pipe.name, 18, rows=few, note=note)
+    report.faster(ours.name, best(static, report.runs), 1.4)
+    for side in vllm:
+        report.faster(ours.name, side.name, 1.1)
+    return report
+
+
+def ragged_budgets(bench: Bench) -> Report:
+    """B: 256 prompts, each run to a budget of its own."""
+    chats = _data.chats(bench.tokenizer, RAGGED)
+    prompts = [_data.encode(bench.tokenizer, chat) for chat in chats]
+    budgets = _data.budgets(RAGGED)
+    ours = lmkit_side(bench.generator, chats, prompts, max_new_tokens=budgets, suppress_tokens=[bench.end])
+    sides = static_sides(bench.model, prompts, budgets, RAGGED_SIZES, suppress_tokens=[bench.end])
+    static = contenders(sides)
+    vllm = vllm_side(bench, prompts, budgets, forced=True)
+    report = measured(bench, "B", [ours, *static, *vllm], warm=[ours, *vllm])
+    report.faster(ours.name, best(static, report.runs), 2.5)
+    for side in vllm:
+        report.faster(ours.name, side.name, 1.0)
+    return report
+
+
+def encoder_decoder(bench: Bench) -> Report:
+    """J: 64 sentences through a Marian-size model of random weights, 32 new tokens each."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    folder = _models.marian(bench.folder)
+    translator = load("seq2seq", folder)
+    texts = [text for seed in range(SOURCES // len(WORDS)) for text in cut(seed)]
+    sources: list[list[int]] = [list(translator.tokenizer(text)["input_ids"]) for text in texts]
+    ours = lmkit_side(translator, texts, sources, max_new_tokens=FORCED, min_new_tokens=FORCED)
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.bfloat16)
+    static = contenders(static_sides(model, sources, [FORCED] * SOURCES, min_new_tokens=FORCED))
+    peers = contenders(ctranslate2_sides(bench, sources))
+    report = measured(bench, "J", [ours, *static, *peers], warm=[ours])
+    report.notes.append(f"sources of {min(map(len, sources))} to {max(map(len, sources))} tokens")
+    report.faster(ours.name, best(static, report.runs), 1.5)
+    if peers:
+        report.faster(ours.name, best(peers, report.runs))
+    translator.close()
+    return report
+
+
+def cut(seed: int) -> list[str]:
+    """Return texts of a few words to two sentences."""
+    words = " ".join(_data.sentences(2, seed)).split()
+    return [" ".join(words[:count]) for count in WORDS]
+
+
+def vllm_side(bench: Bench, prompts: Sequence[Sequence[int]], budgets: Sequence[int], *, forced: bool) -> list[Side]:
+    """Give vLLM the same token ids, if it is wanted."""
+    peer = bench.peers.get("vllm", model=str(bench.checkpoint), rows=PEER_ROWS)
+    return [] if peer is None else [peer.side(prompts, budgets, "vLLM", forced=forced)]
+
+
+def ctranslate2_sides(bench: Bench, sources: Sequence[Sequence[int]]) -> list[Side]:
+    """Give CTranslate2 the same token ids: each kind of weights, one worker of all cores or one per core."""
+    cores = os.cpu_count() or 1
+    workers = [(1, cores), (cores, 1)]
+    converted = str(bench.folder / "ctranslate2")
+    settings = {"model": str(_models.marian(bench.folder)), "folder": converted, "kinds": KINDS, "workers": workers}
+    peer = bench.peers.get("ctranslate2", **settings)
+    if peer is None:
+        return []
+    # bfloat16 is not among them where the processor has no fast way for CTranslate2's kernels.
+    return [
+        peer.side(sources, [FORCED] * SOURCES, f"CTranslate2 {setting}", setting=setting)
+        for setting in peer.facts["settings"]
+    ]
+
+
+def measured(bench: Bench, workload: str, sides: Sequence[Side], warm: Sequence[Side]) -> Report:
+    """Run those once that have not run yet, then all in turns."""
+    for side in warm:
+        run = side.run()
+        say(f"  warm-up {side.name}: {run.seconds:.2f} s, {run.total} tokens")
+    return Report(workload, runs=interleave(sides, bench.repeats))

@@ -1,0 +1,82 @@
+"""What is measured in a process of its own: a start with compilation, and the memory of one workload.
+
+Prints one JSON object as its last line. Started by `_context.in_fresh_process`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import _data
+import _machine
+from _context import load
+from _harness import interleave
+from _sides import lmkit_side, single_side
+
+
+def compiled(folder: str, new_tokens: str, repeats: str) -> dict[str, Any]:
+    """Load with compilation, call twice, then take turns with `model.generate`."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    chat = max(_data.steady_chats(), key=lambda chat: len(_data.encode(tokenizer, chat)))
+    prompt = _data.encode(tokenizer, chat)
+    budget = int(new_tokens)
+    begun = time.perf_counter()
+    generator = load("causal", Path(folder), compile=True)
+    loaded = time.perf_counter() - begun
+    forced = {"suppress_tokens": [tokenizer.eos_token_id]}
+    ours = lmkit_side(generator, [chat], [prompt], "lmkit, compiled", max_new_tokens=budget, **forced)
+    calls = [ours.run().seconds for _ in range(2)]
+    found = {"load": loaded, "first_call": calls[0], "second_call": calls[1], "start": loaded + calls[0]}
+    if not int(repeats):
+        return found
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    plain = single_side(model, prompt, budget, **forced)
+    plain.run()
+    runs = interleave([ours, plain], int(repeats))
+    return {**found, "seconds": {name: [run.seconds for run in taken] for name, taken in runs.items()}}
+
+
+def memory(folder: str, new_tokens: str) -> dict[str, Any]:
+    """Run workload A with lmkit alone, and return the bytes that were resident at most."""
+    import resource
+
+    generator = load("causal", Path(folder))
+    loaded = _machine.resident_bytes()
+    results = generator(_data.steady_chats(), max_new_tokens=int(new_tokens))
+    config = generator.model.config
+    held = sum(result.prompt_tokens + result.generated_tokens for result in results)
+    # A key and a value of two bytes each.
+    per_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return {
+        "weights": sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")),
+        "held": generator.memory_bytes,
+        "keys_values": held * per_token,
+        "loaded": loaded,
+        "peak": _machine.resident_bytes("VmHWM"),
+        "max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "tokens": sum(result.generated_tokens for result in results),
+    }
+
+
+def imports() -> dict[str, Any]:
+    """Import what lmkit stands on, the classes of this model included, and return the bytes resident then."""
+    from importlib import import_module
+
+    for name in ("torch", "transformers", "transformers.models.llama.modeling_llama"):
+        import_module(name)
+    return {"resident": _machine.resident_bytes()}
+
+
+if __name__ == "__main__":
+    measurement, *given = sys.argv[1:]
+    measurements: dict[str, Any] = {"compiled": compiled, "memory": memory, "imports": imports}
+    print(json.dumps(measurements[measurement](*given)))

@@ -1,0 +1,111 @@
+"""What the workloads share: the models, loaded once, and how often to repeat."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import _models
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from _peers import Peers
+
+CHILD = Path(__file__).parent / "_child.py"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One run of the benchmark.
+
+    Attributes:
+        folder: Where checkpoints are kept that are made for the benchmark.
+        repeats: How often each side runs.
+        peers: The peers that can be started.
+    """
+
+    folder: Path
+    repeats: int
+    peers: Peers
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        """Where SmolLM2 is."""
+        return _models.smollm2(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """SmolLM2's tokenizer."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.checkpoint)
+
+    @cached_property
+    def model(self) -> Any:
+        """SmolLM2 for transformers, in bfloat16: another copy than lmkit's."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.bfloat16)
+
+    @cached_property
+    def generator(self) -> Any:
+        """SmolLM2 for lmkit, in bfloat16."""
+        return load("causal", self.checkpoint)
+
+    @cached_property
+    def end(self) -> int:
+        """SmolLM2's end token; rows that must run to their budget may not write it."""
+        return int(self.model.generation_config.eos_token_id)
+
+
+def load(
+    task: Literal["causal", "seq2seq"],
+    folder: Path,
+    precision: Any = "bfloat16",
+    *,
+    reuse: bool = False,
+    **options: Any,
+) -> Any:
+    """Load a checkpoint with lmkit.
+
+    Prefixes are not kept from one call to the next unless `reuse`: a repeat would find the prompts of the one before.
+    """
+    import lmkit
+
+    if not reuse:
+        options["prefix_cache_bytes"] = 0
+    lmkit_load: Any = lmkit.load  # its options are spelled out for users, not for a dict of them
+    return lmkit_load(task, folder, precision, "cpu", **options)
+
+
+def in_fresh_process(*arguments: str, cache: Path | None = None) -> dict[str, Any]:
+    """Run a measurement of `_child.py` and return what it found.
+
+    Args:
+        arguments: Its name, and what it takes.
+        cache: Where compiled artifacts are kept; the usual places by default.
+    """
+    places: Mapping[str, str] = (
+        {}
+        if cache is None
+        else {
+            "XDG_CACHE_HOME": str(cache),
+            "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+            "TRITON_CACHE_DIR": str(cache / "triton"),
+        }
+    )
+    command = [sys.executable, str(CHILD), *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **places})
+    if done.returncode:
+        msg = f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}"
+        raise RuntimeError(msg)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
