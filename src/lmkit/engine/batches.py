@@ -108,6 +108,8 @@ class Batches:
             busy = bool(self._running)
             with self._trying(decoder):
                 self._fill(decoder, self.scheduler.columns(len(decoder.rows), busy=busy))
+            if decoder is not self._filling:
+                return  # first tokens are told before the next step is made
         for decoder in list(self._running):
             with self._trying(decoder):
                 self._step(decoder)

@@ -116,7 +116,8 @@ class Chooser:
             ordered = not names <= READS_NO_ORDER
             # Some begin to count at the prompt's end; those that do not are the same for all lengths.
             told = config.to_diff_dict() | {"max_new_tokens": 0, "max_length": 0}
-            key: object = repr((sorted(told.items()), len(row.request.input_ids) if ordered else 0))
+            prompt = len(row.request.input_ids) if ordered and self._start is None else 0
+            key: object = repr((sorted(told.items()), prompt))
             if any(name.startswith("Encoder") for name in names):
                 key = id(row)  # these hold the row's own source
             blocks = names == {"SuppressTokensLogitsProcessor"} and not config.do_sample

@@ -30,6 +30,12 @@ PROMPT_TOKENS = 2048
 PROMPT_TOKENS_BESIDE = 512
 """The same while other rows are running: they wait for it."""
 
+SHORTEST_SHARE = 0.5
+"""Where rows cannot join, a batch takes none in that are shorter than this share of its longest: an encoder-decoder
+attends to the padding of a source at every step. Smaller batches than `LEAST_ROWS` are not made for that."""
+
+LEAST_ROWS = 16
+
 REFILL = 8
 """A full batch waits until one in so many of its rows have ended before it takes in others together."""
 
@@ -93,6 +99,8 @@ class Scheduler:
         for row in _fair(tickets):
             if picked and alike(row) != alike(picked[0]):
                 continue
+            if not joins and len(picked) >= LEAST_ROWS and _short(row, picked[0]):
+                break
             room = {"rows": room["rows"] + 1, "tokens": max(room["tokens"], _tokens(row))}
             full = room["rows"] * room["tokens"] > budget
             if (running or picked) and (full or (self._most_rows and room["rows"] > self._most_rows)):
@@ -112,6 +120,10 @@ class Scheduler:
 
 def _tokens(row: Row) -> int:
     return len(row.request.input_ids) + (row.request.config.max_new_tokens or 1)
+
+
+def _short(row: Row, longest: Row) -> bool:
+    return len(row.request.input_ids) < SHORTEST_SHARE * len(longest.request.input_ids)
 
 
 def _fair(tickets: Sequence[Ticket]) -> Iterator[Row]:
