@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lmkit.results import (
         Candidate,
         Completion,
+        EngineStats,
         Generation,
         MaskSlot,
         Segment,
@@ -64,7 +65,10 @@ _MODULES = {
     "placement": "Placement",
     "planning": "LoadPlan",
     "precision": "Precision",
-    "results": ("Candidate Completion Generation MaskSlot Segment TextChunk Timing TokenLogprob Translation Unmasking"),
+    "results": (
+        "Candidate Completion EngineStats Generation MaskSlot Segment TextChunk Timing TokenLogprob "
+        "Translation Unmasking"
+    ),
     "translator": "TranslationOptions Translator",
     "unmasker": "UnmaskOptions Unmasker",
 }
@@ -76,6 +80,7 @@ __all__ = [
     "Chat",
     "Completion",
     "EngineError",
+    "EngineStats",
     "Generation",
     "GenerationOptions",
     "Generator",
