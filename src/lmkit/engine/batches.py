@@ -68,7 +68,7 @@ class Batches:
         self._model: Any = model
         self._codec = codec
         self._start = start
-        self._chooser = Chooser(model, codec, start)
+        self._chooser: Chooser | Any = Chooser(model, codec, start)
         config = model.generation_config
         self._pad = next(
             (i for i in (config.pad_token_id, getattr(model.config, "pad_token_id", None)) if i is not None), 0
@@ -143,7 +143,7 @@ class Batches:
                 ticket.ready.notify()
         if self.closed:
             self._prefixes.clear()
-            self._model = self._chooser = self._compiled = None  # type: ignore[assignment]  # all hold the model
+            self._model = self._chooser = self._compiled = None  # all hold the model
 
     def _tell(self, rows: Sequence[Row]) -> None:
         """Pass on what is new of rows; a closed engine's callers get its error instead."""

@@ -185,6 +185,7 @@ class CompiledStep:
         from torch._subclasses import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+        from torch.fx.traceback import preserve_node_meta
 
         mode: Any = FakeTensorMode(shape_env=ShapeEnv())
         device = input_device(self._model)
@@ -203,7 +204,7 @@ class CompiledStep:
                 for which in range(2)
             )  # fmt: skip
         inputs = [*weights, *one, mask, slot, *keys, *values]
-        with mode, torch.fx.traceback.preserve_node_meta():
+        with mode, preserve_node_meta():
             graph = make_fx(self._step)(*inputs)
         for node in graph.graph.nodes:
             if node.target is torch.ops.mkldnn._linear_pointwise.default:  # noqa: SLF001
