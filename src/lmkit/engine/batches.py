@@ -227,17 +227,23 @@ class Batches:
         if not self.room:
             return
         with self._lock:
-            rows = self.scheduler.pick(self.tickets, self._decoders(), joins=self._joins, alike=self._alike)
-            rows = self._sharing(rows)
-            for row in rows:
-                row.ticket.running += 1
-            for ticket in {row.ticket for row in rows}:
-                ticket.waiting = [row for row in ticket.waiting if row not in set(rows)]
+            picked = self.scheduler.pick(self.tickets, self._decoders(), joins=self._joins, alike=self._alike)
+        rows = self._sharing(picked)
         self.room = bool(rows)
         if not rows:
             return
+        decoder = self._decoder(rows)
+        begun = set(rows)
+        with self._lock:
+            # In one go, or an interruption would leave rows neither here nor there.
+            for ticket in {row.ticket for row in rows}:
+                ticket.waiting = [row for row in ticket.waiting if row not in begun]
+            self._filling = decoder
         for row in rows:
+            row.ticket.running += 1
             row.start_clock()
+
+    def _decoder(self, rows: list[Row]) -> Decoder:
         reused = 0
         if self._joins:
             known = [self._prefixes.find(row.input_ids) if self._prefixes.limit else (None, 0) for row in rows]
@@ -249,7 +255,7 @@ class Batches:
             decoder = PreparedDecoder(self._model, rows, self._pad, self._start)
         self._counts["reused_tokens"] += reused
         self._counts["prompt_tokens"] += sum(len(row.input_ids) for row in rows) - reused
-        self._filling = decoder
+        return decoder
 
     def _alike(self, row: Row) -> object:
         """Return what rows must have in common to share a batch."""
