@@ -312,7 +312,7 @@ class Batches:
     def _step(self, decoder: Decoder) -> None:
         row = decoder.rows[0]
         if row.request.lookup and len(decoder.rows) == 1 and isinstance(decoder, CachedDecoder):
-            guesses = guess(row) if decoder.plain and self._chooser.steering(row).plain else []
+            guesses = guess(row) if decoder.plain else []
             if guesses:
                 self._verify(decoder, row, guesses)
                 return
