@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
 
+from lmkit import attention
 from lmkit._gguf import gguf_read_once
 from lmkit._quiet import quiet, without_warnings
 from lmkit.errors import (
@@ -171,6 +172,8 @@ def load(
             _put_on(model, adapter, hub)
         if plan.kernels == "packed":
             pack(model)
+        if plan.placement.device_type == "cpu":
+            attention.put_on(model)
     _tell(plan, model)
     again = {name: value for name, value in options.items() if name != "token"}  # a pickle keeps no secrets
     reload = functools.partial(load, task, name, precision, devices, **again)

@@ -6,6 +6,7 @@ on a processor with AVX512-BF16 (`docs/performance.md` has the figures); the res
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +68,7 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
+@functools.cache
 def packs() -> bool:
     """Say whether this torch and this processor have the kernel."""
     ops: Any = torch.ops.mkldnn

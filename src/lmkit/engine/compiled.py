@@ -32,7 +32,7 @@ WIDTH = 256
 TOLERANCE = 0.1
 """How far compiled scores may be from the model's own, as a share of their spread: fused steps round bfloat16 less."""
 
-SETTINGS = {"pattern_matcher": False, "size_asserts": False, "alignment_asserts": False}
+SETTINGS = {"pattern_matcher": False, "size_asserts": False, "alignment_asserts": False, "compile_threads": 1}
 """For inductor: packed weights (`lmkit.packing`) have no strides to assert, and as inputs fit none of its patterns."""
 
 

@@ -169,7 +169,6 @@ class CachedDecoder(Decoder):
         self._positions = "position_ids" in accepted
         self._keeps = "logits_to_keep" in accepted
         self._cache = KeyValues(model.config.get_text_config(decoder=True))
-        self._gap = int(self._cache.plain and self._device.type == "cpu" and _groups(model) > 1)
         lengths = [len(row.input_ids) for row in rows]
         # All rows read the same number of columns: one that knows more of its prefix reads part of it again.
         rest = max(length - known for length, (_, known) in zip(lengths, prefixes, strict=True))
@@ -201,10 +200,6 @@ class CachedDecoder(Decoder):
         """Read the newest tokens."""
         if self._compiled is not None and len(self.rows) == 1:
             return self._compiled_step(self._compiled)
-        if self._gap and not any(self._pads):
-            # Without a mask, transformers leaves the grouping of heads to torch, which takes four times as long on a
-            # CPU; a column of padding keeps the mask.
-            self._pad(1)
         token_ids = torch.tensor([row.token_ids[-1:] for row in self.rows], device=self._device)
         return self._forward(token_ids, 1)[:, -1]
 
@@ -243,7 +238,7 @@ class CachedDecoder(Decoder):
             self._pads[hole] = self._pads[mover]
         del self._pads[len(self.rows) :]
         self._cache.keep(holes, movers, len(self.rows))
-        if (spare := min(self._pads) - self._gap) > 0:
+        if (spare := min(self._pads)) > 0:
             self._cache.drop(spare)
             self.width -= spare
             self._pads = [pad - spare for pad in self._pads]
@@ -291,13 +286,6 @@ class CachedDecoder(Decoder):
         self.width = after
         logits: torch.Tensor = outputs.logits[:, -kept:]
         return logits
-
-
-def _groups(model: Any) -> int:
-    """Count the query heads that share a key."""
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_attention_heads", 1)
-    return int(heads // (getattr(config, "num_key_value_heads", None) or heads))
 
 
 class EncodedDecoder(Decoder):
