@@ -75,7 +75,7 @@ def attend(
     """
     rows, heads, tokens, size = query.shape
     groups, columns = key.shape[1:3]
-    alone = tokens == 1 and key.device.type == "cpu" and len(key) == rows
+    alone = tokens == 1 and key.device.type == "cpu" and key.shape[0] == rows
     unusual = kwargs.get("dropout") or any(kwargs.get(name) for name in ("softcap", "output_attentions", "cache"))
     if not alone or rows * groups < WORTH or query.dtype is not torch.bfloat16 or unusual or not packs():
         if alone and attention_mask is None and heads > groups:

@@ -18,19 +18,20 @@ if TYPE_CHECKING:
 __all__ = ["GrowingLayer", "KeyValues", "Prefix"]
 
 AHEAD = 64
-"""How many columns a buffer reserves at the least beyond those it needs."""
+"""How many columns a buffer reserves at the least beyond those it needs. Beyond twice as many, it grows by half:
+all that is reserved is memory, and a compiled step reads it."""
 
 Prefix: TypeAlias = "list[tuple[torch.Tensor, torch.Tensor]]"
 """Keys and values of one row in each layer. *Shape:* `(heads, tokens, size)` each."""
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' own registration
-    """A layer whose buffers reserve and double, in place of a concatenation at every step.
+    """A layer whose buffers reserve and grow, in place of a concatenation at every step.
 
     The live part is rows `0..rows` and columns `start..end`; one column before it is kept free for `pad`.
 
     Attributes:
-        room: The most columns that the rows can still need, so that doubling does not reserve beyond it.
+        room: The most columns that the rows can still need, so that no more is reserved.
     """
 
     def __init__(self) -> None:
@@ -81,19 +82,19 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
     def _reserve(self, like: Sequence[torch.Tensor], rows: int, columns: int) -> None:
         """Move to new buffers for `rows` rows and `columns` more columns, and some more of these."""
         needed = 1 + self.width + columns
-        size = needed + min(max(needed, AHEAD), max(self.room, 1))
+        size = needed + min(max(needed // 2, AHEAD), max(self.room, 1))
         fresh = tuple(part.new_zeros(rows, part.shape[1], size, part.shape[3]) for part in like)
         for old, new in zip(self._buffers, fresh, strict=False):
             new[: self.rows, :, 1 : 1 + self.width] = old[: self.rows, :, self.start : self.end]
         self.start, self.end, self._buffers = 1, 1 + self.width, fresh
 
     def opened(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all columns of the only row, one more than the live ones reserved, which now counts as live."""
+        """Return all columns of the rows, one more than the live ones reserved, which now counts as live."""
         if self.end + 1 > self._buffers[0].shape[-2]:
-            self._reserve(self._buffers, 1, 1)
+            self._reserve(self._buffers, self.rows, 1)
         self.end += 1
         self._live()
-        keys, values = (buffer[:1] for buffer in self._buffers)
+        keys, values = (buffer[: self.rows] for buffer in self._buffers)
         return keys, values
 
     def pad(self, columns: int) -> None:

@@ -1,7 +1,7 @@
-"""One decode step of a single row, compiled ahead: half of such a step is Python and calls of small kernels.
+"""One decode step, compiled ahead: much of a step is Python and calls of small kernels.
 
-The step is traced once for any width of the cache and compiled by inductor; the artifact is kept on disk for other
-processes. Rows that run together do not use it: they share what compilation would save.
+The step is traced once, for any number of rows and any width of the cache, and compiled by inductor; the artifact is
+kept on disk for other processes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import os
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,14 +27,19 @@ if TYPE_CHECKING:
 
 __all__ = ["CompiledStep"]
 
-WIDTH = 256
-"""The width of the cache that is traced; the compiled step takes any."""
+ROWS, WIDTH = 64, 256
+"""The rows and the width of the cache that are traced; the compiled step takes any."""
 
-TOLERANCE = 0.1
-"""How far compiled scores may be from the model's own, as a share of their spread: fused steps round bfloat16 less."""
+VERIFIED = 3
+"""How many rows are compared with the model's own after compilation."""
+
+TOLERANCE = 0.25
+"""How far compiled scores may be from the model's own, as a share of their spread. In bfloat16, transformers' kernels
+for attention are 0.03 apart on average and up to 0.14 for single rows; wrong scores are off by more than 1."""
 
 SETTINGS = {"pattern_matcher": False, "size_asserts": False, "alignment_asserts": False, "compile_threads": 1}
-"""For inductor: packed weights (`lmkit.packing`) have no strides to assert, and as inputs fit none of its patterns."""
+"""For inductor: packed weights (`lmkit.packing`) have no strides to assert, and as inputs fit none of its patterns;
+its pool of compiling threads would stay behind, for a start that is a tenth shorter."""
 
 
 class _Slot(CacheLayerMixin):
@@ -99,7 +105,7 @@ class CompiledStep:
                 self._weights.append(tensor.detach())
             self._places[name] = places[id(tensor)]
         with torch.no_grad():
-            self._sample = self._read_a_token()
+            self._sample = self._read_tokens()
             try:
                 self._run = self._artifact(folder / f"{self._key()}.step", folder)
                 self._verify()
@@ -115,26 +121,26 @@ class CompiledStep:
         slot: torch.Tensor,
         buffers: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> torch.Tensor:
-        """Read one token.
+        """Read a token per row.
 
         Args:
-            token_ids: *Shape:* `(1, 1)`.
-            positions: Its place in the text. *Shape:* `(1, 1)`.
-            mask: Which columns it sees, its own among them. *Shape:* `(1, 1, 1, width)`, bool.
+            token_ids: *Shape:* `(rows, 1)`.
+            positions: Their places in the texts. *Shape:* `(rows, 1)`.
+            mask: Which columns each sees, its own among them. *Shape:* `(rows, 1, 1, width)`, bool.
             slot: The column to write. *Shape:* `(1,)`.
-            buffers: Keys and values of each layer, contiguous, written in place. *Shape:* `(1, heads, width, size)`.
+            buffers: Keys and values of each layer, contiguous, written in place. *Shape:* `(rows, heads, width, size)`.
 
         Returns:
-            The scores that follow. *Shape:* `(1, vocabulary)`.
+            The scores that follow. *Shape:* `(rows, vocabulary)`.
         """
         keys, values = [pair[0] for pair in buffers], [pair[1] for pair in buffers]
         scores: torch.Tensor = self._run(*self._weights, token_ids, positions, mask, slot, *keys, *values)[0]
         return scores
 
-    def _read_a_token(self) -> KeyValues:
-        """Run the model on one token, to see the shapes of its keys and values."""
+    def _read_tokens(self) -> KeyValues:
+        """Run the model on one token per row, to see the shapes of its keys and values."""
         cache = KeyValues(self._model.config.get_text_config(decoder=True))
-        token_ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(self._model))
+        token_ids = torch.arange(VERIFIED, device=input_device(self._model))[:, None]
         self._model(input_ids=token_ids, past_key_values=cache.cache, use_cache=True)
         return cache
 
@@ -146,6 +152,7 @@ class CompiledStep:
         shapes = [(tuple(weight.shape), weight.is_mkldnn) for weight in self._weights]
         told = [
             [
+                version("lmkit"),
                 torch.__version__,
                 transformers.__version__,
                 type(self._model).__qualname__,
@@ -181,7 +188,7 @@ class CompiledStep:
             return artifact
 
     def _trace(self) -> tuple[Any, list[torch.Tensor], Any]:
-        """Write the step down as a graph, without computing: for one row and any width."""
+        """Write the step down as a graph, without computing: for any number of rows and any width."""
         from torch._subclasses import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -189,17 +196,18 @@ class CompiledStep:
 
         mode: Any = FakeTensorMode(shape_env=ShapeEnv())
         device = input_device(self._model)
-        dims = [*[DimDynamic.STATIC] * 3, DimDynamic.DYNAMIC]
+        dims = [DimDynamic.DYNAMIC, DimDynamic.STATIC, DimDynamic.STATIC, DimDynamic.DYNAMIC]
         mask = mode.from_tensor(
-            torch.zeros(1, 1, 1, WIDTH, dtype=torch.bool, device=device),
+            torch.zeros(ROWS, 1, 1, WIDTH, dtype=torch.bool, device=device),
             symbolic_context=StatelessSymbolicContext(dims),
         )
+        rows, _, _, width = mask.shape
         with mode:
             weights = [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in self._weights]
-            one = [torch.empty(1, 1, dtype=torch.long, device=device) for _ in range(2)]
+            one = [torch.empty(rows, 1, dtype=torch.long, device=device) for _ in range(2)]
             slot = torch.empty(1, dtype=torch.long, device=device)
             keys, values = (
-                [torch.empty(1, part.shape[1], mask.shape[3], part.shape[3], dtype=part.dtype, device=part.device)
+                [torch.empty(rows, part.shape[1], width, part.shape[3], dtype=part.dtype, device=part.device)
                  for part in (layer.keys if which == 0 else layer.values for layer in self._sample.layers)]
                 for which in range(2)
             )  # fmt: skip
@@ -235,13 +243,14 @@ class CompiledStep:
     def _verify(self) -> None:
         """Compare one step with the model's own."""
         device = input_device(self._model)
-        token_ids = torch.ones(1, 1, dtype=torch.long, device=device)
-        mask = (torch.arange(WIDTH, device=device) < 2)[None, None, None]  # noqa: PLR2004 - a token before, and its own
+        token_ids = torch.ones(VERIFIED, 1, dtype=torch.long, device=device)
+        seen = torch.arange(WIDTH, device=device) < 2  # noqa: PLR2004 - a token before, and its own
         buffers = []
         for layer in self._sample.layers:
             pair = [torch.nn.functional.pad(part, (0, 0, 0, WIDTH - 1)) for part in (layer.keys, layer.values)]
             buffers.append((pair[0], pair[1]))
-        found = self(token_ids, token_ids, mask, torch.ones(1, dtype=torch.long, device=device), buffers)
+        slot = torch.ones(1, dtype=torch.long, device=device)
+        found = self(token_ids, token_ids, seen.expand(VERIFIED, 1, 1, -1).contiguous(), slot, buffers)
         expected = self._model(
             input_ids=token_ids, position_ids=token_ids, past_key_values=self._sample.cache, use_cache=True
         ).logits[:, -1]

@@ -198,21 +198,23 @@ class CachedDecoder(Decoder):
 
     def step(self) -> torch.Tensor:
         """Read the newest tokens."""
-        if self._compiled is not None and len(self.rows) == 1:
+        if self._compiled is not None:
             return self._compiled_step(self._compiled)
         token_ids = torch.tensor([row.token_ids[-1:] for row in self.rows], device=self._device)
         return self._forward(token_ids, 1)[:, -1]
 
     def _compiled_step(self, compiled: CompiledStep) -> torch.Tensor:
-        """Read the newest token of the only row: the step sees all that is reserved, and a mask hides the rest."""
+        """Read the newest tokens: the step computes with all columns reserved, and a mask hides the rest."""
         buffers = [layer.opened() for layer in self._cache.layers]
-        layer, position = self._cache.layers[0], self.width - self._pads[0]
+        layer, device = self._cache.layers[0], self._device
+        pads = torch.tensor(self._pads, device=device)[:, None]
+        columns = torch.arange(buffers[0][0].shape[-2], device=device)
+        seen = (columns >= layer.start + pads) & (columns < layer.end)
+        token_ids = torch.tensor([row.token_ids[-1:] for row in self.rows], device=device)
+        slot = torch.tensor([layer.end - 1], device=device)
+        scores = compiled(token_ids, self.width - pads, seen[:, None, None], slot, buffers)
         self.width += 1
-        columns = torch.arange(buffers[0][0].shape[-2], device=self._device)
-        seen = (columns >= layer.start + self._pads[0]) & (columns < layer.end)
-        token_ids, positions = torch.tensor([[[self.rows[0].token_ids[-1]]], [[position]]], device=self._device)
-        slot = torch.tensor([layer.end - 1], device=self._device)
-        return compiled(token_ids, positions, seen[None, None, None], slot, buffers)
+        return scores
 
     def verify(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Read the newest token of the only row and a guess at the next ones.
