@@ -37,18 +37,19 @@ def chat_prompts(bench: Bench) -> Report:
     prompts = [_data.encode(bench.tokenizer, chat) for chat in chats]
     budgets = [NEW_TOKENS] * len(chats)
     few = range(0, len(chats), PIPELINE_EVERY)
-    ours = lmkit_side(bench.generator, chats, prompts, max_new_tokens=NEW_TOKENS)
+    sides = lmkit_sides(bench, chats, prompts, max_new_tokens=NEW_TOKENS)
     static = contenders(static_sides(bench.model, prompts, budgets))
     some = [chats[row] for row in few]
     pipe = pipeline_side(bench.model, bench.tokenizer, some, [prompts[row] for row in few], NEW_TOKENS)
     vllm = vllm_side(bench, prompts, budgets, forced=False)
-    report = measured(bench, "A", [ours, *static, pipe, *vllm], warm=[ours, *vllm])
+    report = measured(bench, "A", [*sides, *static, pipe, *vllm], warm=[*sides, *vllm])
     report.notes.append(f"prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens")
     note = f"on {len(few)} of the {len(chats)} prompts"
-    report.faster(ours.name, pipe.name, 18, rows=few, note=note)
-    report.faster(ours.name, best(static, report.runs), 1.4)
-    for side in vllm:
-        report.faster(ours.name, side.name, 1.1)
+    for ours in sides:
+        report.faster(ours.name, pipe.name, 18, rows=few, note=note)
+        report.faster(ours.name, best(static, report.runs), 1.4)
+        for side in vllm:
+            report.faster(ours.name, side.name, 1.1)
     return report
 
 
@@ -57,15 +58,24 @@ def ragged_budgets(bench: Bench) -> Report:
     chats = _data.chats(bench.tokenizer, RAGGED)
     prompts = [_data.encode(bench.tokenizer, chat) for chat in chats]
     budgets = _data.budgets(RAGGED)
-    ours = lmkit_side(bench.generator, chats, prompts, max_new_tokens=budgets, suppress_tokens=[bench.end])
-    sides = static_sides(bench.model, prompts, budgets, RAGGED_SIZES, suppress_tokens=[bench.end])
-    static = contenders(sides)
+    forced = {"suppress_tokens": [bench.end]}
+    sides = lmkit_sides(bench, chats, prompts, max_new_tokens=budgets, **forced)
+    static = contenders(static_sides(bench.model, prompts, budgets, RAGGED_SIZES, **forced))
     vllm = vllm_side(bench, prompts, budgets, forced=True)
-    report = measured(bench, "B", [ours, *static, *vllm], warm=[ours, *vllm])
-    report.faster(ours.name, best(static, report.runs), 2.5)
-    for side in vllm:
-        report.faster(ours.name, side.name, 1.0)
+    report = measured(bench, "B", [*sides, *static, *vllm], warm=[*sides, *vllm])
+    for ours in sides:
+        report.faster(ours.name, best(static, report.runs), 2.5)
+        for side in vllm:
+            report.faster(ours.name, side.name, 1.0)
     return report
+
+
+def lmkit_sides(bench: Bench, chats: Sequence[Any], prompts: Sequence[Sequence[int]], **options: Any) -> list[Side]:
+    """One call with all rows, as lmkit comes, and with a compiled step."""
+    return [
+        lmkit_side(bench.generator, chats, prompts, **options),
+        lmkit_side(bench.compiled, chats, prompts, "lmkit, compiled", **options),
+    ]
 
 
 def encoder_decoder(bench: Bench) -> Report:

@@ -61,6 +61,11 @@ class Bench:
         return load("causal", self.checkpoint)
 
     @cached_property
+    def compiled(self) -> Any:
+        """SmolLM2 for lmkit, in bfloat16, with a compiled step."""
+        return load("causal", self.checkpoint, compile=True)
+
+    @cached_property
     def end(self) -> int:
         """SmolLM2's end token; rows that must run to their budget may not write it."""
         return int(self.model.generation_config.eos_token_id)
