@@ -12,7 +12,7 @@ from lmkit.errors import EngineError
 from lmkit.results import TokenLogprob
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from transformers import LogitsProcessorList
 
@@ -40,6 +40,21 @@ READS_NO_ORDER = frozenset(
 """transformers' processors that look at no token ids, or only at which there are: a row may be padded with a token of
 its own, so that rows of any length go through them together."""
 
+FORBIDS: Mapping[str, Callable[[Any], Iterable[int]]] = {
+    "MinLengthLogitsProcessor": lambda one: one.eos_token_id.tolist(),
+    "MinNewTokensLengthLogitsProcessor": lambda one: one.eos_token_id.tolist(),
+    "NoBadWordsLogitsProcessor": lambda one: (word[-1] for word in one.bad_word_ids),
+    "SuppressTokensAtBeginLogitsProcessor": lambda one: one.begin_suppress_tokens.tolist(),
+    "SuppressTokensLogitsProcessor": lambda one: one.suppress_tokens.tolist(),
+}
+"""transformers' processors that do nothing but forbid tokens at some steps, and which ones at the most."""
+
+FORCES: Mapping[str, Callable[[Any], int]] = {
+    "ForcedBOSTokenLogitsProcessor": lambda _one: 1,
+    "ForcedEOSTokenLogitsProcessor": lambda one: int(one.max_length) - 1,
+}
+"""Those that put a token of their own, and behind how many tokens they do."""
+
 
 @dataclass(frozen=True, slots=True)
 class Steering:
@@ -50,19 +65,25 @@ class Steering:
         key: What rows have in common that may go through one of their processors together.
         ordered: Whether they must have equally many tokens for that.
         sampled: Whether the token is drawn.
-        blocked: The tokens that a greedy row may not take, if its processors say nothing else.
+        forbidden: The tokens that a greedy row may not take at some steps, if its processors only forbid and force.
+        forced: Behind how many tokens they force one.
     """
 
     processors: LogitsProcessorList
     key: object
     ordered: bool
     sampled: bool
-    blocked: frozenset[int] | None
+    forbidden: frozenset[int] | None
+    forced: frozenset[int]
 
     @property
     def plain(self) -> bool:
         """Whether the likeliest token is the one to take."""
         return not self.processors and not self.sampled
+
+    def stands(self, token_id: int, length: int) -> bool:
+        """Say whether the likeliest token after `length` tokens is the choice, whatever becomes of the others."""
+        return self.forbidden is not None and token_id not in self.forbidden and length not in self.forced
 
 
 class Chooser:
@@ -89,15 +110,15 @@ class Chooser:
         # One pass serves three questions: NaN and -inf show in the maximum, and the place is the greedy choice.
         highest, likeliest = logits.max(-1)
         usable = (highest > -torch.inf).tolist()
-        chosen: list[int | None] = likeliest.tolist()
+        best: list[int] = likeliest.tolist()
+        chosen: list[int | None] = [*best]
         groups: dict[object, list[int]] = {}
         for place, row in enumerate(rows):
             steering = self.steering(row)
-            # A greedy row whose likeliest token is not blocked has its choice, whatever becomes of the blocked ones.
-            free = steering.blocked is not None and chosen[place] not in steering.blocked
-            if usable[place] and not steering.plain and not free:
-                length = len(row.token_ids) if steering.ordered else 0
-                groups.setdefault((steering.key, length), []).append(place)
+            if not usable[place] or steering.plain or steering.stands(best[place], self._length(row)):
+                continue
+            length = len(row.token_ids) if steering.ordered else 0
+            groups.setdefault((steering.key, length), []).append(place)
         for places in groups.values():
             for place, token_id in zip(places, self._steered([rows[p] for p in places], logits[places]), strict=True):
                 chosen[place] = token_id
@@ -114,18 +135,25 @@ class Chooser:
         """Return what reshapes the row's scores, built as `generate` does, from the row's resolved config."""
         if row.steering is None:
             processors, config = self._build(row), row.request.config
-            names = {type(one).__name__ for one in processors}
-            ordered = not names <= READS_NO_ORDER
+            names = [type(one).__name__ for one in processors]
+            ordered = not READS_NO_ORDER.issuperset(names)
             # Some begin to count at the prompt's end; those that do not are the same for all lengths.
             told = config.to_diff_dict() | {"max_new_tokens": 0, "max_length": 0}
             prompt = len(row.request.input_ids) if ordered and self._start is None else 0
             key: object = repr((sorted(told.items()), prompt))
             if any(name.startswith("Encoder") for name in names):
                 key = id(row)  # these hold the row's own source
-            blocks = names == {"SuppressTokensLogitsProcessor"} and not config.do_sample
-            blocked = frozenset(int(t) for one in processors for t in one.suppress_tokens) if blocks else None
-            row.steering = Steering(processors, key, ordered, config.do_sample, blocked)
+            named = list(zip(names, processors, strict=True))
+            forbidden = None
+            if not config.do_sample and all(name in FORBIDS or name in FORCES for name in names):
+                forbidden = frozenset(t for name, one in named if name in FORBIDS for t in FORBIDS[name](one))
+            forced = frozenset(FORCES[name](one) for name, one in named if name in FORCES)
+            row.steering = Steering(processors, key, ordered, config.do_sample, forbidden, forced)
         return row.steering
+
+    def _length(self, row: Row) -> int:
+        """Count the tokens that processors are given: of the prompt, or the token that begins an answer."""
+        return (len(row.request.input_ids) if self._start is None else 1) + len(row.token_ids)
 
     def _build(self, row: Row) -> LogitsProcessorList:
         model, request = self._model, row.request

@@ -31,10 +31,11 @@ PROMPT_TOKENS_BESIDE = 512
 """The same while other rows are running: they wait for it."""
 
 SHORTEST_SHARE = 0.5
-"""Where rows cannot join, a batch takes none in that are shorter than this share of its longest: an encoder-decoder
-attends to the padding of a source at every step. Smaller batches than `LEAST_ROWS` are not made for that."""
+"""Where rows cannot join, a batch takes none in that are shorter than this share of its longest: an encoder reads the
+padding of its sources, and every step attends to it. Smaller batches than `LEAST_ROWS` are not made for that: 64
+sentences of 12 to 80 tokens took 1.15 s together on 2 cores, and 1.3 s in three batches."""
 
-LEAST_ROWS = 16
+LEAST_ROWS = 64
 
 REFILL = 8
 """A full batch waits until one in so many of its rows have ended before it takes in others together."""
