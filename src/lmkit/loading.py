@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
 
 from lmkit import attention
 from lmkit._gguf import gguf_read_once
+from lmkit._openmp import release_pool
 from lmkit._quiet import quiet, without_warnings
 from lmkit.errors import (
     LmkitError,
@@ -180,7 +181,9 @@ def load(
     kept = options.get("prefix_cache_bytes", PREFIX_CACHE_BYTES)
     folder = compile_folder() if options.get("compile") else None
     with quiet(), without_warnings():  # a compiler talks
-        return _WRAPPERS[kind](Loaded(model, tokenizer, plan, reload, kept, folder))
+        wrapper = _WRAPPERS[kind](Loaded(model, tokenizer, plan, reload, kept, folder))
+    release_pool()
+    return wrapper
 
 
 def compile_folder() -> Path:

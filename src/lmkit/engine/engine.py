@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lmkit._openmp import release_pool
 from lmkit._quiet import quiet
 from lmkit.engine.batches import CLOSED, Batches
 from lmkit.engine.compiled import CompiledStep
@@ -181,9 +182,12 @@ class Engine:
                 self._lock.release()
         self._hand_on(ticket)
         self._clean()
+        release_pool()
 
     def _hand_on(self, ticket: Ticket) -> None:
         """Stop leading, if `ticket` leads, and let another that waits lead."""
+        if self._leader is ticket and self._waiters:
+            release_pool()  # the next one computes in a thread of its own
         with self._lock:
             if self._leader is ticket:
                 self._leader = None

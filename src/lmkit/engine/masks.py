@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lmkit._openmp import release_pool
 from lmkit._quiet import quiet
 from lmkit.engine.decoders import input_device, padded
 from lmkit.errors import EngineError
@@ -51,14 +52,17 @@ class MaskScorer:
             EngineError: The model was closed, or gave scores that are not finite.
         """
         found: dict[int, torch.Tensor] = {}
-        for batch in self._batches(rows):
-            logits = self._forward([rows[place] for place in batch])
-            for number, place in enumerate(batch):
-                scores = logits[number, list(positions[place])].float().cpu().log_softmax(-1)
-                if not torch.isfinite(scores).any(-1).all():
-                    msg = "the model gave no finite score at a mask: load with precision='float32' or 'bfloat16'."
-                    raise EngineError(msg)
-                found[place] = scores
+        try:
+            for batch in self._batches(rows):
+                logits = self._forward([rows[place] for place in batch])
+                for number, place in enumerate(batch):
+                    scores = logits[number, list(positions[place])].float().cpu().log_softmax(-1)
+                    if not torch.isfinite(scores).any(-1).all():
+                        msg = "the model gave no finite score at a mask: load with precision='float32' or 'bfloat16'."
+                        raise EngineError(msg)
+                    found[place] = scores
+        finally:
+            release_pool()
         return [found[place] for place in range(len(rows))]
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
