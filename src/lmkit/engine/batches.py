@@ -6,14 +6,16 @@ import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
-from lmkit.engine.beams import alike, search
+from lmkit.engine.beams import search, together
 from lmkit.engine.cache import KeyValues
+from lmkit.engine.cached import CachedDecoder
 from lmkit.engine.choice import Chooser
-from lmkit.engine.decoders import CachedDecoder, Decoder, EncodedDecoder, PreparedDecoder, drives, pads
+from lmkit.engine.decoders import Decoder, drives, pads
+from lmkit.engine.encoded import EncodedDecoder
+from lmkit.engine.failures import no_memory, out_of_memory, step_failed
 from lmkit.engine.lookup import guess
 from lmkit.engine.prefixes import SHORTEST, PrefixStore
+from lmkit.engine.prepared import PreparedDecoder
 from lmkit.engine.request import Update
 from lmkit.engine.scheduler import Scheduler, bytes_per_token
 from lmkit.errors import EngineError
@@ -23,18 +25,16 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Iterator, Sequence
 
+    import torch
+
     from lmkit.encoding import Codec
     from lmkit.engine.compiled import CompiledStep
-    from lmkit.engine.request import Request
     from lmkit.engine.row import Row
     from lmkit.engine.ticket import Ticket
 
 __all__ = ["CLOSED", "Batches"]
 
 logger = logging.getLogger("lmkit")
-
-BEAMS_PER_BATCH = 32
-"""How many beams, over all rows, one call of generate() carries."""
 
 STEPS_PER_SEARCH = 64
 """How many steps other rows make between two groups of beam searches, which they have to wait for."""
@@ -208,19 +208,10 @@ class Batches:
                 return
             self.scheduler.failed(1, memory=out_of_memory(error))
             for row in rows:
-                row.error = self._failure(row, error)
+                row.error = no_memory(row, self._model, error) if out_of_memory(error) else step_failed(error)
             self._begin_again(decoder)
         else:
             self._counts["forwards"] += 1
-
-    def _failure(self, row: Row, error: Exception) -> EngineError:
-        if not out_of_memory(error):
-            return step_failed(error)
-        tokens = len(row.input_ids) + row.remaining
-        needed = tokens * bytes_per_token(self._model) / 2**20
-        failed = EngineError(_NO_MEMORY.format(tokens=tokens, needed=needed, error=error))
-        failed.__cause__ = error
-        return failed
 
     def _admit(self) -> None:
         """Begin a batch of waiting rows, if there is room for enough of them."""
@@ -360,7 +351,7 @@ class Batches:
         ticket = next((ticket for ticket in self.tickets if ticket.searches), None)
         if ticket is None:
             return
-        places = self._alike_searches(ticket.searches)
+        places = together(ticket.searches, any_length=self._pads)
         chosen = [ticket.searches.pop(place) for place in places]
         try:
             outcomes: Sequence[Any] = search(self._model, chosen, self._pad, self._codec, ticket.cancelled)
@@ -375,35 +366,5 @@ class Batches:
                 ticket.tell(update)
             ticket.ready.notify()
 
-    def _alike_searches(self, searches: dict[int, Request]) -> list[int]:
-        """Choose requests that one call of generate() can run together: those like the first."""
-
-        def key(request: Request) -> str:
-            return f"{alike(request)}{'' if self._pads else len(request.input_ids)}"
-
-        wanted = key(next(iter(searches.values())))
-        places = [place for place, request in searches.items() if key(request) == wanted]
-        size = max(1, BEAMS_PER_BATCH // searches[places[0]].config.num_beams)
-        return places[:size]
-
-
-def step_failed(error: Exception) -> EngineError:
-    """Wrap what a forward pass raised, for a row that it was made for."""
-    failed = EngineError(f"a step of the model failed: {type(error).__name__}: {error}")
-    failed.__cause__ = error
-    return failed
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Recognise an allocation that failed, on an accelerator or on a CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    told = str(error).lower()
-    return isinstance(error, RuntimeError) and ("allocate memory" in told or "not enough memory" in told)
-
 
 CLOSED = "the model was closed: load it again to go on."
-_NO_MEMORY = (
-    "out of memory, with this row alone: its {tokens} tokens, prompt and answer, need about {needed:.0f} MiB of keys "
-    "and values. Shorten the prompt or max_new_tokens, or free memory ({error})."
-)

@@ -16,17 +16,32 @@ from lmkit.results import Completion, FinishReason
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lmkit.encoding import Codec
     from lmkit.engine.request import Request
 
-__all__ = ["alike", "search"]
+__all__ = ["search", "together"]
 
 
-def alike(request: Request) -> str:
-    """Return a key that requests share if one call of generate() can run them together."""
-    return request.config.to_json_string(use_diff=False)
+BEAMS_PER_CALL = 32
+"""How many beams, over all requests, one call of generate() carries."""
+
+
+def together(searches: Mapping[int, Request], *, any_length: bool) -> list[int]:
+    """Choose requests, by their places, that one call of generate() can run together: those like the first.
+
+    Args:
+        searches: The requests that wait, by their places.
+        any_length: Whether the model takes rows of different lengths.
+    """
+
+    def key(request: Request) -> tuple[str, int]:
+        return request.config.to_json_string(use_diff=False), 0 if any_length else len(request.input_ids)
+
+    first = next(iter(searches.values()))
+    places = [place for place, request in searches.items() if key(request) == key(first)]
+    return places[: max(1, BEAMS_PER_CALL // first.config.num_beams)]
 
 
 def search(
@@ -40,7 +55,7 @@ def search(
 
     Args:
         model: The transformers model.
-        requests: Requests for which `alike` gives the same key.
+        requests: Requests that may run `together`.
         pad: The token that fills short rows; the mask hides it.
         codec: The model's tokenizer.
         cancelled: Ends the search at its next step when set.

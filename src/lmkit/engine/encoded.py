@@ -1,0 +1,81 @@
+"""lmkit's own batch of an encoder-decoder: sources are read once, and answers have one length."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lmkit.engine.cache import KeyValues, shrink
+from lmkit.engine.decoders import Decoder, input_device, padded
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lmkit.engine.row import Row
+
+__all__ = ["EncodedDecoder"]
+
+
+class EncodedDecoder(Decoder):
+    """lmkit's own batch of an encoder-decoder: rows that start together, and answers of one length."""
+
+    def __init__(self, model: Any, rows: Sequence[Row], pad: int, start: int) -> None:
+        """Lay out the sources, padded on the right; answers begin with the token `start`."""
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        super().__init__(rows)
+        self._model = model
+        self._device = input_device(model)
+        self._start = start
+        self._token_ids, self._mask = padded([row.request.input_ids for row in rows], pad, self._device, left=False)
+        self._encoded: Any = None
+        self._own = KeyValues(model.config.get_text_config(decoder=True))
+        self._own.expect(max(row.remaining for row in rows))
+        self._cache: Any = EncoderDecoderCache(self._own.cache, DynamicCache())
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the keys and values hold, those of the sources too."""
+        across = [layer for layer in self._cache.cross_attention_cache.layers if layer.is_initialized]
+        return self._own.nbytes + sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in across)
+
+    def fill(self, columns: int) -> torch.Tensor | None:  # noqa: ARG002 - an encoder reads a source at once
+        """Encode the sources and read the beginnings of the answers."""
+        self._encoded = self._model.get_encoder()(
+            input_ids=self._token_ids, attention_mask=self._mask, return_dict=True
+        )
+        return self._forward([[self._start, *row.token_ids] for row in self.rows])
+
+    def step(self) -> torch.Tensor:
+        """Read the newest tokens."""
+        return self._forward([row.token_ids[-1:] for row in self.rows])
+
+    def keep(self) -> None:
+        """Let go of the rows that ended."""
+        count = len(self.rows)
+        holes, movers = self._leave()
+        rows = len(self.rows)
+        if rows in (0, count):
+            return
+        self._own.keep(holes, movers, rows)
+        for layer in self._cache.cross_attention_cache.layers:
+            if layer.is_initialized:
+                shrink(layer, holes, movers, rows)
+        for part in (self._mask, self._encoded.last_hidden_state):
+            if holes:
+                part[holes] = part[movers]
+        self._mask = self._mask[:rows]
+        self._encoded.last_hidden_state = self._encoded.last_hidden_state[:rows]
+
+    def _forward(self, token_ids: list[list[int]]) -> torch.Tensor:
+        outputs = self._model(
+            encoder_outputs=self._encoded,
+            attention_mask=self._mask,
+            decoder_input_ids=torch.tensor(token_ids, device=self._device),
+            past_key_values=self._cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        logits: torch.Tensor = outputs.logits[:, -1]
+        return logits

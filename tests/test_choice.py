@@ -1,0 +1,107 @@
+"""Greedy rows whose processors only forbid or force tokens: those of `generate`, for fewer calls."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LogitsProcessorList
+
+import checkpoints
+from checkpoints import texts
+
+TOKENS = 10
+Own = Callable[[list[int]], dict[str, Any]]
+"""Makes settings that bite, from the tokens that are written without them."""
+
+OWN: dict[str, Own] = {
+    "suppressed": lambda written: {"suppress_tokens": written[2:4]},
+    "suppressed at first": lambda written: {"begin_suppress_tokens": written[:1]},
+    "bad word": lambda written: {"bad_words_ids": [written[3:4]]},
+    "bad words": lambda written: {"bad_words_ids": [written[2:4], written[5:6]]},
+    "no end before": lambda written: {"eos_token_id": written[2], "min_new_tokens": 5},
+    "shortest length": lambda written: {"eos_token_id": written[2], "min_length": 40},
+    "forced end": lambda written: {"forced_eos_token_id": written[0]},
+    "forced beginning": lambda written: {"forced_bos_token_id": written[4]},
+    "several": lambda written: {
+        "suppress_tokens": written[1:2],
+        "bad_words_ids": [written[4:5]],
+        "forced_eos_token_id": written[0],
+        "min_new_tokens": 4,
+    },
+    "one that does more": lambda written: {"suppress_tokens": written[1:2], "repetition_penalty": 1.5},
+}
+
+
+def expected(name: str, text: str, model: Any) -> list[int]:
+    """Return what `generate` writes, with a budget of `TOKENS`."""
+    tokens: list[int] = checkpoints.generated(name, [text], model=model, max_new_tokens=TOKENS)[0]
+    return tokens
+
+
+@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("name", ["llama", "t5", "marian"])
+def test_what_is_forbidden_and_forced_is_that_of_generate(name: str, own: str, tmp_path: Path) -> None:
+    """Rows of a batch get the tokens of single runs of `generate`, where settings of the checkpoint's own bite."""
+    written = expected(name, texts(name)[0], None)
+    where = checkpoints.configured(name, tmp_path / name, **OWN[own](written))
+    model, _ = checkpoints.plain(checkpoints.FAMILIES[name].task, where)
+    with checkpoints.fresh(name, where) as loaded:
+        results = loaded(texts(name), max_new_tokens=TOKENS)
+    for text, result in zip(texts(name), results, strict=True):
+        assert list(result.token_ids) == expected(name, text, model)
+    if own != "forced beginning" or name != "llama":  # a prompt has begun before
+        assert list(results[0].token_ids) != written
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Note how many rows go through processors."""
+    rows: list[int] = []
+    plain = LogitsProcessorList.__call__
+
+    def call(self: Any, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        rows.append(len(scores))
+        return plain(self, input_ids, scores, **kwargs)
+
+    monkeypatch.setattr(LogitsProcessorList, "__call__", call)
+    return rows
+
+
+@pytest.mark.parametrize(
+    "own, asked",
+    [
+        ({}, 0),
+        ({"suppress_tokens": [3]}, 0),
+        ({"bad_words_ids": [[3]], "min_new_tokens": 2}, 0),
+        ({"forced_eos_token_id": 2}, 1),
+        ({"forced_bos_token_id": 5, "forced_eos_token_id": 2}, 2),
+        ({"repetition_penalty": 1.1}, TOKENS),
+    ],
+    ids=str,
+)
+def test_processors_are_asked_when_it_matters(
+    own: dict[str, Any], asked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row whose likeliest token may stand is not copied and steered; one that another token is forced on is."""
+    text = texts("t5")[0]
+    unused = {"eos_token_id": 3, "pad_token_id": 0, "bad_words_ids": None, "forced_eos_token_id": None, "min_length": 0}
+    where = checkpoints.configured("t5", tmp_path / "t5", **unused | own)
+    with checkpoints.fresh("t5", where) as loaded:
+        assert 3 not in loaded(text, max_new_tokens=TOKENS).token_ids
+        rows = counted(monkeypatch)
+        result = loaded(text, max_new_tokens=TOKENS)
+    assert result.generated_tokens == TOKENS
+    assert sum(rows) == asked
+
+
+def test_a_forbidden_token_is_asked_about_only_where_it_is_the_likeliest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row of a batch that runs into a suppressed token is steered at that step; the others are not."""
+    written = checkpoints.generated("llama", texts("llama")[:1], max_new_tokens=4)[0]
+    where = checkpoints.configured("llama", tmp_path / "llama", suppress_tokens=[written[0]], eos_token_id=None)
+    with checkpoints.fresh("llama", where) as loaded:
+        plain = [checkpoints.generated("llama", [text], max_new_tokens=1)[0] for text in texts("llama")]
+        rows = counted(monkeypatch)
+        loaded(texts("llama"), max_new_tokens=1)
+    assert sum(rows) == sum(first == written[:1] for first in plain)
