@@ -124,7 +124,7 @@ def test_everything_else_is_transformers(
 def test_heads_are_grouped_without_a_mask_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where transformers would leave the grouping to torch, which is slow, a mask that hides nothing goes in."""
     masks = []
-    monkeypatch.setattr(attention, "_sdpa", lambda: lambda *args, **_: masks.append(args[4]))
+    monkeypatch.setattr(attention, "_sdpa", lambda: lambda *args, **_: (masks.append(args[4]), None))
     parts = case(2, 4, 2, 11, dtype=torch.float32)
     attend(layer(4, 2), *parts, None)
     attend(layer(2, 2), parts[0][:, :2], *parts[1:], None)

@@ -20,9 +20,9 @@ OWN: dict[str, Own] = {
     "bad word": lambda written: {"bad_words_ids": [written[3:4]]},
     "bad words": lambda written: {"bad_words_ids": [written[2:4], written[5:6]]},
     "no end before": lambda written: {"eos_token_id": written[2], "min_new_tokens": 5},
-    "shortest length": lambda written: {"eos_token_id": written[2], "min_length": 40},
+    "shortest length": lambda written: {"eos_token_id": written[2], "min_length": 10},
     "forced end": lambda written: {"forced_eos_token_id": written[0]},
-    "forced beginning": lambda written: {"forced_bos_token_id": written[4]},
+    "forced beginning": lambda written: {"forced_bos_token_id": written[0] + 1},
     "several": lambda written: {
         "suppress_tokens": written[1:2],
         "bad_words_ids": [written[4:5]],

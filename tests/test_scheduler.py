@@ -36,10 +36,10 @@ class Caller(SimpleNamespace):
     __hash__ = object.__hash__
 
 
-def ticket(*rows: Any, running: int = 0) -> Any:
+def ticket(*rows: Any, running: int = 0, lazy: bool = False) -> Any:
     """Make a ticket whose rows wait, those that need most at the end."""
     waiting = sorted(rows, key=lambda one: len(one.input_ids) + one.request.config.max_new_tokens)
-    return Caller(waiting=waiting, running=running, number=object())
+    return Caller(waiting=waiting, running=running, lazy=lazy, number=object())
 
 
 def batch(*rows: Any, nbytes: int = 0) -> Any:
@@ -65,21 +65,26 @@ def test_nothing_waits_nothing_begins() -> None:
     assert pick([ticket(running=3)]) == []
 
 
-def test_rows_begin_by_length_the_most_demanding_first() -> None:
-    """Of one caller's rows those with the longest prompt and answer together begin first."""
-    assert sizes(pick([ticket(row(5), row(90), row(40), row(1, 60))])) == [90, 1, 40, 5]
+def test_rows_begin_by_length() -> None:
+    """By prompt and answer together, the shortest row first; the longest where more follow, or none can join."""
+    rows = [row(5), row(90), row(40), row(1, 60)]
+    assert sizes(pick([ticket(*rows)])) == [5, 40, 1, 90]
+    assert sizes(pick([ticket(*rows, lazy=True)])) == [90, 1, 40, 5]
+    assert sizes(pick([ticket(*rows)], joins=False)) == [90, 1, 40, 5]
 
 
 def test_a_batch_is_measured_in_tokens() -> None:
     """Rows times the longest of them stay within the budget: many short ones, or few long ones."""
     assert len(pick([ticket(*[row(90)] * 50)])) == 10
     assert len(pick([ticket(*[row(10)] * 200)])) == 50
-    assert sizes(pick([ticket(row(190), *[row(10)] * 50)])) == [190, 10, 10, 10, 10]
+    assert sizes(pick([ticket(row(190), *[row(10)] * 50, lazy=True)])) == [190, 10, 10, 10, 10]
+    assert sizes(pick([ticket(row(190), *[row(10)] * 49)])) == [10] * 49
 
 
 def test_a_row_that_needs_more_than_the_budget_begins_alone() -> None:
     """One row always fits, however long; nothing begins beside it."""
-    assert sizes(pick([ticket(row(5000), row(5))])) == [5000]
+    assert sizes(pick([ticket(row(5000), row(5), lazy=True)])) == [5000]
+    assert sizes(pick([ticket(row(5000), row(5))])) == [5]
     assert pick([ticket(row(5))], (batch(row(5000)),)) == []
 
 
@@ -143,7 +148,8 @@ def test_rows_that_cannot_join_wait_for_a_batch_of_their_own() -> None:
 def test_rows_of_a_batch_are_alike() -> None:
     """Where rows need something in common, those like the first are chosen and the others wait."""
     rows = [row(20), row(30), row(20), row(30), row(10)]
-    assert sizes(pick([ticket(*rows)], alike=lambda one: len(one.input_ids))) == [30, 30]
+    assert sizes(pick([ticket(*rows)], alike=lambda one: len(one.input_ids))) == [10]
+    assert sizes(pick([ticket(*rows, lazy=True)], alike=lambda one: len(one.input_ids))) == [30, 30]
 
 
 def test_a_failure_halves_and_a_single_one_heals() -> None:

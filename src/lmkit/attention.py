@@ -82,7 +82,8 @@ def attend(
             # Without a mask, transformers leaves the grouping of heads to torch, which takes four times as long.
             attention_mask = torch.ones(rows, 1, 1, columns, dtype=torch.bool)
         kwargs |= {"scaling": scaling, "position_bias": position_bias}
-        return _sdpa()(module, query, key, value, attention_mask, **kwargs)
+        attended, _ = _sdpa()(module, query, key, value, attention_mask, **kwargs)
+        return attended, None
     shape = (-1, groups, heads // groups, columns)
     # Keys on the left: the kernel would copy a right operand into an order of its own, and keys are the larger one.
     products = key @ query.view(rows, groups, -1, size).transpose(2, 3)

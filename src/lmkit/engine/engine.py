@@ -88,7 +88,7 @@ class Engine:
         Raises:
             EngineError: If the engine was closed. What fails for one row alone is in its `Update`.
         """
-        ticket = Ticket(self._lock, stream=stream, cancelled=cancelled)
+        ticket = Ticket(self._lock, stream=stream, lazy=lazy, cancelled=cancelled)
         source = iter(requests)
         try:
             more = self._pull(ticket, source, lazy=lazy)
@@ -196,7 +196,7 @@ class Engine:
 
     def _clean(self) -> None:
         """Take out rows that nobody waits for, unless somebody leads, who does it at the next step."""
-        broom = Ticket(self._lock, stream=False)
+        broom = Ticket(self._lock)
         try:
             with self._lock:
                 if self._leader is not None:

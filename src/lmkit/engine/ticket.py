@@ -23,6 +23,7 @@ class Ticket:
 
     Attributes:
         stream: Whether news of text are wanted, not only of ends.
+        lazy: Whether requests may follow.
         waiting: Rows that are not in a batch, those that need the most work at the end.
         searches: Requests for beams, by their places.
         news: What the caller has not read yet.
@@ -34,9 +35,17 @@ class Ticket:
         added: How many requests it was given.
     """
 
-    def __init__(self, lock: threading.Lock, *, stream: bool, cancelled: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        lock: threading.Lock,
+        *,
+        stream: bool = False,
+        lazy: bool = False,
+        cancelled: threading.Event | None = None,
+    ) -> None:
         """Begin with no requests."""
         self.stream = stream
+        self.lazy = lazy
         self.waiting: list[Row] = []
         self.searches: dict[int, Request] = {}
         self.news: deque[Update] = deque()
