@@ -54,7 +54,7 @@ class Engine:
             codec: Its tokenizer.
             start: The token an encoder-decoder's answer begins with; None for a causal model.
             prefix_bytes: How many bytes of keys and values of recent prompts may be kept.
-            compile_folder: Compile the step of a row that runs alone, and keep it in this folder.
+            compile_folder: Compile the decode step, and keep it in this folder.
 
         Raises:
             OptionError: `compile_folder` is given, and the model's family has no step that can be compiled.
