@@ -69,8 +69,8 @@ class LoadOptions(TypedDict, total=False):
         local_files_only: Make no network call; what is not here is a `ModelNotFoundError`.
         adapter: A LoRA or other PEFT adapter to put on the model: a folder or a Hub id.
         trust_remote_code: Run the Python code that comes with the checkpoint. It can do anything.
-        compile: Compile the decode step of a `Generator`, for any number of rows. The first load of a model takes half
-            a minute longer, later ones about two seconds: the code is kept in the cache folder of lmkit.
+        compile: Compile the decode step of a `Generator`, for any number of rows. The first load of a model takes a
+            minute longer, later ones about two seconds: the code is kept in the cache folder of lmkit.
         prefix_cache_bytes: How many bytes of keys and values of recent prompts and answers a `Generator` may keep, so
             that a prompt which begins like one of them reads only the rest; 0 keeps none. 256 MiB if left out.
         allow_pickle: Read pickled weights where there are no safetensors. Unpickling can run any code.
