@@ -116,15 +116,16 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def bench(session: nox.Session) -> None:
-    """Measure: both scripts in benchmarks/, or one with its options (`-- engine A B --peers`)."""
-    scripts = {"import_time", "engine"}
+    """Measure: all scripts in benchmarks/, or one with its options (`-- engine A B --peers`)."""
+    scripts = {"import_time", "kernels", "engine"}
     named = session.posargs[:1] if session.posargs and session.posargs[0] in scripts else []
     options = session.posargs[len(named) :]
     if "--peers" in options:
         install_peers(session)
-    if named != ["engine"]:
-        run_shared(session, "python", "benchmarks/import_time.py")
-    if named != ["import_time"]:
+    for script in ("import_time", "kernels"):
+        if named in ([], [script]):
+            run_shared(session, "python", f"benchmarks/{script}.py")
+    if named in ([], ["engine"]):
         run_shared(session, "python", "benchmarks/engine.py", *options)
 
 

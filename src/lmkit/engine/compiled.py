@@ -92,7 +92,8 @@ class CompiledStep:
         plain = KeyValues(model.config.get_text_config(decoder=True)).plain
         takes = "position_ids" in inspect.signature(model.forward).parameters
         if not (drives(model) and plain and takes) or model.config.is_encoder_decoder:
-            msg = f"compile=True is not to be had for {type(model).__name__}: its cache is not plain keys and values."
+            what = "takes no positions" if plain and not takes else "has a cache that is not plain keys and values"
+            msg = f"compile=True is not to be had for {type(model).__name__}, which {what}: leave it out."
             raise OptionError(msg)
         self._model = model
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]

@@ -1,0 +1,149 @@
+"""The parts of a step, alone: attention, the step itself with and without compilation, and threads.
+
+Prints the small tables of docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import _data
+import _models
+import torch
+from _context import load
+
+from lmkit import attention
+from lmkit._openmp import release_pool
+from lmkit.engine.compiled import CompiledStep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LAYERS = 8
+"""How many layers' keys and values are read in turn, so that no cache holds them."""
+
+COLUMNS, ROOM = 150, 50
+
+
+def milliseconds(work: Callable[[], object], times: int = 15) -> float:
+    """Return the median time of a few calls, after three that do not count."""
+    taken = []
+    for _ in range(3 + times):
+        begun = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begun)
+    return statistics.median(taken[3:]) * 1000
+
+
+def attending(rows: int, heads: int, groups: int, columns: int, worth: int) -> float:
+    """Time one layer's attention; `worth` decides the way it goes."""
+    cache = [
+        [torch.randn(rows, groups, columns + ROOM, 64).bfloat16()[:, :, :columns] for _ in range(2)]
+        for _ in range(LAYERS)
+    ]
+    query, mask = torch.randn(rows, heads, 1, 64).bfloat16(), torch.rand(rows, 1, 1, columns) > 0.1  # noqa: PLR2004
+    layer: Any = SimpleNamespace(num_key_value_groups=heads // groups, is_causal=True)
+    before, attention.WORTH = attention.WORTH, worth
+    try:
+        return milliseconds(lambda: [attention.attend(layer, query, *pair, mask) for pair in cache]) / LAYERS
+    finally:
+        attention.WORTH = before
+
+
+def accuracy(folder: Path) -> dict[str, float]:
+    """Return how far the scores after 48 texts are from those of float32, as a share of their spread."""
+    from transformers import AutoTokenizer
+
+    models: dict[str, Any] = {name: load("causal", folder, name).model for name in ("float32", "bfloat16")}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows, columns = 48, COLUMNS
+    ids: list[int] = tokenizer(_data.document(tokenizer, rows * (columns + 1) + 100, seed=0))["input_ids"]
+    texts = torch.tensor(ids[: rows * (columns + 1)]).view(rows, columns + 1)
+
+    def scores(model: Any) -> torch.Tensor:
+        cache = model(input_ids=texts[:, :columns], use_cache=True, logits_to_keep=1).past_key_values
+        found: torch.Tensor = model(input_ids=texts[:, columns:], past_key_values=cache).logits[:, -1].float()
+        return found
+
+    exact = scores(models["float32"])
+    off = {}
+    for name in ("lmkit", "sdpa", "eager"):
+        models["bfloat16"].set_attn_implementation(name)
+        errors = (scores(models["bfloat16"]) - exact).square().mean(-1).sqrt() / exact.std(-1)
+        off[name] = float(errors.mean())
+    return off
+
+
+def stepping(folder: Path, rows: list[int]) -> list[tuple[int, float, float]]:
+    """Time a step of so many rows at `COLUMNS` tokens, as the model comes and compiled."""
+    model = load("causal", folder).model
+    places = os.environ.get("XDG_CACHE_HOME") or tempfile.gettempdir()
+    step = CompiledStep(model, Path(places) / "lmkit-benchmark")
+    found = []
+    for count in rows:
+        cache = model(input_ids=torch.ones(count, COLUMNS - 1, dtype=torch.long), use_cache=True).past_key_values
+        token_ids, positions = torch.ones(count, 1, dtype=torch.long), torch.full((count, 1), COLUMNS - 1)
+        pairs = [(layer.keys, layer.values) for layer in cache.layers]
+        widened = [
+            tuple(torch.nn.functional.pad(part, (0, 0, 0, ROOM + 1)).contiguous() for part in pair) for pair in pairs
+        ]
+        seen = torch.arange(COLUMNS + ROOM) < COLUMNS
+        mask = seen.expand(count, 1, 1, -1).contiguous()
+        slot = torch.tensor([COLUMNS - 1])
+
+        def plain(cache: Any = cache, token_ids: Any = token_ids) -> None:
+            model(input_ids=token_ids, past_key_values=cache, use_cache=True)
+            cache.crop(-1)
+
+        def compiled(given: Any = (token_ids, positions, mask, slot, widened)) -> None:
+            step(*given)
+
+        found.append((count, milliseconds(plain), milliseconds(compiled)))
+    return found
+
+
+def in_another_thread(*, released: bool) -> float:
+    """Time a small operation, in microseconds, in a second thread, with and without a pool of the first one's."""
+    (torch.ones(2**20) * 2).sum()
+    if released:
+        release_pool()
+    taken: list[float] = []
+
+    def work() -> None:
+        small = torch.randn(64, 1536)
+        taken.append(milliseconds(lambda: [torch.nn.functional.silu(small) for _ in range(100)]) * 10)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return taken[0]
+
+
+@torch.no_grad()
+def main() -> None:
+    """Print the tables."""
+    print("| attention of one layer, microseconds | torch | products |\n| --- | --- | --- |")
+    for name, heads, groups, columns in (("SmolLM2", 9, 3, COLUMNS), ("Marian", 8, 8, 172)):
+        for rows in (8, 16, 64):
+            ways = (attending(rows, heads, groups, columns, worth) for worth in (10**9, 0))
+            print(f"| {name}, {rows} rows of {columns} tokens |", " | ".join(f"{way * 1000:.0f}" for way in ways), "|")
+    pools = [f"{in_another_thread(released=released):.0f}" for released in (False, True)]
+    print(f"\nsilu in a second thread: {pools[0]} microseconds beside a pool of the first one's, {pools[1]} without")
+    with tempfile.TemporaryDirectory() as spare:
+        folder = _models.smollm2(Path(os.environ.get("LMKIT_BENCH_CHECKPOINTS", spare)))
+        off = ", ".join(f"{name} {error:.3f}" for name, error in accuracy(folder).items())
+        print(f"\nscores against float32, off as a share of their spread: {off}\n")
+        print("| a step, milliseconds | plain | compiled |\n| --- | --- | --- |")
+        for rows, *taken in stepping(folder, [1, 8, 32, 64]):
+            print(f"| {rows} rows |", " | ".join(f"{one:.1f}" for one in taken), "|")
+
+
+if __name__ == "__main__":
+    main()
