@@ -52,7 +52,7 @@ def attending(rows: int, heads: int, groups: int, columns: int, worth: int) -> f
     layer: Any = SimpleNamespace(num_key_value_groups=heads // groups, is_causal=True)
     before, attention.WORTH = attention.WORTH, worth
     try:
-        return milliseconds(lambda: [attention.attend(layer, query, *pair, mask) for pair in cache]) / LAYERS
+        return milliseconds(lambda: [attention.attend(layer, query, key, value, mask) for key, value in cache]) / LAYERS
     finally:
         attention.WORTH = before
 
