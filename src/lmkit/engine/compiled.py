@@ -30,12 +30,12 @@ __all__ = ["CompiledStep"]
 ROWS, WIDTH = 64, 256
 """The rows and the width of the cache that are traced; the compiled step takes any."""
 
-VERIFIED = 3
+VERIFIED = 32
 """How many rows are compared with the model's own after compilation."""
 
-TOLERANCE = 0.25
-"""How far compiled scores may be from the model's own, as a share of their spread. In bfloat16, transformers' kernels
-for attention are 0.03 apart on average and up to 0.14 for single rows; wrong scores are off by more than 1."""
+TOLERANCE = 0.1
+"""How far compiled scores of the median row may be from the model's own, as a share of their spread: fused steps round
+bfloat16 elsewhere, SmolLM2's by 0.08 in the median with two tokens of context, and single rows' by several times that."""
 
 SETTINGS = {"pattern_matcher": False, "size_asserts": False, "alignment_asserts": False, "compile_threads": 1}
 """For inductor: packed weights (`lmkit.packing`) have no strides to assert, and as inputs fit none of its patterns;
@@ -141,9 +141,15 @@ class CompiledStep:
     def _read_tokens(self) -> KeyValues:
         """Run the model on one token per row, to see the shapes of its keys and values."""
         cache = KeyValues(self._model.config.get_text_config(decoder=True))
-        token_ids = torch.arange(VERIFIED, device=input_device(self._model))[:, None]
+        token_ids = self._some_tokens(1)
         self._model(input_ids=token_ids, past_key_values=cache.cache, use_cache=True)
         return cache
+
+    def _some_tokens(self, seed: int) -> torch.Tensor:
+        """Draw tokens to try the step with. *Shape:* `(VERIFIED, 1)`."""
+        size = self._model.config.get_text_config(decoder=True).vocab_size
+        drawn = torch.randint(size, (VERIFIED, 1), generator=torch.Generator().manual_seed(seed), device="cpu")
+        return drawn.to(input_device(self._model))
 
     def _key(self) -> str:
         """Name what the compiled code depends on: inductor writes the number of threads into its kernels too."""
@@ -244,18 +250,19 @@ class CompiledStep:
     def _verify(self) -> None:
         """Compare one step with the model's own."""
         device = input_device(self._model)
-        token_ids = torch.ones(VERIFIED, 1, dtype=torch.long, device=device)
+        token_ids, positions = self._some_tokens(2), torch.ones(VERIFIED, 1, dtype=torch.long, device=device)
         seen = torch.arange(WIDTH, device=device) < 2  # noqa: PLR2004 - a token before, and its own
         buffers = []
         for layer in self._sample.layers:
             pair = [torch.nn.functional.pad(part, (0, 0, 0, WIDTH - 1)) for part in (layer.keys, layer.values)]
             buffers.append((pair[0], pair[1]))
         slot = torch.ones(1, dtype=torch.long, device=device)
-        found = self(token_ids, token_ids, seen.expand(VERIFIED, 1, 1, -1).contiguous(), slot, buffers)
+        found = self(token_ids, positions, seen.expand(VERIFIED, 1, 1, -1).contiguous(), slot, buffers)
         expected = self._model(
-            input_ids=token_ids, position_ids=token_ids, past_key_values=self._sample.cache, use_cache=True
+            input_ids=token_ids, position_ids=positions, past_key_values=self._sample.cache, use_cache=True
         ).logits[:, -1]
-        off = float((found - expected).float().square().mean().sqrt() / expected.float().std())
+        errors = (found - expected).float().square().mean(-1).sqrt() / expected.float().std(-1)
+        off = float(errors.median())
         if not off < TOLERANCE:
             msg = f"its compiled step gave other scores, off by {off:.2f} standard deviations"
             raise EngineError(msg)
