@@ -35,7 +35,7 @@ VERIFIED = 32
 
 TOLERANCE = 0.1
 """How far compiled scores of the median row may be from the model's own, as a share of their spread: fused steps round
-bfloat16 elsewhere, SmolLM2's by 0.08 in the median with two tokens of context, and single rows' by several times that."""
+bfloat16 elsewhere, SmolLM2's by 0.08 in the median with two tokens of context, single rows more."""
 
 SETTINGS = {"pattern_matcher": False, "size_asserts": False, "alignment_asserts": False, "compile_threads": 1}
 """For inductor: packed weights (`lmkit.packing`) have no strides to assert, and as inputs fit none of its patterns;
