@@ -26,6 +26,9 @@ class Hub:
         repositories: Per id and revision, the folder that holds its files.
         gated: The ids that need `TOKEN`.
         requests: Method and path of every request, in order.
+        ranges: Repository path and range of every request for a part of a file, in order.
+        sent: Per file name, how many bytes of its content were sent.
+        unranged: Answer a request for a part with the whole, as a server may.
         tokens: The value of every Authorization header that was sent.
         endpoint: Where the hub listens.
     """
@@ -33,12 +36,16 @@ class Hub:
     repositories: dict[str, dict[str, Path]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
     requests: list[tuple[str, str]] = field(default_factory=list)
+    ranges: list[tuple[str, str]] = field(default_factory=list)
+    sent: dict[str, int] = field(default_factory=dict)
+    unranged: bool = False
     tokens: list[str] = field(default_factory=list)
     endpoint: str = ""
 
     def downloads(self) -> set[str]:
-        """Return the names of the files whose content was fetched."""
-        return {path.split("/resolve/")[1].split("/", 1)[1] for verb, path in self.requests if _fetches(verb, path)}
+        """Return the names of the files whose content was fetched whole."""
+        parts = [path for path, _ in self.ranges]
+        return {_name(path) for verb, path in self.requests if _fetches(verb, path) and path not in parts}
 
     def folder(self, repo: str, revision: str) -> Path | None:
         """Return the folder of a branch or commit; None if there is no such revision."""
@@ -70,6 +77,10 @@ def serving() -> Iterator[Hub]:
 
 def _fetches(verb: str, path: str) -> bool:
     return verb == "GET" and "/resolve/" in path
+
+
+def _name(path: str) -> str:
+    return path.split("/resolve/")[1].split("/", 1)[1]
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -132,9 +143,31 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "EntryNotFound", "Entry not found")
             return
         sha = revision if len(revision) == 40 else commit(repo, revision)
+        headers = {"X-Repo-Commit": sha, "Content-Type": "application/octet-stream"}
+        if "Range" in self.headers and not self.hub.unranged:
+            self._part(path, name, headers)
+            return
         content = path.read_bytes()
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        self._send(content, {"ETag": etag, "X-Repo-Commit": sha, "Content-Type": "application/octet-stream"})
+        self._count(name, content)
+        self._send(content, {"ETag": etag, **headers})
+
+    def _part(self, path: Path, name: str, headers: dict[str, str]) -> None:
+        self.hub.ranges.append((unquote(urlsplit(self.path).path), self.headers["Range"]))
+        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        size = path.stat().st_size
+        if first >= size:
+            self._send(b"", headers | {"Content-Range": f"bytes */{size}"}, 416)
+            return
+        with path.open("rb") as opened:
+            opened.seek(first)
+            content = opened.read(last - first + 1)
+        self._count(name, content)
+        self._send(content, headers | {"Content-Range": f"bytes {first}-{first + len(content) - 1}/{size}"}, 206)
+
+    def _count(self, name: str, content: bytes) -> None:
+        if self.command == "GET":
+            self.hub.sent[name] = self.hub.sent.get(name, 0) + len(content)
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         body = json.dumps({"error": message}).encode()

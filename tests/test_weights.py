@@ -1,5 +1,6 @@
 import json
-import struct
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,102 +9,20 @@ import torch
 from safetensors.torch import save_file
 
 from lmkit.errors import ModelNotFoundError, WeightsError
+from lmkit.headers import TensorInfo
 from lmkit.sources import HubOptions, Wanted, find, wanted_files
 from lmkit.weights import (
     VOCABULARY_FILES,
     Source,
     check_code,
     check_tokenizer,
-    check_weights,
-    read_header,
     read_json,
+    tensors_of,
     weight_files,
 )
 
 OFFLINE = HubOptions(local_files_only=True)
 SAFE, PICKLE = "model.safetensors", "pytorch_model.bin"
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    """Write a safetensors file of two tensors."""
-    path = tmp_path / SAFE
-    save_file({"a": torch.ones(3, 4), "b": torch.zeros(5, dtype=torch.float16)}, path, {"format": "pt"})
-    return path
-
-
-def written(path: Path, header: bytes, data: bytes = b"") -> Path:
-    """Write a file that is laid out as safetensors, whatever its header says."""
-    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
-    return path
-
-
-def test_a_header_tells_each_tensors_type_shape_and_place(file: Path) -> None:
-    """The header of a whole file is read, its metadata included, without its tensors."""
-    header = read_header(file)
-    assert header["a"]["dtype"] == "F32"
-    assert header["a"]["shape"] == [3, 4]
-    assert header["b"]["dtype"] == "F16"
-    assert sorted(header) == ["__metadata__", "a", "b"]
-
-
-def test_a_file_without_tensors_is_whole(tmp_path: Path) -> None:
-    """A header that describes no data needs none."""
-    assert read_header(written(tmp_path / SAFE, b"{}")) == {}
-
-
-@pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 50, -1, -20])
-def test_a_truncated_file_is_named(file: Path, keep: int) -> None:
-    """Wherever a download stopped, the file is named, with its size and what to do."""
-    file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(WeightsError) as caught:
-        read_header(file)
-    message = str(caught.value)
-    assert message.startswith(f"{file} is truncated or corrupt: ")
-    assert f"{file.stat().st_size:,} bytes" in message
-    assert "Fetch it again." in message
-
-
-def test_a_file_with_something_behind_its_data_is_named(file: Path) -> None:
-    """A file longer than its header describes is corrupt, and both sizes are told."""
-    size = file.stat().st_size
-    file.write_bytes(file.read_bytes() + b"more")
-    with pytest.raises(WeightsError, match=f"{size + 4:,} bytes where its header describes {size:,}"):
-        read_header(file)
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"not JSON",
-        b"\xff\xfe{}",
-        b"[]",
-        b"3",
-        b"null",
-        b'{"a": 1}',
-        b'{"a": {"dtype": "F32", "shape": [1]}}',
-        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": []}}',
-        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, "four"]}}',
-        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, null]}}',
-        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": {"1": 2}}}',
-        b"[" * 100_000,
-    ],
-    ids=lambda header: header[:60].decode(errors="replace"),
-)
-def test_a_header_that_is_not_one_is_named(tmp_path: Path, header: bytes) -> None:
-    """A header that is no JSON of the format is a `WeightsError`, whatever it holds instead."""
-    path = written(tmp_path / SAFE, header, b"1234")
-    with pytest.raises(WeightsError) as caught:
-        read_header(path)
-    assert f"{path} is truncated or corrupt" in str(caught.value)
-
-
-def test_a_garbage_file_is_named(tmp_path: Path) -> None:
-    """A file of anything else, such as an error page saved under the name, is named."""
-    path = tmp_path / SAFE
-    path.write_bytes(b"<!DOCTYPE html><html>Not Found</html>" * 10)
-    with pytest.raises(WeightsError, match="fewer than its header says"):
-        read_header(path)
 
 
 def folder_with(folder: Path, *names: str) -> Source:
@@ -193,16 +112,90 @@ def test_a_folder_without_weights_says_what_was_looked_for(tmp_path: Path) -> No
         assert part in str(caught.value)
 
 
+def sharded(folder: Path, index: dict[str, int], *shards: dict[str, torch.Tensor]) -> Source:
+    """Save shards, and an index that says which of them, counted from 1, holds each tensor."""
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, tensors in zip(names, shards, strict=True):
+        save_file(tensors, folder / name)
+    weights = {tensor: names[number - 1] for tensor, number in index.items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    return Source("some/name", folder)
+
+
+def test_the_tensors_of_one_file_are_told(tmp_path: Path) -> None:
+    """Of a checkpoint in one file each tensor's type, shape and bytes are told."""
+    save_file({"a": torch.ones(3, 4), "b": torch.zeros(5, dtype=torch.float16)}, tmp_path / SAFE)
+    found = tensors_of(Source("some/name", tmp_path), allow_pickle=False)
+    assert found == {"a": TensorInfo("F32", (3, 4), 48), "b": TensorInfo("F16", (5,), 10)}
+
+
+def test_the_tensors_of_all_shards_are_put_together(tmp_path: Path) -> None:
+    """A checkpoint in shards holds what all of them hold, also what the index does not name."""
+    source = sharded(tmp_path, {"a": 1, "b": 2}, {"a": torch.ones(4)}, {"b": torch.ones(2), "c": torch.ones(1)})
+    found = tensors_of(source, allow_pickle=False)
+    assert found == {"a": TensorInfo("F32", (4,), 16), "b": TensorInfo("F32", (2,), 8), "c": TensorInfo("F32", (1,), 4)}
+
+
 def test_every_shard_is_checked(tmp_path: Path) -> None:
     """The second of two shards is found truncated before anything is read."""
-    source = folder_with(tmp_path, "model.safetensors.index.json")
-    for number in (1, 2):
-        save_file({"a": torch.ones(4)}, tmp_path / f"model-0000{number}-of-00002.safetensors")
-    check_weights(source, allow_pickle=False)
+    source = sharded(tmp_path, {"a": 1, "b": 2}, {"a": torch.ones(4)}, {"b": torch.ones(4)})
     second = tmp_path / "model-00002-of-00002.safetensors"
     second.write_bytes(second.read_bytes()[:-4])
     with pytest.raises(WeightsError, match=f"{second.name} is truncated or corrupt"):
-        check_weights(source, allow_pickle=False)
+        tensors_of(source, allow_pickle=False)
+
+
+def test_a_tensor_is_in_one_shard_only(tmp_path: Path) -> None:
+    """Two shards that hold a tensor of the same name are refused, with the name."""
+    source = sharded(tmp_path, {"a": 1, "b": 2}, {"a": torch.ones(4)}, {"a": torch.ones(4), "b": torch.ones(4)})
+    with pytest.raises(WeightsError, match=r"00002-of-00002\.safetensors holds 'a', which another shard holds too"):
+        tensors_of(source, allow_pickle=False)
+
+
+def test_a_shard_holds_what_the_index_says(tmp_path: Path) -> None:
+    """An index that names a tensor which its shard lacks is refused, with the name and the shard."""
+    source = sharded(tmp_path, {"a": 1, "b": 1}, {"a": torch.ones(4)}, {"b": torch.ones(4)})
+    with pytest.raises(WeightsError, match=r"00001-of-00002\.safetensors lacks 'b', which model\.safetensors\.index"):
+        tensors_of(source, allow_pickle=False)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "model.bin"])
+def test_an_index_names_files_beside_it(tmp_path: Path, name: str) -> None:
+    """An index that leads out of its folder, or to another kind of file, is refused with the name."""
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(WeightsError, match=re.escape(f"names {name!r}, which is no shard beside it")):
+        tensors_of(Source("some/name", tmp_path), allow_pickle=False)
+
+
+@pytest.mark.parametrize("name", ["\0.safetensors", "x" * 300 + ".safetensors", "\ud800.safetensors"])
+def test_a_shard_of_an_impossible_name_is_missing(tmp_path: Path, name: str) -> None:
+    """A name that no file system takes is a shard that is not there."""
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(WeightsError, match="fetch the missing shards"):
+        tensors_of(Source("some/name", tmp_path), allow_pickle=False)
+
+
+def test_a_pickles_tensors_are_not_told(tmp_path: Path) -> None:
+    """Pickles that are allowed are found, and not opened."""
+    (tmp_path / PICKLE).write_bytes(b"anything")
+    assert tensors_of(Source("some/name", tmp_path), allow_pickle=True) is None
+
+
+@pytest.mark.parametrize("name", [SAFE, "model-00001-of-00001.safetensors", "config.json"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "dangling link", "link to itself"])
+def test_what_is_no_file_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+    """A pipe is not waited for, and a link that leads nowhere not followed: the name is told."""
+    path = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("absent" if kind == "dangling link" else name)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    source = Source("some/name", tmp_path)
+    with pytest.raises(WeightsError, match=re.escape(name)):
+        tensors_of(source, allow_pickle=False) if name != "config.json" else source.read_config()
 
 
 @pytest.mark.parametrize("content", [b"", b"GG", b"\x00" * 64, b"PK\x03\x04"])
@@ -210,7 +203,7 @@ def test_a_gguf_file_begins_with_its_magic(tmp_path: Path, content: bytes) -> No
     """A file named .gguf that is something else is named, with how it begins."""
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(WeightsError) as caught:
-        check_weights(Source("x", tmp_path, "x.gguf"), allow_pickle=False)
+        tensors_of(Source("x", tmp_path, "x.gguf"), allow_pickle=False)
     assert f"{tmp_path / 'x.gguf'} is not a GGUF file: it begins with {content[:4]!r}" in str(caught.value)
 
 

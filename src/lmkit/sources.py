@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
-from dataclasses import dataclass
+import shutil
+import tempfile
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from lmkit.errors import LmkitError, ModelNotFoundError, WeightsError, listed
-from lmkit.weights import VOCABULARY_FILES, Source, check_tokenizer, pickled, read_header, weight_files
+from lmkit.headers import parse_gguf, parse_safetensors, read_safetensors
+from lmkit.weights import (
+    INDEX,
+    SINGLE,
+    VOCABULARY_FILES,
+    Source,
+    check_tokenizer,
+    merged,
+    pickled,
+    shards,
+    tensors_of,
+    weight_files,
+    weightless,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+
+    from lmkit.headers import TensorInfo
 
 __all__ = ["HubOptions", "Wanted"]
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_ABSENT = (FileNotFoundError, WeightsError, ValueError)  # the cache lacks something, or the name can be no id
+_FIRST_BYTES = 2**17  # as huggingface_hub asks for: nearly every safetensors header is shorter
+_FIRST_GGUF_BYTES = 2**22  # the vocabulary stands in the header
+_NOTHING_THERE = 416  # HTTP's answer where an empty file is asked for a part
+_PICKLES = r"pytorch_model(-\d+-of-\d+)?\.bin"
+_SECONDS = 20  # for an answer of the Hub
 _SIDE_FILES = ("*.json", "*.txt", "*.jinja", "*.bpe", *VOCABULARY_FILES)
 
 
@@ -57,6 +84,38 @@ def find(name: str, hub: HubOptions, wanted: Wanted) -> Source:
         ModelNotFoundError: It is in none of those places; the message says where lmkit looked.
         WeightsError: The Hub has it as pickled weights alone, and those are not wanted.
     """
+    if (source := _here(name)) is not None:
+        return source
+    try:
+        return _from_cache(name, hub, wanted)
+    except _ABSENT as absent:
+        return _from_hub(name, hub, wanted, absent)
+
+
+def find_headers(name: str, hub: HubOptions, wanted: Wanted) -> tuple[Source, dict[str, TensorInfo] | None]:
+    """Find a checkpoint as `find` does, but of the weights on the Hub fetch their headers alone.
+
+    What describes the checkpoint is kept in the cache. Of a GGUF file on the Hub the source is a temporary file of
+    the whole file's size that holds its header and takes no room for the rest; it is deleted with the `Source`.
+
+    Returns:
+        Where the checkpoint's other files are, and its tensors by name; None for pickles.
+
+    Raises:
+        ModelNotFoundError: It is nowhere; the message says where lmkit looked.
+        WeightsError: Its weights are absent, truncated, corrupt, or pickles that are not wanted.
+    """
+    source = _here(name)
+    if source is None:
+        try:
+            source = _from_cache(name, hub, replace(wanted, weights=True))
+        except _ABSENT as absent:
+            return _headers_from_hub(name, hub, wanted, absent)
+    return source, tensors_of(source, allow_pickle=wanted.pickle)
+
+
+def _here(name: str) -> Source | None:
+    """Return the folder or file of this name; None if it could be on the Hub."""
     path = Path(name).expanduser()
     if name and path.is_dir():
         return Source(name, path)
@@ -69,16 +128,14 @@ def find(name: str, hub: HubOptions, wanted: Wanted) -> Source:
     if not _HUB_ID.fullmatch(repo) or (name.endswith((".gguf", "/")) and not file) or repo.startswith("."):
         msg = f"{name!r} is not here: no such file or folder as {path.absolute()}, and not a Hub id (owner/name)."
         raise ModelNotFoundError(msg)
-    try:
-        return _from_cache(name, repo, file, hub, wanted)
-    except (FileNotFoundError, WeightsError, ValueError) as absent:
-        return _from_hub(name, hub, wanted, absent)
+    return None
 
 
-def _from_cache(name: str, repo: str, file: str, hub: HubOptions, wanted: Wanted) -> Source:
+def _from_cache(name: str, hub: HubOptions, wanted: Wanted) -> Source:
     """Use what was fetched before, without a network call; raise if any of it is absent."""
     from huggingface_hub import try_to_load_from_cache
 
+    repo, _, file = name.partition(":")
     # Not snapshot_download: it wants every file of the repository, and lmkit fetches only those it needs.
     wanted_file = file or "config.json"
     found = try_to_load_from_cache(repo, wanted_file, revision=hub.revision, cache_dir=hub.cache_dir)
@@ -97,33 +154,19 @@ def _from_cache(name: str, repo: str, file: str, hub: HubOptions, wanted: Wanted
     return source
 
 
-def _from_hub(name: str, hub: HubOptions, wanted: Wanted, absent: Exception) -> Source:
-    """Fetch the files a load needs, and no others."""
-    from huggingface_hub import HfApi, constants, snapshot_download
+@contextlib.contextmanager
+def _asking_hub(name: str, hub: HubOptions, absent: Exception) -> Iterator[None]:
+    """Turn what goes wrong with the Hub into errors that say where lmkit looked; refuse to ask it offline."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    repo, _, file = name.partition(":")
     cache = hub.cache_dir or constants.HF_HUB_CACHE
     where = f"no folder {Path(name).absolute()}, nothing whole in the cache {cache} ({absent})"
     if hub.local_files_only or constants.HF_HUB_OFFLINE:
         msg = f"{name!r} was not found: {where}, and the Hub was not asked (offline was asked for)."
         raise ModelNotFoundError(msg) from absent
     try:
-        # Asked first and once: unlike a download, this does not retry for 23 seconds without a network.
-        info = HfApi(token=hub.token).model_info(repo, revision=hub.revision, timeout=20)
-        names = [sibling.rfilename for sibling in info.siblings or ()]
-        if file and file not in names:
-            there = listed(name for name in names if name.endswith(".gguf")) or "none"
-            msg = f"{repo!r} has no file {file!r}; its GGUF files: {there}."
-            raise ModelNotFoundError(msg)
-        patterns = [file] if file else wanted_files(name, names, wanted)
-        folder = snapshot_download(
-            repo,
-            revision=hub.revision,
-            cache_dir=hub.cache_dir,
-            token=hub.token,
-            allow_patterns=patterns,
-        )
+        yield
     except LmkitError:
         raise
     except (
@@ -140,7 +183,149 @@ def _from_hub(name: str, hub: HubOptions, wanted: Wanted, absent: Exception) -> 
             "Check the spelling and the connection; a private or gated model needs token=."
         )
         raise ModelNotFoundError(msg) from error
-    return Source(name, Path(folder), file or None)
+
+
+def _listing(name: str, hub: HubOptions) -> tuple[str | None, list[str]]:
+    """Return a repository's commit and the names of its files; the one that is asked for is among them."""
+    from huggingface_hub import HfApi
+
+    repo, _, file = name.partition(":")
+    # Asked first and once: unlike a download, this does not retry for 23 seconds without a network.
+    info = HfApi(token=hub.token).model_info(repo, revision=hub.revision, timeout=_SECONDS)
+    names = [sibling.rfilename for sibling in info.siblings or ()]
+    if file and file not in names:
+        there = listed(name for name in names if name.endswith(".gguf")) or "none"
+        msg = f"{repo!r} has no file {file!r}; its GGUF files: {there}."
+        raise ModelNotFoundError(msg)
+    return info.sha or hub.revision, names
+
+
+def _fetch(repo: str, hub: HubOptions, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(
+        repo,
+        revision=hub.revision,
+        cache_dir=hub.cache_dir,
+        token=hub.token,
+        allow_patterns=list(patterns),
+    )
+    return Path(folder)
+
+
+def _from_hub(name: str, hub: HubOptions, wanted: Wanted, absent: Exception) -> Source:
+    """Fetch the files a load needs, and no others."""
+    repo, _, file = name.partition(":")
+    with _asking_hub(name, hub, absent):
+        _, names = _listing(name, hub)
+        folder = _fetch(repo, hub, [file] if file else wanted_files(name, names, wanted))
+    return Source(name, folder, file or None)
+
+
+def _headers_from_hub(
+    name: str, hub: HubOptions, wanted: Wanted, absent: Exception
+) -> tuple[Source, dict[str, TensorInfo] | None]:
+    """Fetch what describes a checkpoint, and of its weights the headers."""
+    repo, _, file = name.partition(":")
+    with _asking_hub(name, hub, absent):
+        commit, names = _listing(name, hub)
+        if file:
+            return _gguf_from_hub(name, hub, commit)
+        wanted_files(name, names, replace(wanted, weights=True))  # refuses pickles before anything is fetched
+        source = Source(name, _fetch(repo, hub, wanted_files(name, names, replace(wanted, weights=False))))
+        return source, _tensors_from_hub(source, hub, commit, names)
+
+
+def _tensors_from_hub(
+    source: Source, hub: HubOptions, commit: str | None, names: Sequence[str]
+) -> dict[str, TensorInfo] | None:
+    """Read the headers of a repository's weights, which are chosen as `weight_files` chooses a folder's."""
+
+    def read(file: str) -> dict[str, TensorInfo]:
+        stream = _RangedFile(_url(source.name, file, commit), hub, io.BytesIO(), _FIRST_BYTES)
+        return parse_safetensors(stream, stream.size, f"{source.name}/{file}")
+
+    if SINGLE in names:
+        return read(SINGLE)
+    if INDEX in names:
+        index = source.folder / INDEX
+        files = shards(index, repr(source.name), set(names).__contains__)
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            return merged(index, dict(zip(files, pool.map(read, files), strict=True)))
+    if any(re.fullmatch(_PICKLES, name) for name in names):
+        return None
+    raise weightless(repr(source.name))
+
+
+def _gguf_from_hub(name: str, hub: HubOptions, commit: str | None) -> tuple[Source, dict[str, TensorInfo]]:
+    """Put the header of a GGUF file into a temporary file of the whole file's size."""
+    repo, _, file = name.partition(":")
+    folder = Path(tempfile.mkdtemp(prefix="lmkit-"))
+    source = Source(name, folder, Path(file).name)
+    weakref.finalize(source, shutil.rmtree, folder, ignore_errors=True)
+    with (folder / Path(file).name).open("w+b") as kept:
+        stream = _RangedFile(_url(repo, file, commit), hub, kept, _FIRST_GGUF_BYTES)
+        kept.truncate(stream.size)
+        return source, parse_gguf(stream, stream.size, name).tensors
+
+
+def _url(repo: str, file: str, commit: str | None) -> str:
+    from huggingface_hub import constants, hf_hub_url
+
+    return hf_hub_url(repo, file, revision=commit, endpoint=constants.ENDPOINT)
+
+
+class _RangedFile:
+    """A file on the Hub that is fetched from its start by range requests, as far as it is read.
+
+    Attributes:
+        size: How many bytes the whole file has.
+    """
+
+    def __init__(self, url: str, hub: HubOptions, kept: BinaryIO, first: int) -> None:
+        """Fetch the first bytes.
+
+        Args:
+            url: Where it is.
+            hub: How to ask the Hub.
+            kept: Holds what has been fetched.
+            first: How many bytes to fetch at first; each later request doubles them.
+        """
+        from huggingface_hub.utils._headers import build_hf_headers
+
+        self.url, self.headers = url, build_hf_headers(token=hub.token) | {"Accept-Encoding": "identity"}
+        self.kept, self.fetched, self.position = kept, 0, 0
+        self.size = self._fetch(first)
+
+    def read(self, size: int, /) -> bytes:
+        end = min(self.position + size, self.size)
+        if end > self.fetched:
+            self._fetch(min(max(end, 2 * self.fetched), self.size))
+        self.kept.seek(self.position)
+        data = self.kept.read(size)
+        self.position += len(data)
+        return data
+
+    def seek(self, offset: int, /) -> int:
+        self.position = offset
+        return offset
+
+    def _fetch(self, end: int) -> int:
+        """Fetch up to a byte, and return the size of the file."""
+        from huggingface_hub.utils._http import get_session, hf_raise_for_status
+
+        headers = self.headers | {"Range": f"bytes={self.fetched}-{end - 1}"}
+        with get_session().stream("GET", self.url, headers=headers, timeout=_SECONDS) as response:
+            said = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
+            if said and response.status_code == _NOTHING_THERE:
+                return int(said[2])
+            hf_raise_for_status(response)
+            if not said or said[1] != str(self.fetched):
+                msg = f"{self.url} was asked for a part and answers with something else: fetch the model with load()."
+                raise WeightsError(msg)
+            self.kept.seek(self.fetched)
+            self.fetched += self.kept.write(response.read())
+        return int(said[2])
 
 
 def find_adapter(name: str, hub: HubOptions) -> Path:
@@ -170,7 +355,7 @@ def find_adapter(name: str, hub: HubOptions) -> Path:
     if not (folder / ADAPTER_WEIGHTS).is_file():
         msg = f"{folder} has no {ADAPTER_WEIGHTS}, so it is no adapter that lmkit reads: save one as safetensors."
         raise WeightsError(msg)
-    read_header(folder / ADAPTER_WEIGHTS)
+    read_safetensors(folder / ADAPTER_WEIGHTS)
     return folder
 
 
@@ -201,7 +386,7 @@ def wanted_files(repo: str, names: Sequence[str], wanted: Wanted) -> list[str]:
     top = [name for name in names if "/" not in name]
     chosen = [name for name in top if any(Path(name).match(pattern) for pattern in _SIDE_FILES)]
     safe = [name for name in top if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)]
-    bins = [name for name in top if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", name)]
+    bins = [name for name in top if re.fullmatch(_PICKLES, name)]
     if wanted.weights and bins and not (safe or wanted.pickle):
         raise pickled(repo, bins[0])
     if wanted.weights:

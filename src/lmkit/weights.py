@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmkit.errors import LmkitError, MissingExtraError, WeightsError, listed
+from lmkit.headers import check_regular, is_regular, read_gguf, read_safetensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
+
+    from lmkit.headers import TensorInfo
 
 __all__ = ["Source"]
+
+SINGLE = "model.safetensors"
+INDEX = f"{SINGLE}.index.json"
 
 VOCABULARY_FILES = (
     "tokenizer.json",
@@ -32,7 +38,7 @@ VOCABULARY_FILES = (
 WITHOUT_VOCABULARY = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Source:
     """Where a checkpoint's files are on this machine.
 
@@ -65,28 +71,59 @@ def weight_files(source: Source, *, allow_pickle: bool) -> list[Path]:
     Raises:
         WeightsError: There are none, a shard is absent, or they are pickles and those are not allowed.
     """
-    folder = source.folder
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{suffix}.index.json"
-        single = folder / f"{stem}.{suffix}"
-        files = _shards(index) if index.is_file() and not single.is_file() else [single]
-        if files == [single] and not single.is_file():
+        single = source.folder / f"{stem}.{suffix}"
+        index = source.folder / f"{stem}.{suffix}.index.json"
+        if not is_regular(single) and not is_regular(index):
+            if single.is_symlink() or single.exists():
+                check_regular(single)
             continue
+        files = [single] if is_regular(single) else _shards(index)
         if suffix == "bin" and not allow_pickle:
             raise pickled(source.name, files[0].name)
         return files
-    msg = f"{folder} has no weights: looked for model.safetensors, model.safetensors.index.json and a .gguf file."
-    raise WeightsError(msg)
+    raise weightless(source.folder)
+
+
+def _shards(index: Path) -> list[Path]:
+    folder = index.parent
+    return [folder / name for name in shards(index, folder, lambda name: is_regular(folder / name))]
+
+
+def weightless(where: object) -> WeightsError:
+    """Return the error for a folder or repository that has no weights."""
+    return WeightsError(
+        f"{where} has no weights: looked for model.safetensors, model.safetensors.index.json and a .gguf file."
+    )
 
 
 def pickled(name: str, file: str) -> WeightsError:
+    """Return the error for a checkpoint that has nothing but pickles, where those are not allowed."""
     return WeightsError(
         f"{name!r} has only pickled weights ({file}), and unpickling can run any code its author put in: "
         "load a safetensors version, convert it, or pass allow_pickle=True if you trust it."
     )
 
 
-def _shards(index: Path) -> list[Path]:
+def shards(index: Path, where: object, present: Callable[[str], bool]) -> list[str]:
+    """Return the names of the shards that an index names, all of them present.
+
+    Raises:
+        WeightsError: The index is broken, or `where` it belongs lacks one of its shards.
+    """
+    names = sorted(set(read_index(index).values()))
+    if missing := [name for name in names if not present(name)]:
+        msg = f"{where} lacks {listed(missing)}, which {index.name} names: fetch the missing shards."
+        raise WeightsError(msg)
+    return names
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Read which shard holds each tensor.
+
+    Raises:
+        WeightsError: The index is not JSON, or names what is no shard beside it.
+    """
     content = read_json(index)
     weights = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weights, dict):
@@ -96,75 +133,52 @@ def _shards(index: Path) -> list[Path]:
     if strange := [name for name in names if Path(name).name != name or not name.endswith(index.name.split(".")[1])]:
         msg = f"{index} names {listed(strange)}, which is no shard beside it: restore it from its source."
         raise WeightsError(msg)
-    files = [index.parent / name for name in sorted(names)]
-    if missing := [file.name for file in files if not file.is_file()]:
-        msg = f"{index.parent} lacks {listed(missing)}, which {index.name} names: fetch the missing shards."
-        raise WeightsError(msg)
-    return files
+    return {tensor: str(file) for tensor, file in weights.items()}
+
+
+def tensors_of(source: Source, *, allow_pickle: bool) -> dict[str, TensorInfo] | None:
+    """Read what tensors a checkpoint holds, and check that its weight files are there and whole; by headers alone.
+
+    Returns:
+        The tensors of all its shards by name; None for pickles, which cannot be read without running them.
+
+    Raises:
+        WeightsError: A file is absent, truncated, corrupt or refused, or the shards and their index disagree.
+    """
+    if source.gguf_file is not None:
+        return read_gguf(source.folder / source.gguf_file).tensors
+    files = weight_files(source, allow_pickle=allow_pickle)
+    if files[0].suffix != ".safetensors":
+        return None
+    if files[0].name == SINGLE:
+        return read_safetensors(files[0])
+    return merged(source.folder / INDEX, {file.name: read_safetensors(file) for file in files})
+
+
+def merged(index: Path, shards: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    """Put the tensors of all shards together.
+
+    Raises:
+        WeightsError: Two shards hold a tensor of the same name, or one lacks what the index says it holds.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for shard, held in shards.items():
+        if twice := sorted(tensors.keys() & held.keys())[:3]:
+            msg = (
+                f"{index.parent / shard} holds {listed(twice)}, which another shard holds too: fetch the shards again."
+            )
+            raise WeightsError(msg)
+        tensors |= held
+    for name, shard in read_index(index).items():
+        if name not in shards[shard]:
+            msg = f"{index.parent / shard} lacks {name!r}, which {index.name} says it holds: fetch both again."
+            raise WeightsError(msg)
+    return tensors
 
 
 def check_weights(source: Source, *, allow_pickle: bool) -> None:
-    """Check that the weight files are there and whole, by their headers alone.
-
-    Raises:
-        WeightsError: A file is absent, truncated or corrupt; the message names it.
-    """
-    if source.gguf_file is not None:
-        _check_gguf(source.folder / source.gguf_file)
-        return
-    for file in weight_files(source, allow_pickle=allow_pickle):
-        if file.suffix == ".safetensors":
-            read_header(file)
-            _check_tensors(file)
-
-
-def _check_tensors(file: Path) -> None:
-    """Let safetensors check what the header says of each tensor; no data is read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise _broken(file, str(error)) from error
-
-
-def read_header(file: Path) -> dict[str, Any]:
-    """Read a safetensors file's header and check that the data it describes is all there.
-
-    Returns:
-        The header: per tensor its `dtype`, `shape` and `data_offsets`.
-
-    Raises:
-        WeightsError: The file is truncated or corrupt.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        start = opened.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size  # noqa: PLR2004 - the format's own
-        if 8 + length > size:
-            raise _broken(file, f"it has {size:,} bytes, fewer than its header says")
-        try:
-            header = json.loads(opened.read(length))
-            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise _broken(file, "its header is not safetensors JSON") from error
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise _broken(file, f"it has {size:,} bytes where its header describes {expected:,}")
-    return dict(header)
-
-
-def _broken(file: Path, what: str) -> WeightsError:
-    return WeightsError(f"{file} is truncated or corrupt: {what}. Fetch it again.")
-
-
-def _check_gguf(file: Path) -> None:
-    with file.open("rb") as opened:
-        magic = opened.read(4)
-    if magic != b"GGUF":
-        msg = f"{file} is not a GGUF file: it begins with {magic!r}. Fetch it again."
-        raise WeightsError(msg)
+    """Check that the weight files are there and whole, by their headers alone: `tensors_of` without the tensors."""
+    tensors_of(source, allow_pickle=allow_pickle)
 
 
 def check_tokenizer(source: Source) -> None:
@@ -208,10 +222,15 @@ def read_json(file: Path) -> object:
     Raises:
         WeightsError: It is absent or not JSON; the message names it.
     """
+    if file.exists():
+        check_regular(file)  # a pipe would be waited for
     try:
         content: object = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         msg = f"{file.parent} has no {file.name}, so it is not a checkpoint: pass the folder that holds one."
+        raise WeightsError(msg) from error
+    except OSError as error:
+        msg = f"{file} cannot be read ({error}): restore it from where the model came from."
         raise WeightsError(msg) from error
     except (ValueError, RecursionError) as error:
         msg = f"{file} is not JSON: {error}. Restore it from where the model came from."
