@@ -179,7 +179,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # whoever asked for a part may leave before the whole
+                self.wfile.write(body)
 
 
 def _entry(name: str, path: Path) -> dict[str, object]:

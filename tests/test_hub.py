@@ -1,3 +1,5 @@
+import gc
+import json
 import os
 import pickle
 import shutil
@@ -7,14 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 import checkpoints
 import hub_stub
 import lmkit
 from hub_stub import TOKEN, Hub
 from lmkit.errors import ModelNotFoundError, WeightsError
+from lmkit.headers import TensorInfo, read_gguf
+from lmkit.sources import HubOptions, Wanted, find_headers
+from lmkit.weights import SINGLE
 
 load: Any = lmkit.load
 REPO = "someone/tiny-gpt2"
@@ -220,7 +229,6 @@ def test_a_repository_of_pickles_is_refused_before_they_are_fetched(hub: Hub, re
 
 def test_an_allowed_pickle_is_fetched(hub: Hub, repository: Path, cache: Path) -> None:
     """With `allow_pickle` the pickle is fetched and read; nothing but its files is asked for."""
-    import torch
     from safetensors.torch import load_file
 
     torch.save(load_file(repository / "model.safetensors"), repository / "pytorch_model.bin")
@@ -231,7 +239,6 @@ def test_an_allowed_pickle_is_fetched(hub: Hub, repository: Path, cache: Path) -
 
 def test_pickles_can_be_allowed_after_they_were_refused(repository: Path, cache: Path) -> None:
     """A refused load leaves a cache from which the allowed one still works."""
-    import torch
     from safetensors.torch import load_file
 
     torch.save(load_file(repository / "model.safetensors"), repository / "pytorch_model.bin")
@@ -305,6 +312,181 @@ def test_a_hub_that_fails_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(hub_stub._Handler, "_respond", lambda self: self._refuse(500, "", "out of order"))
     with pytest.raises(ModelNotFoundError, match="500"):
         load("causal", REPO, cache_dir=cache)
+
+
+def big_shards(repository: Path, count: int) -> dict[str, TensorInfo]:
+    """Put a megabyte of weights on the hub, in one file or in shards, and return what is in them."""
+    (repository / "model.safetensors").unlink()
+    names = {f"part.{number}": (2**18 // count,) for number in range(count)}
+    files = [SINGLE] if count == 1 else [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
+    for file, (name, shape) in zip(files, names.items(), strict=True):
+        save_file({name: torch.zeros(shape)}, repository / file)
+    if count > 1:
+        index = {"weight_map": dict(zip(names, files, strict=True))}
+        (repository / f"{SINGLE}.index.json").write_text(json.dumps(index))
+    return {name: TensorInfo("F32", shape, shape[0] * 4) for name, shape in names.items()}
+
+
+def asked(cache: Path, **options: Any) -> HubOptions:
+    """Ask the hub, and keep what it sends in the test's own cache."""
+    return HubOptions(cache_dir=str(cache), **options)
+
+
+def assert_only_headers_were_sent(hub: Hub, suffix: str, *, most: int) -> None:
+    """Check that no weight file was asked for without a range, and how many bytes of them were sent."""
+    assert not [name for name in hub.downloads() if name.endswith(suffix)]
+    assert 0 < sum(sent for name, sent in hub.sent.items() if name.endswith(suffix)) <= most
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_headers_of_a_checkpoint_are_fetched_alone(hub: Hub, repository: Path, cache: Path, count: int) -> None:
+    """Of safetensors on the Hub, in one file or in shards, the headers are fetched; of the rest what describes it."""
+    expected_tensors = big_shards(repository, count)
+    source, tensors = find_headers(REPO, asked(cache), Wanted())
+    assert tensors == expected_tensors
+    assert source.read_config()["model_type"] == "gpt2"
+    assert hub.downloads() >= WANTED - {SINGLE}
+    assert_only_headers_were_sent(hub, ".safetensors", most=count * 2**17)
+
+
+def test_a_header_longer_than_the_first_request_is_fetched_whole(hub: Hub, repository: Path, cache: Path) -> None:
+    """A header of a quarter of a megabyte takes a second request, and no third."""
+    names = [f"a.long.name.of.a.tensor.{number}" for number in range(3000)]
+    save_file({name: torch.zeros(1000, dtype=torch.int8) for name in names}, repository / SINGLE)
+    _, tensors = find_headers(REPO, asked(cache), Wanted())
+    assert set(names) == set(tensors or ())
+    assert len(hub.ranges) == 2
+    assert_only_headers_were_sent(hub, ".safetensors", most=2**19)
+
+
+def test_headers_of_a_cached_checkpoint_ask_nobody(hub: Hub, repository: Path, cache: Path) -> None:
+    """What a load has fetched tells its tensors without a request; after headers alone a load fetches the rest."""
+    _, remote = find_headers(REPO, asked(cache), Wanted())
+    with pytest.raises(ModelNotFoundError, match="offline was asked for"):
+        find_headers(REPO, asked(cache, local_files_only=True), Wanted())
+    load("causal", REPO, cache_dir=cache).close()
+    hub.requests.clear()
+    source, cached = find_headers(REPO, asked(cache, local_files_only=True), Wanted())
+    assert cached == remote == find_headers(str(repository), asked(cache), Wanted())[1]
+    assert (source.folder / SINGLE).is_file()
+    assert hub.requests == []
+
+
+@pytest.mark.usefixtures("repository")
+def test_headers_are_not_asked_for_offline(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `local_files_only` or `HF_HUB_OFFLINE` an empty cache is all there is, and the hub is not asked."""
+    with pytest.raises(ModelNotFoundError, match="offline was asked for"):
+        find_headers(REPO, asked(cache, local_files_only=True), Wanted())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name in (REPO, f"{REPO}:model.Q4_0.gguf"):
+        with pytest.raises(ModelNotFoundError, match="offline was asked for"):
+            find_headers(name, asked(cache), Wanted())
+    assert hub.requests == []
+
+
+def test_headers_are_those_of_the_revision(hub: Hub, repository: Path, tmp_path: Path, cache: Path) -> None:
+    """The headers come from the revision that is asked for, and from a gated repository with the token alone."""
+    older = Path(shutil.copytree(repository, tmp_path / "older"))
+    save_file({"older": torch.zeros(1)}, older / SINGLE)
+    hub.repositories[REPO]["v1"] = older
+    hub.gated.add(REPO)
+    _, tensors = find_headers(REPO, asked(cache, revision="v1", token=TOKEN), Wanted())
+    assert set(tensors or ()) == {"older"}
+    assert {path.split("/resolve/")[1].split("/")[0] for path, _ in hub.ranges} == {hub_stub.commit(REPO, "v1")}
+    with pytest.raises(ModelNotFoundError, match="token="):
+        find_headers(REPO, asked(cache, token="hf_a_wrong_one"), Wanted())
+    with pytest.raises(ModelNotFoundError, match="v99"):
+        find_headers(REPO, asked(cache, revision="v99", token=TOKEN), Wanted())
+
+
+def test_headers_of_pickles_are_refused_or_left(hub: Hub, repository: Path, cache: Path) -> None:
+    """Pickles are refused as `load` refuses them; where they are allowed nothing of them is fetched."""
+    (repository / SINGLE).unlink()
+    with pytest.raises(WeightsError, match=r"has only pickled weights \(pytorch_model\.bin\)"):
+        find_headers(REPO, asked(cache), Wanted())
+    source, tensors = find_headers(REPO, asked(cache), Wanted(pickle=True))
+    assert tensors is None
+    assert source.read_config()["model_type"] == "gpt2"
+    assert "pytorch_model.bin" not in hub.sent
+
+
+def test_a_repository_without_headers_is_told(repository: Path, cache: Path) -> None:
+    """No weights, or an index whose shards are not there, is a `WeightsError` that names the repository."""
+    big_shards(repository, 2)
+    (repository / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"'someone/tiny-gpt2' lacks 'model-00002-of-00002\.safetensors'"):
+        find_headers(REPO, asked(cache), Wanted())
+    for path in [*repository.glob("model*"), *repository.glob("*.bin")]:
+        path.unlink()
+    with pytest.raises(WeightsError, match="'someone/tiny-gpt2' has no weights"):
+        find_headers(REPO, asked(cache.with_name("other")), Wanted())
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"<html>" * 100])
+def test_a_broken_file_on_the_hub_is_told(repository: Path, cache: Path, content: bytes) -> None:
+    """A file that is no safetensors is a `WeightsError` with the repository and the file."""
+    (repository / SINGLE).write_bytes(content)
+    with pytest.raises(WeightsError, match=r"someone/tiny-gpt2/model\.safetensors is truncated or corrupt"):
+        find_headers(REPO, asked(cache), Wanted())
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_hub_that_sends_no_parts_is_told(hub: Hub, cache: Path) -> None:
+    """A server that answers a range with the whole file is a `WeightsError`, and the file is not read."""
+    hub.unranged = True
+    with pytest.raises(WeightsError, match="was asked for a part"):
+        find_headers(REPO, asked(cache), Wanted())
+
+
+def test_the_header_of_a_gguf_file_is_fetched_alone(hub: Hub, repository: Path, cache: Path) -> None:
+    """A GGUF file on the Hub becomes one of its size that holds its header; it is gone with its source."""
+    path = repository / "sub" / "big.gguf"
+    path.parent.mkdir()
+    gguf_file(path, vocabulary=300_000)
+    size = path.stat().st_size
+    source, tensors = find_headers(f"{REPO}:sub/big.gguf", asked(cache), Wanted())
+    assert tensors == read_gguf(path).tensors
+    assert source.gguf_file == "big.gguf"
+    local = source.folder / source.gguf_file
+    assert local.stat().st_size == size
+    assert local.stat().st_blocks * 512 < size
+    assert [tensor.n_bytes for tensor in gguf.GGUFReader(local).tensors] == [info.nbytes for info in tensors.values()]
+    assert len(hub.ranges) == 2
+    assert_only_headers_were_sent(hub, ".gguf", most=2**23)
+    del source
+    gc.collect()
+    assert not local.parent.exists()
+
+
+def gguf_file(path: Path, *, vocabulary: int) -> None:
+    """Write a GGUF file of 32 MiB of weights, which take no room on the disk."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_token_list([f"a token {number}" for number in range(vocabulary)])
+    writer.add_tensor_info("a", (2**21,), np.dtype(np.float32), 2**23)
+    writer.add_tensor_info("b", (2, 3 * 2**20), np.dtype(np.float32), 3 * 2**23)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    header = path.stat().st_size
+    os.truncate(path, -(-header // 32) * 32 + 2**25)
+
+
+def test_a_gguf_file_on_the_hub_that_is_none_is_told(repository: Path, cache: Path) -> None:
+    """What is no GGUF file is a `WeightsError` with its name, and one that is not there a `ModelNotFoundError`."""
+    (repository / "model.Q4_0.gguf").write_bytes(b"not GGUF after all")
+    with pytest.raises(WeightsError, match=r"tiny-gpt2:model\.Q4_0\.gguf is not a GGUF file"):
+        find_headers(f"{REPO}:model.Q4_0.gguf", asked(cache), Wanted())
+    with pytest.raises(ModelNotFoundError, match=r"'model\.Q4_0\.gguf'"):
+        find_headers(f"{REPO}:absent.gguf", asked(cache), Wanted())
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_hub_that_fails_at_a_header_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that a request for a part is answered with is a `ModelNotFoundError` with that answer."""
+    monkeypatch.setattr(hub_stub._Handler, "_part", lambda self, *_: self._refuse(500, "", "out of order"))
+    with pytest.raises(ModelNotFoundError, match="500"):
+        find_headers(REPO, asked(cache), Wanted())
 
 
 SCRIPT = """
