@@ -51,7 +51,7 @@ class Published:
         parameters: What the loaded model has; a weight that is tied, or there twice, counts once.
         source: Who states that count, or `"computed"`.
         kv_bytes_per_token: What its keys and values take in bfloat16 for one more token, before any window is full;
-            of an encoder-decoder model, for one more token of the output.
+            of an encoder-decoder model, for one more token of the output. None for a masked model, which has no cache.
         cross_bytes_per_token: What those of an encoder-decoder model take for one more token of the input.
         context_length: The most tokens it takes; None where nothing bounds it.
         fits_bfloat16: For each of `BUDGETS`, whether its weights fit in bfloat16.
@@ -71,7 +71,7 @@ class Published:
     config: Mapping[str, Any]
     parameters: int
     source: str
-    kv_bytes_per_token: int
+    kv_bytes_per_token: int | None
     context_length: int | None
     cross_bytes_per_token: int = 0
     fits_bfloat16: Mapping[str, bool] = field(default_factory=lambda: ANYWHERE)
@@ -986,7 +986,7 @@ MASKED = (
         },
         parameters=110_106_428 - (768 * 768 + 768) - (2 * 768 + 2),
         source=f"{HUB}, less the pooler and the head for the next sentence",
-        kv_bytes_per_token=0,
+        kv_bytes_per_token=None,
         context_length=512,
         stored=110_106_428,
         extra={
@@ -1015,7 +1015,7 @@ MASKED = (
         },
         parameters=124_697_433,
         source=HUB,
-        kv_bytes_per_token=0,
+        kv_bytes_per_token=None,
         context_length=512,
         stored=124_697_433 + 514,
         extra={"roberta.embeddings.position_ids": ("I64", (1, 514))},
@@ -1038,7 +1038,7 @@ MASKED = (
         },
         parameters=278_295_186,
         source="computed",  # the Hub shows 0.3B; the model without a head has 278,043,648 with its pooler
-        kv_bytes_per_token=0,
+        kv_bytes_per_token=None,
         context_length=512,
     ),
     Published(
@@ -1065,7 +1065,7 @@ MASKED = (
         },
         parameters=183_831_552 + (768 * 768 + 768) + 2 * 768 + 128_100,
         source="KerasHub's preset deberta_v3_base_en has no head; the head is computed",
-        kv_bytes_per_token=0,
+        kv_bytes_per_token=None,
         context_length=None,
         why="its own config names no architecture",
     ),
