@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     )
     from lmkit.generation import Beam, GenerationOptions, Greedy, Mode, Sample
     from lmkit.generator import Chat, Generator, GeneratorOptions, Message
-    from lmkit.loading import LoadOptions, load
+    from lmkit.loading import LoadOptions, load, plan
+    from lmkit.fitting import ModulePlan
     from lmkit.placement import Placement
     from lmkit.planning import LoadPlan
     from lmkit.precision import Precision
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         Translation,
         Unmasking,
     )
+    from lmkit.skeleton import KeyValueBytes
     from lmkit.translator import TranslationOptions, Translator
     from lmkit.unmasker import Unmasker, UnmaskOptions
 
@@ -59,9 +61,10 @@ _MODULES = {
         "EngineError InputTooLongError LanguageError LmkitError MissingExtraError ModelNotFoundError OptionError "
         "PlacementError PrecisionError UnknownOptionError UnknownTaskError WeightsError"
     ),
+    "fitting": "ModulePlan",
     "generation": "Beam GenerationOptions Greedy Mode Sample",
     "generator": "Chat Generator GeneratorOptions Message",
-    "loading": "LoadOptions load",
+    "loading": "LoadOptions load plan",
     "placement": "Placement",
     "planning": "LoadPlan",
     "precision": "Precision",
@@ -69,6 +72,7 @@ _MODULES = {
         "Candidate Completion EngineStats Generation MaskSlot Segment TextChunk Timing TokenLogprob "
         "Translation Unmasking"
     ),
+    "skeleton": "KeyValueBytes",
     "translator": "TranslationOptions Translator",
     "unmasker": "UnmaskOptions Unmasker",
 }
@@ -87,6 +91,7 @@ __all__ = [
     "GeneratorOptions",
     "Greedy",
     "InputTooLongError",
+    "KeyValueBytes",
     "LanguageError",
     "LmkitError",
     "LoadOptions",
@@ -95,6 +100,7 @@ __all__ = [
     "Message",
     "MissingExtraError",
     "Mode",
+    "ModulePlan",
     "ModelNotFoundError",
     "OptionError",
     "Placement",
@@ -116,6 +122,7 @@ __all__ = [
     "Unmasking",
     "WeightsError",
     "load",
+    "plan",
 ]
 
 

@@ -1,4 +1,4 @@
-"""`load()`: plan, then weights, then wrapper."""
+"""`plan()` and `load()`: plan, then weights, then wrapper."""
 
 from __future__ import annotations
 
@@ -16,25 +16,17 @@ from lmkit import attention
 from lmkit._gguf import gguf_read_once
 from lmkit._openmp import release_pool
 from lmkit._quiet import quiet, without_warnings
-from lmkit.errors import (
-    LmkitError,
-    OptionError,
-    PlacementError,
-    UnknownOptionError,
-    WeightsError,
-    listed,
-    nearest,
-)
+from lmkit.adapters import find_adapters, put_on
+from lmkit.errors import LmkitError, OptionError, UnknownOptionError, WeightsError, listed, nearest
 from lmkit.generator import Generator
+from lmkit.machine import accelerator, this_machine
 from lmkit.packing import pack
-from lmkit.placement import accelerator
-from lmkit.planning import make_plan
-from lmkit.precision import computes_bfloat16
-from lmkit.sources import HubOptions, Wanted, find, find_adapter
+from lmkit.planning import Wish, check_fits, make_plan
+from lmkit.sources import HubOptions, Wanted, find, find_headers
 from lmkit.tasks import auto_class, resolve_task
 from lmkit.translator import Translator
 from lmkit.unmasker import Unmasker
-from lmkit.weights import reading
+from lmkit.weights import reading, tensors_of
 from lmkit.wrapper import Loaded
 
 if TYPE_CHECKING:
@@ -44,13 +36,15 @@ if TYPE_CHECKING:
     from transformers.utils.quantization_config import QuantizationConfigMixin
     from typing_extensions import Unpack
 
-    from lmkit.placement import Devices, Placement
+    from lmkit.adapters import Adapter, AdapterArgument
+    from lmkit.headers import TensorInfo
+    from lmkit.placement import Devices
     from lmkit.planning import LoadPlan
     from lmkit.precision import PrecisionWord
     from lmkit.tasks import CausalWord, MaskedWord, Seq2SeqWord, Task, TaskWord
     from lmkit.weights import Source
 
-__all__ = ["LoadOptions", "load"]
+__all__ = ["LoadOptions", "load", "plan"]
 
 logger = logging.getLogger("lmkit")
 
@@ -67,7 +61,10 @@ class LoadOptions(TypedDict, total=False):
         token: A Hub token, for private and gated models; True or None uses the one saved by `hf auth login`.
         cache_dir: Where files from the Hub are kept; the Hub library's own cache if left out.
         local_files_only: Make no network call; what is not here is a `ModelNotFoundError`.
-        adapter: A LoRA or other PEFT adapter to put on the model: a folder or a Hub id.
+        adapter: A LoRA or other PEFT adapter to put on the model: a folder or a Hub id; or a dict of several by name,
+            all of them active.
+        reserve_tokens: How many tokens of keys and values must fit beside the weights; 0 if left out. What does not fit
+            is a `PlacementError` of `load`, and `fits=False` in a plan.
         trust_remote_code: Run the Python code that comes with the checkpoint. It can do anything.
         compile: Compile the decode step of a `Generator`, for any number of rows. The first load of a model takes a
             minute longer, later ones about two seconds: the code is kept in the cache folder of lmkit.
@@ -80,7 +77,8 @@ class LoadOptions(TypedDict, total=False):
     token: str | bool | None
     cache_dir: str | os.PathLike[str] | None
     local_files_only: bool
-    adapter: str | None
+    adapter: AdapterArgument
+    reserve_tokens: int
     compile: bool
     prefix_cache_bytes: int
     trust_remote_code: bool
@@ -148,12 +146,82 @@ def load(
         PlacementError: The devices are not here, or cannot hold the model.
         MissingExtraError: The checkpoint needs a package that is not installed.
     """
-    _check_options(options)
-    kind = resolve_task(task, os.fspath(name))
+    kind, hub, wanted = _asked(task, name, options)
     if options.get("compile") and kind != "causal":
         msg = f"compile=True is for causal models, and {os.fspath(name)!r} is loaded as {kind!r}: leave it out."
         raise OptionError(msg)
-    trusted, pickles = options.get("trust_remote_code", False), options.get("allow_pickle", False)
+    # Who waits for a download in a terminal sees the Hub library's bars.
+    with contextlib.nullcontext() if sys.stderr.isatty() else quiet():
+        source = find(os.fspath(name), hub, wanted)
+    with quiet(), without_warnings():
+        tensors = tensors_of(source, allow_pickle=wanted.pickle)
+        with _reading_gguf(source):
+            adapters = find_adapters(options.get("adapter"), hub)
+            decided, config = _decide(kind, source, tensors, precision, devices, options, adapters)
+            check_fits(decided)
+            tokenizer = _read_tokenizer(source, trusted=wanted.code)
+            model = _read_model(decided, config, source, trusted=wanted.code)
+        put_on(model, adapters)
+        if decided.kernels == "packed":
+            pack(model)
+        if decided.placement.device_type == "cpu":
+            attention.put_on(model)
+    _tell(decided)
+    again = {name: value for name, value in options.items() if name != "token"}  # a pickle keeps no secrets
+    reload = functools.partial(load, task, name, precision, devices, **again)
+    kept = options.get("prefix_cache_bytes", PREFIX_CACHE_BYTES)
+    folder = compile_folder() if options.get("compile") else None
+    with quiet(), without_warnings():  # a compiler talks
+        wrapper = _WRAPPERS[kind](Loaded(model, tokenizer, decided, reload, kept, folder))
+    release_pool()
+    return wrapper
+
+
+def plan(
+    task: TaskWord,
+    name: str | os.PathLike[str],
+    precision: PrecisionArgument = "auto",
+    devices: Devices = "auto",
+    **options: Unpack[LoadOptions],
+) -> LoadPlan:
+    """Decide how `load` would load a model, without reading a weight; the arguments are those of `load`.
+
+    ```python
+    print(lmkit.plan("causal", "meta-llama/Meta-Llama-3-8B", "int4", {"cuda:0": "24GiB", "cpu": "64GiB"}))
+    ```
+
+    Of a checkpoint on the Hub the config, the tokenizer's files and the headers of the weights are fetched. Devices need
+    not be on this machine, if they have a budget in bytes.
+
+    Returns:
+        The plan, which says whether it fits; nothing is loaded.
+
+    Raises:
+        UnknownTaskError: The task is unknown, or the checkpoint was made for another one.
+        ModelNotFoundError: The name is neither here nor reachable.
+        WeightsError: A file is absent, broken or refused.
+        PrecisionError: The precision is unknown, or not to be had for this checkpoint.
+        PlacementError: `devices` is not accepted.
+        MissingExtraError: The checkpoint needs a package that is not installed.
+    """
+    kind, hub, wanted = _asked(task, name, options)
+    with quiet(), without_warnings():
+        source, tensors = find_headers(os.fspath(name), hub, wanted)
+        adapters = find_adapters(options.get("adapter"), hub)
+        with _reading_gguf(source):
+            return _decide(kind, source, tensors, precision, devices, options, adapters, absent=True)[0]
+
+
+def _asked(
+    task: TaskWord, name: str | os.PathLike[str], options: LoadOptions
+) -> tuple[Task, HubOptions, Wanted]:
+    """Check the words and options of a call."""
+    _check_options(options)
+    kind = resolve_task(task, os.fspath(name))
+    reserved = options.get("reserve_tokens", 0)
+    if not isinstance(reserved, int) or reserved < 0:
+        msg = f"reserve_tokens={reserved!r} is not accepted: pass a whole number of tokens, 0 or more."
+        raise OptionError(msg)
     cache = options.get("cache_dir")
     hub = HubOptions(
         options.get("revision"),
@@ -161,29 +229,29 @@ def load(
         None if cache is None else os.fspath(cache),
         options.get("local_files_only", False),
     )
-    # Who waits for a download in a terminal sees the Hub library's bars.
-    with contextlib.nullcontext() if sys.stderr.isatty() else quiet():
-        source = find(os.fspath(name), hub, Wanted(pickle=pickles, code=trusted))
-    with quiet(), without_warnings():
-        with _reading_gguf(source):
-            plan, config = make_plan(kind, source, precision, devices, trust_remote_code=trusted, allow_pickle=pickles)
-            tokenizer = _read_tokenizer(source, trusted=trusted)
-            model = _read_model(plan, config, source, trusted=trusted)
-        if (adapter := options.get("adapter")) is not None:
-            _put_on(model, adapter, hub)
-        if plan.kernels == "packed":
-            pack(model)
-        if plan.placement.device_type == "cpu":
-            attention.put_on(model)
-    _tell(plan, model)
-    again = {name: value for name, value in options.items() if name != "token"}  # a pickle keeps no secrets
-    reload = functools.partial(load, task, name, precision, devices, **again)
-    kept = options.get("prefix_cache_bytes", PREFIX_CACHE_BYTES)
-    folder = compile_folder() if options.get("compile") else None
-    with quiet(), without_warnings():  # a compiler talks
-        wrapper = _WRAPPERS[kind](Loaded(model, tokenizer, plan, reload, kept, folder))
-    release_pool()
-    return wrapper
+    return kind, hub, Wanted(pickle=options.get("allow_pickle", False), code=options.get("trust_remote_code", False))
+
+
+def _decide(
+    kind: Task,
+    source: Source,
+    tensors: Mapping[str, TensorInfo] | None,
+    precision: PrecisionArgument,
+    devices: Devices,
+    options: LoadOptions,
+    adapters: list[Adapter],
+    *,
+    absent: bool = False,
+) -> tuple[LoadPlan, PreTrainedConfig]:
+    wish = Wish(
+        kind,
+        precision,
+        devices,
+        reserve_tokens=options.get("reserve_tokens", 0),
+        trust_remote_code=options.get("trust_remote_code", False),
+        adapters=adapters,
+    )
+    return make_plan(wish, source, tensors, this_machine(), absent=absent)
 
 
 def compile_folder() -> Path:
@@ -243,51 +311,27 @@ def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, *, tru
     arguments: dict[str, Any] = {
         "config": config,
         "dtype": plan.precision.dtype,
-        "device_map": placed.device_map if isinstance(placed.device_map, str) else dict(placed.device_map),
+        "device_map": dict(plan.device_map),
         "trust_remote_code": trusted,
         "local_files_only": True,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # so that the report names them, and is refused below
     }
-    if placed.max_memory:
-        arguments["max_memory"] = dict(placed.max_memory)  # transformers writes into the one it is given
     if placed.offload_folder is not None:
         arguments["offload_folder"] = placed.offload_folder
     if quantization is not None:
-        arguments["quantization_config"] = _without_traps(copy.deepcopy(quantization), plan, config)
+        arguments["quantization_config"] = copy.deepcopy(quantization)
     if source.gguf_file is not None:
         arguments["gguf_file"] = source.gguf_file
     with reading(f"the weights of {source.name!r}"), _random_state_kept():
         model, report = auto_class(plan.task).from_pretrained(source.folder, **arguments)
     try:
         _check_report(report, plan)
-        _check_offload(model, placed)
     except LmkitError:
         del model
         gc.collect()
         raise
     return model
-
-
-def _without_traps(quantization: Any, plan: LoadPlan, config: PreTrainedConfig) -> Any:
-    """Leave out what bitsandbytes' 4-bit kernel for bfloat16 processors cannot multiply.
-
-    It takes outputs in multiples of 32 and inputs in multiples of 64, and finds out at the first forward pass.
-    """
-    four_bit = getattr(quantization, "load_in_4bit", False)
-    if not (four_bit and plan.placement.device_type == "cpu" and computes_bfloat16()):
-        return quantization
-    import torch
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    with torch.device("meta"):
-        model = auto_class(plan.task).from_config(config)
-    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    if awkward := [name for name, module in linear if module.out_features % 32 or module.in_features % 64]:
-        # A list of one's own replaces the one that transformers would make.
-        own = quantization.llm_int8_skip_modules or get_keys_to_not_convert(model)
-        quantization.llm_int8_skip_modules = [*own, *awkward]
-    return quantization
 
 
 @contextlib.contextmanager
@@ -314,31 +358,7 @@ def _check_report(report: Mapping[str, Any], plan: LoadPlan) -> None:
             raise WeightsError(msg)
 
 
-def _check_offload(model: Any, placed: Placement) -> None:
-    where = getattr(model, "hf_device_map", None) or {}
-    if "disk" in where.values() and placed.offload_folder is None:
-        spilled = [name for name, device in where.items() if device == "disk"]
-        msg = (
-            f"the devices cannot hold {listed(spilled[:3]) if any(spilled) else 'the model'} "
-            f"({len(spilled)} of {len(where)} parts): raise a budget, "
-            "choose a smaller precision, or name a folder for them: devices={…, 'disk': 'offload/'}."
-        )
-        raise PlacementError(msg)
-
-
-def _put_on(model: Any, adapter: str, hub: HubOptions) -> None:
-    folder = find_adapter(adapter, hub)
-    with reading(f"the adapter {adapter!r}"):
-        report = model.load_adapter(str(folder), adapter_kwargs={"local_files_only": True})
-    if strange := sorted(map(str, report.unexpected_keys)):
-        msg = f"the adapter {adapter!r} has weights for modules this model does not have: {listed(strange[:5])}."
-        raise WeightsError(msg)
-
-
-def _tell(plan: LoadPlan, model: Any) -> None:
+def _tell(plan: LoadPlan) -> None:
+    """Log each reason; that a part is offloaded, as a warning."""
     for what, reason in plan.reasons.items():
-        logger.info("%s: %s: %s", plan.name, what, reason)
-    where = getattr(model, "hf_device_map", None) or {}
-    slow = {device for device in where.values() if device in ("cpu", "disk")}
-    if "disk" in slow or (slow and len(set(where.values())) > 1):
-        logger.warning("%s: parts of it are offloaded to %s, which is slow", plan.name, listed(sorted(slow)))
+        logger.log(logging.WARNING if what == "offload" else logging.INFO, "%s: %s: %s", plan.name, what, reason)

@@ -5,24 +5,37 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from lmkit.errors import PlacementError, listed
+from lmkit.machine import accelerator
 
 if TYPE_CHECKING:
     import torch
 
+    from lmkit.machine import Machine
+
 __all__ = ["Devices", "Placement"]
 
+Budget: TypeAlias = "str | int | float"
 Devices: TypeAlias = (
-    "str | int | torch.device | Sequence[str | int | torch.device] | Mapping[str, str | int] | Placement"
+    "str | int | torch.device | Sequence[str | int | torch.device] | Mapping[str, Budget] | Mapping[int, Budget]"
+    " | Placement"
 )
 """What `devices=` accepts."""
 
 ACCEPTED = (
     "'auto', 'cpu', a device such as 'cuda:0' or 0, a list of devices, a dict of budgets such as "
-    "{'cuda:0': '20GiB', 'cpu': '48GiB', 'disk': 'offload/'}, or an lmkit.Placement"
+    "{'cuda:0': '20GiB', 'cpu': 0.8, 'disk': 'offload/'}, or an lmkit.Placement"
 )
+
+SHARE: Final = 0.9
+"""How much of a device's free memory weights, keys and values may take, where no budget says: the rest is for what a
+forward pass needs."""
+
+BYTES_PER_SECOND: Final = {"cpu": 16e9, "disk": 2e9}
+"""How fast weights are assumed to reach an accelerator from the CPU (a PCIe 4.0 slot with 16 lanes moves 32 GB/s at
+most, about half of that from pageable memory), and the processor from a disk (an NVMe drive)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,30 +43,37 @@ class Placement:
     """Where the modules of a model go.
 
     Attributes:
-        device_map: A device per module name, where `""` is the whole model; or `"auto"`, which
-            lets accelerate divide the model among the budgets.
-        max_memory: Bytes, or a text such as `"20GiB"`, per device; empty means all there is.
-        offload_folder: Where modules go that no budget holds; None allows none.
+        device_map: A device or `"disk"` per module name, where `""` is the whole model; or `"auto"`, which
+            divides the model among the budgets, as accelerate does.
+        max_memory: Per device, bytes, a text such as `"20GiB"`, or a fraction of its memory such as `0.8`. Devices
+            of an explicit map that have none may use what is free.
+        offload_folder: Where modules on `"disk"` are kept; None allows none.
+        bytes_per_second: How fast offloaded weights come from the `"cpu"` and from the `"disk"`, for the plan's
+            estimate of what that costs; `BYTES_PER_SECOND` where nobody says.
         reason: Why.
     """
 
     device_map: Mapping[str, str] | str
-    max_memory: Mapping[str | int, str | int] = field(default_factory=dict)
+    max_memory: Mapping[str, Budget] = field(default_factory=dict)
     offload_folder: str | None = None
+    bytes_per_second: Mapping[str, float] = field(default_factory=dict)
     reason: str = "as asked"
 
     @property
     def device_type(self) -> str:
         """The kind of device that computes: the first one that is an accelerator, else the CPU."""
         named = self.device_map.values() if isinstance(self.device_map, Mapping) else self.max_memory
-        kinds = [accelerator() or "cpu" if isinstance(name, int) else name.split(":")[0] for name in named]
-        if not kinds:
-            return accelerator() or "cpu"
+        kinds = [name.partition(":")[0] for name in named]
         return next((kind for kind in kinds if kind not in ("cpu", "disk")), "cpu")
 
 
-def resolve_placement(devices: Devices) -> Placement:
-    """Turn `devices=` into a placement on this machine.
+def resolve_placement(devices: Devices, machine: Machine, *, absent: bool = False) -> Placement:
+    """Turn `devices=` into a placement with a budget in bytes for each of its devices.
+
+    Args:
+        devices: What the caller wrote; it is not changed.
+        machine: What is here.
+        absent: Accept a device that is not here, if it has a budget in bytes.
 
     Raises:
         PlacementError: `devices` is not written as accepted, or names a device that is not here.
@@ -61,115 +81,135 @@ def resolve_placement(devices: Devices) -> Placement:
     import torch
 
     if isinstance(devices, Placement):
-        mapped = devices.device_map.values() if isinstance(devices.device_map, Mapping) else ()
-        for device in {*mapped, *devices.max_memory} - {"disk"}:
-            present(device)
-        return devices
+        return _explicit(devices, machine, absent=absent)
     if isinstance(devices, Mapping):
-        return _budgets(devices)
+        return _budgets(devices, machine, absent=absent)
     if isinstance(devices, (str, int, torch.device)) and not isinstance(devices, bool):
         if devices == "auto":
-            return _automatic()
-        return Placement({"": present(devices)})
+            return _automatic(machine)
+        name = present(devices, machine)
+        return Placement({"": name}, _free(machine, [name]))
     if isinstance(devices, Sequence) and devices:
-        names = [present(device) for device in devices]
+        names = list(dict.fromkeys(present(device, machine) for device in devices))
         if len(names) == 1:
-            return Placement({"": names[0]})
-        return Placement(
-            "auto",
-            {_key(name): _free_bytes(name) for name in names},
-            None,
-            f"split over {listed(names)}",
-        )
+            return Placement({"": names[0]}, _free(machine, names))
+        return Placement("auto", _free(machine, names), reason=f"split over {listed(names)}")
     msg = f"devices={devices!r} is not accepted: pass {ACCEPTED}."
     raise PlacementError(msg)
 
 
-def accelerator() -> str | None:
-    """Return the kind of accelerator this machine has, such as `"cuda"`, or None."""
-    import torch
-
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return found.type if found is not None else None
-
-
-def present(device: str | int | torch.device) -> str:
-    """Return the full name of a device that is here, such as `"cuda:0"`.
+def present(device: str | int | torch.device, machine: Machine, *, absent: bool = False) -> str:
+    """Return the full name of a device, such as `"cuda:0"`.
 
     Raises:
-        PlacementError: It is written in a way torch does not know, or is not on this machine.
+        PlacementError: It is written in a way torch does not know, or is not on this machine and may not be `absent`.
     """
-    import torch
-
-    kind = accelerator()
-    here = ["cpu", *(f"{kind}:{n}" for n in range(torch.accelerator.device_count() if kind else 0))]
     if isinstance(device, int):
-        name = f"{kind or 'cuda'}:{device}"
+        kinds = [name.partition(":")[0] for name in machine.accelerators]
+        name = f"{kinds[0] if kinds else accelerator() or 'cuda'}:{device}"
     else:
         if isinstance(device, str) and not re.fullmatch(r"[a-z]+(:\d+)?", device):
             msg = f"devices={device!r} is not accepted: pass {ACCEPTED}."
             raise PlacementError(msg)
         name = str(device)
-    if name.split(":")[0] == "cpu":
+    if name.partition(":")[0] == "cpu":
         name = "cpu"
     elif ":" not in name:
         name = f"{name}:0"
-    if name not in here:
-        msg = f"the device {device!r} is not on this machine, which has {listed(here)}: pass one of those, or 'auto'."
+    if name not in machine.devices and not (absent and re.fullmatch(r"[a-z]+:\d+", name)):
+        there = listed(sorted(machine.devices))
+        msg = f"the device {device!r} is not on this machine, which has {there}: pass one of those, or 'auto'."
         raise PlacementError(msg)
     return name
 
 
-def _automatic() -> Placement:
-    import torch
-
-    kind = accelerator()
-    if kind is None:
-        return Placement({"": "cpu"}, reason="no accelerator on this machine")
-    count = torch.accelerator.device_count()
-    return Placement("auto", reason=f"{count} {kind} device(s), then the CPU for what they cannot hold")
+def _automatic(machine: Machine) -> Placement:
+    if not machine.accelerators:
+        return Placement({"": "cpu"}, _free(machine, ["cpu"]), reason="no accelerator on this machine")
+    names = [*machine.accelerators, "cpu"]
+    reason = f"{listed(machine.accelerators)}, then the CPU for what they cannot hold"
+    return Placement("auto", _free(machine, names), reason=reason)
 
 
-def _budgets(budgets: Mapping[str, str | int]) -> Placement:
-    """Turn bytes per device into a placement; only a folder under `"disk"` allows offloading to disk."""
-    folder = budgets.get("disk")
+def _free(machine: Machine, names: Sequence[str]) -> dict[str, int]:
+    return {name: int(machine.devices[name].free_bytes * SHARE) for name in names}
+
+
+def _explicit(given: Placement, machine: Machine, *, absent: bool) -> Placement:
+    """Complete the caller's own placement."""
+    if isinstance(given.device_map, str):
+        if given.device_map != "auto":
+            msg = f"device_map={given.device_map!r} is not accepted: pass 'auto', or a device per module name."
+            raise PlacementError(msg)
+        shares: Mapping[str, Budget] = given.max_memory or {name: SHARE for name in machine.devices}
+        budgets: dict[str, Budget] = dict(shares)
+        if given.offload_folder is not None:
+            budgets["disk"] = given.offload_folder
+        found = _budgets(budgets, machine, absent=absent)
+        return Placement("auto", found.max_memory, found.offload_folder, given.bytes_per_second, given.reason)
+    limits = {
+        present(device, machine, absent=absent): size
+        for device, size in _limits(given.max_memory, machine, absent=absent).items()
+    }
+    where: dict[str, str] = {}
+    for module, device in given.device_map.items():
+        known = "disk" if device == "disk" else present(device, machine, absent=device in limits)
+        where[module] = known
+        if known != "disk" and known not in limits:
+            limits |= _free(machine, [known])
+    if "disk" in where.values() and given.offload_folder is None:
+        msg = "the device_map sends modules to 'disk', and no folder is named for them: pass offload_folder=."
+        raise PlacementError(msg)
+    return Placement(where, limits, given.offload_folder, given.bytes_per_second, given.reason)
+
+
+def _budgets(budgets: Mapping[str, Budget] | Mapping[int, Budget], machine: Machine, *, absent: bool) -> Placement:
+    """Turn budgets into a placement; only a folder under `"disk"` allows offloading to disk."""
+    named: dict[str | int, Budget] = {**budgets}
+    folder = named.pop("disk", None)
     if folder is not None and not isinstance(folder, str):
         msg = f"the budget {{'disk': {folder!r}}} is not accepted: 'disk' takes a folder's path."
         raise PlacementError(msg)
-    limits: dict[str | int, str | int] = {}
-    for device, budget in budgets.items():
-        if device == "disk":
-            continue
-        limits[_key(present(device))] = _bytes(device, budget)
+    limits = _limits(named, machine, absent=absent)
     if not limits:
         msg = f"devices={dict(budgets)!r} names no device that computes: add one, such as 'cpu'."
         raise PlacementError(msg)
-    return Placement("auto", limits, folder, "divided by the budgets given")
+    if folder is None and len(limits) == 1:
+        (name,) = limits
+        return Placement({"": name}, limits, reason="the one device with a budget")
+    # Accelerators first, as accelerate fills them.
+    ordered = dict(sorted(limits.items(), key=lambda item: (item[0] == "cpu", int(item[0].partition(":")[2] or 0))))
+    return Placement("auto", ordered, folder, reason="divided by the budgets given")
 
 
-def _bytes(device: str, budget: object) -> int:
-    """Turn a budget into bytes: a whole number, or a text in powers of 1000 (GB) or of 1024 (GiB)."""
+def _limits(
+    budgets: Mapping[str, Budget] | Mapping[int, Budget] | Mapping[str | int, Budget],
+    machine: Machine,
+    *,
+    absent: bool,
+) -> dict[str, int]:
+    limits: dict[str, int] = {}
+    for device, budget in budgets.items():
+        name = present(device, machine, absent=absent)
+        limits[name] = _bytes(device, name, budget, machine)
+    return limits
+
+
+def _bytes(device: str | int, name: str, budget: object, machine: Machine) -> int:
+    """Turn a budget into bytes: a whole number, a text in powers of 1000 (GB) or of 1024 (GiB), or a fraction."""
     if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0:
         return budget
+    if isinstance(budget, float) and 0 < budget <= 1:
+        if name in machine.devices:
+            return int(machine.devices[name].total_bytes * budget)
+        msg = f"{device!r} is not on this machine, so {budget!r} of its memory is unknown: write a size, as '24GiB'."
+        raise PlacementError(msg)
     written = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", budget) if isinstance(budget, str) else None
     if written is None:
-        msg = f"the budget {{{device!r}: {budget!r}}} is not accepted: write bytes, or a text such as '20GiB'."
+        msg = (
+            f"the budget {{{device!r}: {budget!r}}} is not accepted: write bytes, a text such as '20GiB', "
+            "or a fraction of its memory such as 0.8."
+        )
         raise PlacementError(msg)
     number, prefix, binary = written.groups()
     return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix) + 1))
-
-
-def _key(name: str) -> str | int:
-    """Write a device as accelerate's budgets do: accelerators by number."""
-    return name if name == "cpu" else int(name.split(":")[1])
-
-
-def _free_bytes(name: str) -> int:
-    """Return how much of a device is free, less a tenth for what a forward pass needs."""
-    import torch
-
-    if name == "cpu":
-        import psutil
-
-        return int(psutil.virtual_memory().available * 0.9)
-    return int(torch.accelerator.get_memory_info(torch.device(name))[0] * 0.9)

@@ -44,16 +44,22 @@ class Precision:
         dtype: What is computed in, and what modules that are not quantized are held in.
         quantization: The transformers quantization config, or None.
         reason: Why.
+        asked: The word as the caller wrote it; `"custom"` for a quantization config.
     """
 
     name: str
     dtype: torch.dtype
     quantization: QuantizationConfigMixin | None
     reason: str
+    asked: str = "auto"
 
     def __str__(self) -> str:
         """Return the name with the reason."""
         return f"{self.name} ({self.reason})"
+
+
+OWN_DEVICES: Final = ("cpu", "mps")
+"""Kinds of devices on which `"int8"` and `"int4"` are lmkit's own; elsewhere they are bitsandbytes'."""
 
 
 def resolve_precision(
@@ -61,6 +67,7 @@ def resolve_precision(
     saved: str | torch.dtype | None,
     device_type: str,
     *,
+    bfloat16: bool,
     packed: str | None = None,
 ) -> Precision:
     """Turn a word, or a quantization config, into what the weights will be held in.
@@ -69,10 +76,12 @@ def resolve_precision(
         precision: One of `PRECISION_WORDS`, or a transformers quantization config.
         saved: The checkpoint's own dtype; None if it has none, as a GGUF file.
         device_type: Where the model will compute, such as `"cpu"` or `"cuda"`.
-        packed: How the file's weights are quantized already, such as `"gguf"`; None if they are not.
+        bfloat16: Whether that computes bfloat16 natively.
+        packed: How the file's weights are quantized already, such as `"gguf"`, or `"int4"` if lmkit did it; None if
+            they are not.
 
     Raises:
-        PrecisionError: An unknown word, the nearest one is named; or one this checkpoint cannot do.
+        PrecisionError: An unknown word, the nearest one is named; or one this checkpoint or device cannot do.
     """
     import torch
 
@@ -82,34 +91,59 @@ def resolve_precision(
             f"Accepted: {listed(PRECISION_WORDS)}, or a transformers quantization config."
         )
         raise PrecisionError(msg)
-    if packed is not None and (not isinstance(precision, str) or PRECISION_WORDS[precision] in _QUANTIZED):
-        msg = (
-            f"precision={precision!r} would quantize weights that the file holds quantized already ({packed}): "
-            "pass 'auto', 'float32', 'bfloat16' or 'float16', or load the unquantized checkpoint."
-        )
-        raise PrecisionError(msg)
+    computed, reason = _automatic(_dtype(saved), device_type, bfloat16=bfloat16)
     if not isinstance(precision, str):
-        return _passed_through(precision, saved, device_type)
+        _check_possible(repr(precision), "custom", device_type, packed)
+        return Precision("custom", computed, _config(precision), "the quantization config as passed", "custom")
     name = PRECISION_WORDS[precision]
-    computed, reason = _automatic(_dtype(saved), device_type)
+    _check_possible(repr(precision), name, device_type, packed)
     if packed not in (None, "gguf"):
-        dtype = computed if name == "auto" else getattr(torch, name)
-        return Precision(str(packed), dtype, None, f"the checkpoint is quantized already: {packed}")
+        dtype = getattr(torch, name) if name in WIDE else computed
+        return Precision(str(packed), dtype, None, f"the checkpoint is quantized already: {packed}", precision)
     if name == "auto":
-        return Precision(str(computed).removeprefix("torch."), computed, None, reason)
-    if name in ("int8", "int4", "nf4"):
-        return Precision(name, computed, _bitsandbytes(name, computed), _QUANTIZED[name])
-    return Precision(name, getattr(torch, name), None, "as asked")
+        return Precision(str(computed).removeprefix("torch."), computed, None, reason, precision)
+    if name in WIDE:
+        return Precision(name, getattr(torch, name), None, "as asked", precision)
+    if device_type in OWN_DEVICES and name != "nf4":
+        return Precision(name, computed, _own(name), _OWN[name], precision)
+    return Precision(name, computed, _bitsandbytes(name, computed), _BITSANDBYTES[name], precision)
 
 
-_QUANTIZED = {
+WIDE: Final = ("float32", "bfloat16", "float16")
+"""The words that are dtypes."""
+
+_OWN = {
+    "int8": "as asked: lmkit's own weight-only quantizer, a scale for each output",
+    "int4": "as asked: lmkit's own weight-only quantizer, a scale and an offset for 32 weights; the output layer in int8",
+}
+_BITSANDBYTES = {
     "int8": "as asked: bitsandbytes LLM.int8()",
     "int4": "as asked: bitsandbytes nf4, double quantization, the better of its two 4-bit types",
     "nf4": "as asked: bitsandbytes nf4, double quantization",
 }
 
 
-def _passed_through(config: Any, saved: str | torch.dtype | None, device_type: str) -> Precision:
+def possible_words(device_type: str, packed: str | None) -> list[str]:
+    """Return the words that a kind of device, and a checkpoint that is `packed` already, can do."""
+    if packed is not None:
+        return ["auto", *WIDE, *([packed] if packed in ("int8", "int4") else [])]
+    return ["auto", *WIDE, "int8", "int4", *(["nf4"] if device_type != "mps" else [])]
+
+
+def _check_possible(given: str, name: str, device_type: str, packed: str | None) -> None:
+    words = possible_words(device_type, packed)
+    if packed is not None and name not in words:
+        msg = (
+            f"precision={given} would quantize weights that the file holds quantized already ({packed}): "
+            f"pass {listed(words)}, or load the unquantized checkpoint."
+        )
+        raise PrecisionError(msg)
+    if name != "custom" and name not in words:
+        msg = f"precision={given} is not to be had on {device_type!r}: pass {listed(words)}."
+        raise PrecisionError(msg)
+
+
+def _config(config: Any) -> QuantizationConfigMixin:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     if not isinstance(config, QuantizationConfigMixin):
@@ -118,12 +152,7 @@ def _passed_through(config: Any, saved: str | torch.dtype | None, device_type: s
             "or a transformers quantization config."
         )
         raise PrecisionError(msg)
-    return Precision(
-        "custom",
-        _automatic(_dtype(saved), device_type)[0],
-        config,
-        "the quantization config as passed",
-    )
+    return config
 
 
 def _dtype(saved: str | torch.dtype | None) -> torch.dtype | None:
@@ -132,25 +161,25 @@ def _dtype(saved: str | torch.dtype | None) -> torch.dtype | None:
     return getattr(torch, saved.removeprefix("torch."), None) if isinstance(saved, str) else saved
 
 
-def _automatic(saved: torch.dtype | None, device_type: str) -> tuple[torch.dtype, str]:
+def _automatic(saved: torch.dtype | None, device_type: str, *, bfloat16: bool) -> tuple[torch.dtype, str]:
     """Choose what to compute in: the checkpoint's dtype, unless the device runs it badly."""
     import torch
 
-    wanted = saved or torch.bfloat16
+    wanted = saved if saved in (torch.float32, torch.bfloat16, torch.float16) else torch.bfloat16
     origin = f"the checkpoint's {str(saved).removeprefix('torch.')}" if saved else "the file has no dtype of its own"
     if device_type == "cpu" and wanted in (torch.bfloat16, torch.float16):
-        if computes_bfloat16():
+        if bfloat16:
             return torch.bfloat16, f"{origin}; this processor computes bfloat16 natively"
         return torch.float32, f"{origin}; this processor has no native half precision"
+    if wanted is torch.bfloat16 and not bfloat16:
+        return torch.float32, f"{origin}; this device only emulates bfloat16 ('float16' is faster, with less range)"
     return wanted, origin
 
 
-def computes_bfloat16() -> bool:
-    """Ask the processor whether it multiplies bfloat16 matrices natively (AMX, AVX512-BF16 or Arm BF16)."""
-    import torch
+def _own(name: str) -> QuantizationConfigMixin:
+    from lmkit.quantizer import WeightOnlyConfig
 
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "arm_bf16"))
+    return WeightOnlyConfig(int(name.removeprefix("int")))
 
 
 def _bitsandbytes(name: str, computed: torch.dtype) -> QuantizationConfigMixin:

@@ -52,7 +52,8 @@ class Result:
         return f"<table>{rows}</table>"
 
     def _shown(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in names if not name.startswith("_")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +345,7 @@ def _plain(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
+        names = [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
         return {name: _plain(getattr(value, name)) for name in names + _derived(value)}
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}

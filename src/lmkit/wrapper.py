@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 from lmkit.background import a_thread, finished
 from lmkit.encoding import Codec
 from lmkit.errors import EngineError, LmkitError, OptionError
+from lmkit.fitting import ModulePlan
 from lmkit.ordering import Rows
 from lmkit.progress import bar
 from lmkit.results import Generation, TextChunk
@@ -128,10 +129,18 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
         return input_device(self.model)
 
     @property
+    def modules(self) -> tuple[ModulePlan, ...]:
+        """What each part of the loaded model really holds, and where: as `plan.modules`, but measured."""
+        from lmkit.skeleton import held
+
+        return tuple(
+            ModulePlan(part.name, device, ", ".join(part.dtypes), part.bytes) for part, device in held(self.model)
+        )
+
+    @property
     def memory_bytes(self) -> int:
-        """How many bytes the weights and buffers hold."""
-        model: Any = self.model  # this method is untyped
-        return int(model.get_memory_footprint())
+        """How many bytes the weights and buffers hold, scales of quantized ones included."""
+        return sum(module.bytes for module in self.modules)
 
     @property
     def _opened(self) -> Loaded:

@@ -23,7 +23,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         UnknownTaskError: transformers does not know the architecture.
     """
     from lmkit._quiet import quiet
-    from lmkit.planning import context_length, read_config
+    from lmkit.configs import context_length, read_config
     from lmkit.sources import HubOptions, Wanted, find
     from lmkit.tasks import fitting_tasks
 

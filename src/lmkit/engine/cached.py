@@ -72,7 +72,7 @@ class CachedDecoder(Decoder):
 
     def step(self) -> torch.Tensor:
         """Read the newest tokens."""
-        if self._compiled is not None:
+        if self._compiled is not None and len(self.rows) <= self._compiled.most_rows:
             return self._compiled_step(self._compiled)
         token_ids = torch.tensor([row.token_ids[-1:] for row in self.rows], device=self._device)
         return self._forward(token_ids, 1)[:, -1]

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import os
+import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from lmkit.engine.cache import KeyValues
 from lmkit.engine.decoders import drives, input_device
 from lmkit.errors import EngineError, OptionError
+from lmkit.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["CompiledStep"]
 
 ROWS, WIDTH = 64, 256
-"""The rows and the width of the cache that are traced; the compiled step takes any."""
+"""The rows and the width of the cache that are traced; the compiled step takes any width, and up to `most_rows`."""
 
 VERIFIED = 32
 """How many rows are compared with the model's own after compilation."""
@@ -82,6 +84,9 @@ class _Slot(CacheLayerMixin):
 class CompiledStep:
     """The compiled step of a model; only the thread that leads its engine calls it.
 
+    Attributes:
+        most_rows: How many rows it takes: quantized layers go another way with more, which is not compiled.
+
     Raises:
         OptionError: The model's family has no step that can be compiled.
         EngineError: Compilation failed, or gave other scores than the model.
@@ -96,6 +101,8 @@ class CompiledStep:
             msg = f"compile=True is not to be had for {type(model).__name__}, which {what}: leave it out."
             raise OptionError(msg)
         self._model = model
+        few = [module.FEW for module in model.modules() if isinstance(module, QuantizedLinear)]
+        self.most_rows = min(few, default=sys.maxsize)
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         places: dict[int, int] = {}
         self._weights: list[torch.Tensor] = []
@@ -146,9 +153,9 @@ class CompiledStep:
         return cache
 
     def _some_tokens(self, seed: int) -> torch.Tensor:
-        """Draw tokens to try the step with. *Shape:* `(VERIFIED, 1)`."""
+        """Draw tokens to try the step with, for `VERIFIED` rows at the most. *Shape:* `(rows, 1)`."""
         size = self._model.config.get_text_config(decoder=True).vocab_size
-        drawn = torch.randint(size, (VERIFIED, 1), generator=torch.Generator().manual_seed(seed), device="cpu")
+        drawn = torch.randint(size, (min(VERIFIED, self.most_rows), 1), generator=torch.Generator().manual_seed(seed), device="cpu")
         return drawn.to(input_device(self._model))
 
     def _key(self) -> str:
@@ -166,7 +173,7 @@ class CompiledStep:
                 str(input_device(self._model)),
             ],
             [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), SETTINGS],
-            [self._model.config.to_dict(), described, shapes],
+            [self._model.config.to_dict(), described, shapes, self.most_rows],
         ]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -205,7 +212,7 @@ class CompiledStep:
         device = input_device(self._model)
         dims = [DimDynamic.DYNAMIC, DimDynamic.STATIC, DimDynamic.STATIC, DimDynamic.DYNAMIC]
         mask = mode.from_tensor(
-            torch.zeros(ROWS, 1, 1, WIDTH, dtype=torch.bool, device=device),
+            torch.zeros(min(ROWS, self.most_rows), 1, 1, WIDTH, dtype=torch.bool, device=device),
             symbolic_context=StatelessSymbolicContext(dims),
         )
         rows, _, _, width = mask.shape
@@ -250,14 +257,15 @@ class CompiledStep:
     def _verify(self) -> None:
         """Compare one step with the model's own."""
         device = input_device(self._model)
-        token_ids, positions = self._some_tokens(2), torch.ones(VERIFIED, 1, dtype=torch.long, device=device)
+        token_ids = self._some_tokens(2)
+        positions = torch.ones_like(token_ids)
         seen = torch.arange(WIDTH, device=device) < 2  # noqa: PLR2004 - a token before, and its own
         buffers = []
         for layer in self._sample.layers:
             pair = [torch.nn.functional.pad(part, (0, 0, 0, WIDTH - 1)) for part in (layer.keys, layer.values)]
             buffers.append((pair[0], pair[1]))
         slot = torch.ones(1, dtype=torch.long, device=device)
-        found = self(token_ids, positions, seen.expand(VERIFIED, 1, 1, -1).contiguous(), slot, buffers)
+        found = self(token_ids, positions, seen.expand(len(token_ids), 1, 1, -1).contiguous(), slot, buffers)
         expected = self._model(
             input_ids=token_ids, position_ids=positions, past_key_values=self._sample.cache, use_cache=True
         ).logits[:, -1]

@@ -1,0 +1,106 @@
+"""PEFT adapters: what their files hold, whether they were made for this model, and how they are put on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from lmkit.errors import OptionError, WeightsError, listed
+from lmkit.headers import read_safetensors
+from lmkit.sources import ADAPTER_WEIGHTS, find_adapter
+from lmkit.weights import reading
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lmkit.headers import TensorInfo
+    from lmkit.skeleton import Skeleton
+    from lmkit.sources import HubOptions
+
+__all__ = ["Adapter", "AdapterArgument"]
+
+AdapterArgument: TypeAlias = "str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None"
+"""What `adapter=` accepts: a folder or Hub id, or several by name."""
+
+DEFAULT = "default"
+"""What a single adapter is called, as in peft."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter's files.
+
+    Attributes:
+        name: What it is called on the model.
+        origin: The folder or Hub id as the caller wrote it.
+        folder: Where its files are.
+        tensors: Its weights, by their names in the file.
+    """
+
+    name: str
+    origin: str
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+
+
+def find_adapters(given: AdapterArgument, hub: HubOptions) -> list[Adapter]:
+    """Find what `adapter=` names.
+
+    Raises:
+        OptionError: It is neither a name nor a dict of names.
+        ModelNotFoundError: One is neither here nor reachable.
+        WeightsError: The weights of one are absent, truncated or corrupt.
+    """
+    if given is None:
+        return []
+    named = given if isinstance(given, Mapping) else {DEFAULT: given}
+    if not named or not all(isinstance(path, (str, os.PathLike)) for path in named.values()):
+        msg = f"adapter={given!r} is not accepted: pass a folder or a Hub id, or a dict of several by name."
+        raise OptionError(msg)
+    found = []
+    for name, path in named.items():
+        folder = find_adapter(os.fspath(path), hub)
+        found.append(Adapter(name, os.fspath(path), folder, read_safetensors(folder / ADAPTER_WEIGHTS)))
+    return found
+
+
+def check_base(adapter: Adapter, skeleton: Skeleton) -> None:
+    """Check that a LoRA adapter's modules are the model's, and of the same sizes.
+
+    Raises:
+        WeightsError: It was made for another model.
+    """
+    modules = dict(skeleton.model.named_modules())
+    for name, tensor in adapter.tensors.items():
+        module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+        if part not in ("A.weight", "B.weight"):
+            continue  # what peft knows besides is peft's to check
+        base: Any = modules.get(module)
+        sizes = {"A.weight": ("in_features", 1), "B.weight": ("out_features", 0)}[part]
+        wanted = None if base is None else getattr(base, sizes[0], None)
+        if base is None or (wanted is not None and wanted != tensor.shape[sizes[1]]):
+            what = "which this model does not have" if base is None else f"of another size ({tensor.shape})"
+            msg = (
+                f"the adapter {adapter.origin!r} was made for another base model: it changes {listed([module])}, {what}. "
+                "Load the model that its adapter_config.json names."
+            )
+            raise WeightsError(msg)
+
+
+def put_on(model: Any, adapters: list[Adapter]) -> None:
+    """Put adapters on a model, all of them active: what they change adds up."""
+    for adapter in adapters:
+        with reading(f"the adapter {adapter.origin!r}"):
+            report = model.load_adapter(
+                str(adapter.folder), adapter_name=adapter.name, adapter_kwargs={"local_files_only": True}
+            )
+        if strange := sorted(map(str, report.unexpected_keys)):
+            msg = (
+                f"the adapter {adapter.origin!r} has weights for modules this model does not have: "
+                f"{listed(strange[:5])}."
+            )
+            raise WeightsError(msg)
+    if len(adapters) > 1:
+        model.set_adapter([adapter.name for adapter in adapters])

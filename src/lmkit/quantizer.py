@@ -1,0 +1,157 @@
+"""lmkit's weight-only quantizer for CPUs, registered with transformers by the name `"lmkit"`.
+
+A checkpoint is quantized tensor by tensor while it is read, so that no more of it is wide at a time than one module.
+One that was saved quantized is read as it is. Importing this module is what registers it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lmkit.quantized import GROUP, Int4Linear, Int8Embedding, Int8Linear, QuantizedLinear, TiedHead
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+__all__ = ["METHOD", "WeightOnlyConfig"]
+
+METHOD = "lmkit"
+
+
+class WeightOnlyConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call]
+    """What is quantized, as `config.json` has it.
+
+    Attributes:
+        bits: 8 or 4. Embeddings that are the output layer's weight, and output layers, always have 8.
+        group_size: How many weights share a scale in 4 bits.
+        skip: Modules that keep the dtype that is computed in.
+    """
+
+    def __init__(self, bits: int = 8, group_size: int = GROUP, skip: Collection[str] = (), **_kwargs: Any) -> None:
+        """Take the settings; what else a `config.json` has is not read."""
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers' enum is for its own methods
+        self.bits, self.group_size, self.skip = bits, group_size, list(skip)
+        if bits not in (4, 8) or group_size != GROUP:
+            msg = f"bits={bits!r}, group_size={group_size!r} is not to be had: 4 or 8 bits, in groups of {GROUP}."
+            raise ValueError(msg)
+
+
+class WeightOnlyQuantizer(HfQuantizer):
+    """Puts `lmkit.quantized` modules into a model before its weights are read."""
+
+    quantization_config: WeightOnlyConfig
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_kwargs: Any) -> bool:
+        """Say whether a tensor of the checkpoint is a weight to quantize."""
+        module, _, name = param_name.rpartition(".")
+        quantized = isinstance(model.get_submodule(module), (QuantizedLinear, Int8Embedding))
+        return quantized and name == "weight" and not self.pre_quantized
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return what quantizes a tensor."""
+        return _Quantize()
+
+    def _process_model_before_weight_loading(self, model: Any, **_kwargs: Any) -> None:
+        config = self.quantization_config
+        # transformers leaves a family's delicate modules wide, such as T5's `wo` in float16, by name.
+        replace(model, config.bits, [*config.skip, *model._get_dtype_plan(model.dtype)])  # noqa: SLF001
+
+    def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.pack()
+        return model
+
+    def is_serializable(self) -> bool:
+        """Say that such a model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Say that adapters can be trained on it, though not the model."""
+        return False
+
+
+class _Quantize(ConversionOps):
+    """Turns one tensor into a weight and its scales."""
+
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **_kwargs: Any) -> dict[str, torch.Tensor]:
+        ((name, given),) = input_dict.items()
+        tensor = given[0] if isinstance(given, list) else given
+        path = name.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if getattr(module, "transposed", False):
+            tensor = tensor.T.contiguous()
+        kind = module if isinstance(module, QuantizedLinear) else Int8Linear
+        weight, scales = kind.quantize(tensor, module.scales.dtype)
+        return {name: weight, f"{path}.scales": scales}
+
+
+def replace(model: Any, bits: int, skip: Collection[str] = ()) -> None:
+    """Replace the linear layers of a model on the meta device, and the embedding that its output layer shares."""
+    kept = {name for name in skip if name}
+    head = model.get_output_embeddings()
+    tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, (torch.nn.Linear, Conv1D)) or kept & set(name.split(".")) or name in kept:
+            continue
+        if name not in tied and type(module) in (torch.nn.Linear, Conv1D):
+            _put(model, name, _layer(module, 8 if module is head else bits))
+    _replace_tied(model, head, kept)
+
+
+def _replace_tied(model: Any, head: Any, kept: Collection[str]) -> None:
+    """Quantize an embedding that is the output layer's weight, if it is a plain one; both stay one."""
+    ties: dict[str, str] = model.all_tied_weights_keys
+    names = {id(module): name for name, module in model.named_modules()}
+    name = names.get(id(head), "")
+    source = ties.get(f"{name}.weight")
+    sharers = [target for target, origin in ties.items() if origin == source]
+    if type(head) is not torch.nn.Linear or source is None or len(sharers) != 1 or name in kept:
+        return
+    embedding = model.get_submodule(source.removesuffix(".weight"))
+    dtype, scale = embedding.weight.dtype, _scale(embedding)
+    if scale is None:
+        return
+    with torch.device("meta"):
+        shared = Int8Embedding(embedding.num_embeddings, embedding.embedding_dim, dtype, scale)
+        _put(model, source.removesuffix(".weight"), shared)
+        _put(model, name, TiedHead(shared, dtype, bias=head.bias is not None))
+    del ties[f"{name}.weight"]
+
+
+def _scale(embedding: Any) -> float | None:
+    """Return what an embedding multiplies with what it looks up; None if it does something else."""
+    if type(embedding).forward is torch.nn.Embedding.forward:
+        return 1.0
+    if (rounded := getattr(embedding, "scalar_embed_scale", None)) is not None:  # Gemma rounds it to the model's dtype
+        return float(torch.tensor(rounded, dtype=embedding.weight.dtype, device="cpu"))
+    scale = getattr(embedding, "embed_scale", None)
+    return float(scale) if isinstance(scale, (int, float)) else None
+
+
+def _layer(module: Any, bits: int) -> QuantizedLinear:
+    transposed = isinstance(module, Conv1D)
+    outputs, inputs = module.weight.shape[::-1] if transposed else module.weight.shape
+    kind = Int4Linear if bits == 4 and Int4Linear.fits(inputs) else Int8Linear  # noqa: PLR2004
+    with torch.device("meta"):
+        layer = kind(inputs, outputs, module.weight.dtype, bias=module.bias is not None)
+    layer.transposed = transposed
+    return layer
+
+
+def _put(model: Any, name: str, module: torch.nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = module.eval()  # noqa: SLF001 - setattr would do the same
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(METHOD)(WeightOnlyConfig)
+    register_quantizer(METHOD)(WeightOnlyQuantizer)

@@ -1,0 +1,388 @@
+"""A model without memory, on torch's meta device: what its parts take, where they can go, and its keys and values."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lmkit.quantized import Int8Embedding, QuantizedLinear
+from lmkit.tasks import auto_class
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedConfig
+
+    from lmkit.precision import Precision
+    from lmkit.tasks import Task
+
+__all__ = ["KeyValueBytes", "Part", "Skeleton"]
+
+SEEN, ANSWERED = 3, 2
+"""How many tokens the model without memory reads, and as an encoder-decoder writes, to see its keys and values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a model that stays whole.
+
+    Attributes:
+        name: The module's name; `""` for weights of the model itself.
+        dtypes: What its weights are held in, that of most bytes first.
+        bytes: What they take.
+    """
+
+    name: str
+    dtypes: tuple[str, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValueBytes:
+    """What keys and values of one row take.
+
+    Attributes:
+        per_token: For each token, in layers that keep all of them.
+        windows: For each token in layers that only keep the newest ones: how many those are at most, and bytes.
+        fixed: However many tokens there are: the state of recurrent layers.
+        per_source_token: For each token of an encoder-decoder's source.
+    """
+
+    per_token: int = 0
+    windows: tuple[tuple[int, int], ...] = ()
+    fixed: int = 0
+    per_source_token: int = 0
+
+    def of(self, tokens: int, source_tokens: int = 0) -> int:
+        """Return the bytes of a row with so many tokens."""
+        kept = sum(min(tokens, most) * size for most, size in self.windows)
+        return self.fixed + tokens * self.per_token + kept + source_tokens * self.per_source_token
+
+
+class Skeleton:
+    """A checkpoint's model as it will be loaded, without its weights.
+
+    Attributes:
+        model: The transformers model, on the meta device.
+        precision: What its weights will be held in, what cannot be quantized left out.
+        key_values: What its keys and values take; None where that only shows when it runs.
+        parameters: How many numbers it has before it is quantized, tied weights counted once.
+        twice_bytes: What linear layers take whose weight is another module's too.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: PreTrainedConfig,
+        precision: Precision,
+        *,
+        trusted: bool = False,
+        untied: Collection[str] = (),
+        traps: bool = False,
+    ) -> None:
+        """Build the model of a config, quantized as `precision` says.
+
+        Args:
+            task: What it will be loaded for.
+            config: Its config.
+            precision: What its weights will be held in.
+            trusted: Whether its own code may run.
+            untied: Weights that transformers ties in a new model of this family, and that the file has of their own.
+            traps: Whether it will compute on a CPU with bfloat16 units, where bitsandbytes cannot multiply all layers.
+        """
+        config = copy.deepcopy(config)
+        quantization = getattr(config, "quantization_config", None)
+        if quantization is not None:
+            del config.quantization_config  # measured wide first
+        with torch.device("meta"):
+            # Other attention asks masks for their values, and there are none.
+            self.model: Any = auto_class(task).from_config(
+                config, dtype=precision.dtype, attn_implementation="eager", trust_remote_code=trusted
+            )
+        self.model.eval()
+        for name in untied:
+            self.model.all_tied_weights_keys.pop(name, None)
+        ties: Mapping[str, str] = self.model.all_tied_weights_keys
+        names = dict(self.model.named_parameters(remove_duplicate=False))
+        self.parameters = sum(tensor.numel() for name, tensor in names.items() if name not in ties)
+        self.twice_bytes = sum(
+            tensor.nbytes
+            for name, tensor in names.items()
+            if name in ties and type(self.model.get_submodule(name.rpartition(".")[0])) is torch.nn.Linear
+        )
+        self.key_values = None if task == "masked" else key_values(self.model)
+        self._wide = self._kept_wide(precision.dtype)
+        if traps and getattr(precision.quantization, "load_in_4bit", False):
+            precision = dataclasses.replace(precision, quantization=self._without_traps(precision.quantization))
+        self.precision = precision
+        self.quantizer = self._quantize(quantization, precision)
+
+    def _without_traps(self, quantization: Any) -> Any:
+        """Leave out what bitsandbytes' 4-bit kernel for bfloat16 processors cannot multiply.
+
+        It takes outputs in multiples of 32 and inputs in multiples of 64, and finds out at the first forward pass.
+        """
+        from transformers.quantizers.base import get_keys_to_not_convert
+
+        linear = [(name, part) for name, part in self.model.named_modules() if isinstance(part, torch.nn.Linear)]
+        if awkward := [name for name, part in linear if part.out_features % 32 or part.in_features % 64]:
+            quantization = copy.deepcopy(quantization)
+            # A list of one's own replaces the one that transformers would make.
+            own = quantization.llm_int8_skip_modules or get_keys_to_not_convert(self.model)
+            quantization.llm_int8_skip_modules = [*own, *awkward]
+        return quantization
+
+    def _quantize(self, saved: Any, precision: Precision) -> Any:
+        """Put quantized modules in, as the checkpoint or the precision has them; return transformers' quantizer."""
+        wanted = precision.quantization or saved
+        if wanted is None or _method(wanted) == "gguf":
+            return None
+        from transformers.quantizers import AutoHfQuantizer
+
+        pre_quantized = saved is not None
+        quantizer: Any = AutoHfQuantizer.from_config(copy.deepcopy(wanted), pre_quantized=pre_quantized)
+        quantizer.preprocess_model(
+            model=self.model, dtype=precision.dtype, device_map=None, checkpoint_files=None, use_kernels=False
+        )
+        return quantizer
+
+    def _kept_wide(self, dtype: torch.dtype) -> list[tuple[re.Pattern[str], torch.dtype]]:
+        """Return which weights transformers keeps in another dtype, by the name's pattern."""
+        plan: Mapping[str, torch.dtype] = self.model._get_dtype_plan(dtype)  # noqa: SLF001 - as from_pretrained does
+        return [(re.compile(rf"(^|\.){re.escape(name).replace('[*]', '.*')}(\.|$)"), kept) for name, kept in plan.items()]
+
+    def tensors(self) -> Iterator[tuple[str, str, int]]:
+        """Yield the name, the dtype and the bytes of each weight, tied ones once."""
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if name in self.model.all_tied_weights_keys:
+                continue
+            module, _, leaf = name.rpartition(".")
+            dtype, size = self._held(self.model.get_submodule(module), leaf, name, tensor)
+            yield name, dtype, size
+
+    def _held(self, module: Any, leaf: str, name: str, tensor: torch.Tensor) -> tuple[str, int]:
+        if isinstance(module, (QuantizedLinear, Int8Embedding)) and leaf in ("weight", "scales"):
+            return getattr(module, "NAME", "int8"), tensor.nbytes
+        if self.quantizer is not None and self.quantizer.param_needs_quantization(self.model, name):
+            return _bitsandbytes(module, tensor, self.quantizer, name, self.model)
+        dtype = tensor.dtype
+        if dtype.is_floating_point:
+            dtype = next((kept for pattern, kept in self._wide if pattern.search(name)), dtype)
+        return str(dtype).removeprefix("torch."), tensor.numel() * dtype.itemsize
+
+    def parts(self) -> list[Part]:
+        """Return the parts that stay whole, in order: blocks, and what is not in one."""
+        homes = self.homes()
+        return _summed(self.tensors(), homes)
+
+    def homes(self) -> list[str]:
+        """Name the modules that stay whole: each block, and each module that has no block below it."""
+        return whole_modules(self.model)[0]
+
+    def blocks(self) -> list[str]:
+        """Name the blocks, between which a model may be divided."""
+        return whole_modules(self.model)[1]
+
+    def reads_only(self, block: str) -> bool:
+        """Say whether a block is the encoder's, which keeps no keys and values."""
+        return bool(self.model.config.is_encoder_decoder) and "encoder" in block.split(".")
+
+    def groups(self) -> list[list[str]]:
+        """Return the names of parts that have to be together, since they share a weight."""
+        homes = self.homes()
+        ties: Mapping[str, str] = self.model.all_tied_weights_keys
+        pairs = {frozenset((home(one, homes), home(other, homes))) for one, other in ties.items()}
+        pairs |= {
+            frozenset((home(name, homes), home(names[id(part)], homes)))
+            for names in [{id(module): name for name, module in self.model.named_modules()}]
+            for name, module in self.model.named_modules()
+            for part in getattr(module, "_embedding", ())
+        }
+        return [sorted(pair) for pair in pairs if len(pair) > 1]
+
+    def divided(self, limits: Mapping[str, int]) -> dict[str, str]:
+        """Divide the model among devices with these budgets, as transformers and accelerate do.
+
+        Returns:
+            A device per module name; `"disk"` where no budget is left.
+        """
+        from transformers.integrations import accelerate
+
+        kinds = {name.partition(":")[0] for name in limits} - {"cpu"}
+        numbered: dict[str | int, int] = {
+            "cpu" if name == "cpu" else int(name.partition(":")[2]): size for name, size in limits.items()
+        }
+        library: Any = accelerate
+        found: Mapping[str, str | int] = library._get_device_map(  # noqa: SLF001 - what from_pretrained calls
+            self.model, "auto", numbered, _unchecked(self.quantizer)
+        )
+        kind = next(iter(kinds), "cuda")
+        return {name: f"{kind}:{where}" if isinstance(where, int) else where for name, where in found.items()}
+
+
+def whole_modules(model: Any) -> tuple[list[str], list[str]]:
+    """Name the modules of a model that stay whole, and those of them that are blocks."""
+    classes = set(model._no_split_modules or ())  # noqa: SLF001 - what accelerate goes by
+    found: list[str] = []
+    blocks: list[str] = []
+
+    def descend(name: str, module: torch.nn.Module) -> bool:
+        """Add what is whole at or below a module; say whether a block is among it."""
+        if type(module).__name__ in classes:
+            found.append(name)
+            blocks.append(name)
+            return True
+        before = len(found)
+        inside = [descend(f"{name}.{child}".lstrip("."), part) for child, part in module.named_children()]
+        if name and not any(inside):
+            del found[before:]
+            found.append(name)
+        elif any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            found.insert(before, name)
+        return any(inside)
+
+    descend("", model)
+    return found or [""], blocks
+
+
+def held(model: Any) -> list[tuple[Part, str]]:
+    """Measure the parts of a loaded model: what each really holds, and the device that most of it is on."""
+    homes = whole_modules(model)[0]
+    devices: dict[str, Counter[str]] = {name: Counter() for name in ["", *homes]}
+    tensors: list[tuple[str, str, int]] = []
+    seen: set[int] = set()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        module: Any = model.get_submodule(name.rpartition(".")[0])
+        size, dtype = _real(tensor), getattr(module, "NAME", None) or str(tensor.dtype).removeprefix("torch.")
+        state: Any = getattr(tensor, "quant_state", None)
+        tensors.append((name, getattr(state, "quant_type", dtype), size))
+        devices[home(name, homes)][str(tensor.device)] += max(size, 1)
+    return [(part, devices[part.name].most_common(1)[0][0]) for part in _summed(tensors, homes)]
+
+
+def _real(tensor: Any) -> int:
+    """Count the bytes of a weight, bitsandbytes' scales included."""
+    state, scale = getattr(tensor, "quant_state", None), getattr(tensor, "SCB", None)
+    size = tensor.nbytes if not tensor.is_mkldnn else tensor.numel() * tensor.element_size()
+    if scale is not None:
+        size += scale.nbytes
+    while state is not None:
+        size += sum(part.nbytes for part in (state.absmax, state.code, state.offset) if part is not None)
+        state = state.state2 if state.nested else None
+    return int(size)
+
+
+def _summed(tensors: Iterable[tuple[str, str, int]], homes: list[str]) -> list[Part]:
+    """Sum the bytes of weights by the modules they are in."""
+    sizes: dict[str, Counter[str]] = {name: Counter() for name in ["", *homes]}
+    for name, dtype, size in tensors:
+        sizes[home(name, homes)][dtype] += size
+    return [
+        Part(name, tuple(dtype for dtype, _ in counted.most_common()), counted.total())
+        for name, counted in sizes.items()
+        if counted
+    ]
+
+
+def home(name: str, homes: Sequence[str]) -> str:
+    """Return which of some modules a weight or module is in, the innermost of them; `""` if it is in none."""
+    return max((one for one in homes if not one or f"{name}.".startswith(f"{one}.")), key=len, default="")
+
+
+def _unchecked(quantizer: Any) -> Any:
+    """Return a quantizer that does not refuse a map with parts on the CPU: `load` says what is refused."""
+    if quantizer is None:
+        return None
+    quantizer = copy.copy(quantizer)
+    quantizer.validate_environment = lambda **_: None
+    return quantizer
+
+
+def _method(config: Any) -> str:
+    method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+    return str(getattr(method, "value", method))
+
+
+BLOCK, NESTED = 64, 256
+"""How many weights share a scale in bitsandbytes' 4-bit types, and how many of those scales share one in turn."""
+
+
+def _bitsandbytes(module: Any, tensor: torch.Tensor, quantizer: Any, name: str, model: Any) -> tuple[str, int]:
+    """Return what one quantized weight is held in, scales and tables included."""
+    size = int(tensor.numel() * quantizer.param_element_size(model, name, tensor))
+    settings = quantizer.quantization_config
+    if getattr(settings, "load_in_8bit", False):
+        return "int8", size + 4 * module.out_features
+    if getattr(settings, "load_in_4bit", False):
+        blocks = -(-tensor.numel() // BLOCK)
+        nested = blocks + 4 * (-(-blocks // NESTED) + NESTED + 1)
+        scales = nested if settings.bnb_4bit_use_double_quant else 4 * blocks
+        return str(settings.bnb_4bit_quant_type), size + scales + 4 * 16
+    return str(_method(settings)), size
+
+
+def key_values(model: Any) -> KeyValueBytes | None:
+    """Have a model on the meta device read a few tokens, and measure the shapes of what it keeps of them.
+
+    Returns:
+        None where the model keeps nothing that can be measured, or does not run without values.
+    """
+    token_ids = torch.ones(1, SEEN, dtype=torch.long, device="meta")
+    both = model.config.is_encoder_decoder
+    more = {"decoder_input_ids": token_ids[:, :ANSWERED]} if both else {}
+    with torch.no_grad(), _experts_in_order(model), contextlib.suppress(Exception):
+        outputs = model(input_ids=token_ids, use_cache=True, **more)
+        named = ("past_key_values", "cache_params")
+        cache = next((found for name in named if (found := getattr(outputs, name, None)) is not None), None)
+        if cache is not None:
+            own = getattr(cache, "self_attention_cache", cache)
+            across = getattr(cache, "cross_attention_cache", None)
+            sources = 0 if across is None else sum(_states(layer) for layer in across.layers) // SEEN
+            return _measured(own.layers, ANSWERED if both else SEEN, sources)
+    return None
+
+
+@contextlib.contextmanager
+def _experts_in_order(model: Any) -> Iterator[None]:
+    """Let mixtures of experts compute without asking which experts were chosen: that has no value here."""
+    configs = {id(config): config for config in (model.config, model.config.get_text_config(decoder=True))}.values()
+    before = [(config, getattr(config, "_experts_implementation", None)) for config in configs]
+    for config, _ in before:
+        config._experts_implementation = "batched_mm"  # noqa: SLF001 - the one that computes all
+    try:
+        yield
+    finally:
+        for config, implementation in before:
+            config._experts_implementation = implementation  # noqa: SLF001
+
+
+def _measured(layers: Any, tokens: int, sources: int) -> KeyValueBytes:
+    per_token, fixed = 0, 0
+    windows: Counter[int] = Counter()
+    for layer in layers:
+        size = _states(layer) // tokens
+        window = getattr(layer, "sliding_window", None)
+        if isinstance(window, int):
+            windows[window - 1] += size  # the newest token's own are computed with, then the oldest let go
+        else:
+            per_token += size
+        for states in ("conv_states", "recurrent_states"):
+            held = getattr(layer, states, None) or ()
+            fixed += sum(part.nbytes for part in (held.values() if isinstance(held, dict) else held) if part is not None)
+    return KeyValueBytes(per_token, tuple(sorted(windows.items())), fixed, sources)
+
+
+def _states(layer: Any) -> int:
+    """Count the bytes of a layer's keys and values."""
+    parts = [getattr(layer, name, None) for name in ("keys", "values")]
+    return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
