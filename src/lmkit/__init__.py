@@ -30,10 +30,10 @@ if TYPE_CHECKING:
         UnknownTaskError,
         WeightsError,
     )
+    from lmkit.fitting import ModulePlan
     from lmkit.generation import Beam, GenerationOptions, Greedy, Mode, Sample
     from lmkit.generator import Chat, Generator, GeneratorOptions, Message
     from lmkit.loading import LoadOptions, load, plan
-    from lmkit.fitting import ModulePlan
     from lmkit.placement import Placement
     from lmkit.planning import LoadPlan
     from lmkit.precision import Precision
@@ -100,8 +100,8 @@ __all__ = [
     "Message",
     "MissingExtraError",
     "Mode",
-    "ModulePlan",
     "ModelNotFoundError",
+    "ModulePlan",
     "OptionError",
     "Placement",
     "PlacementError",

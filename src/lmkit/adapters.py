@@ -83,7 +83,7 @@ def check_base(adapter: Adapter, skeleton: Skeleton) -> None:
         if base is None or (wanted is not None and wanted != tensor.shape[sizes[1]]):
             what = "which this model does not have" if base is None else f"of another size ({tensor.shape})"
             msg = (
-                f"the adapter {adapter.origin!r} was made for another base model: it changes {listed([module])}, {what}. "
+                f"the adapter {adapter.origin!r} was made for another base model: it changes {module!r}, {what}. "
                 "Load the model that its adapter_config.json names."
             )
             raise WeightsError(msg)

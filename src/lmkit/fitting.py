@@ -120,9 +120,12 @@ def lay_out(skeleton: Skeleton, placed: Placement, *, beside: int = 0) -> Layout
 
 
 def placed_at(name: str, device_map: Mapping[str, str]) -> str:
-    """Return the device that a map sends a module to: by its own name, or the longest one above it."""
+    """Return the device that a map sends a module to: by its own name, or the longest one above it.
+
+    accelerate gives weights of the model itself devices by their own names; these count as the first device's.
+    """
     names = [one for one in device_map if not one or name == one or name.startswith(f"{one}.")]
-    return device_map[max(names, key=len)]
+    return device_map[max(names, key=len)] if names else next(iter(device_map.values()))
 
 
 def _computes(device: str, main: str) -> str:
@@ -164,6 +167,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def on_devices(layout: Layout) -> bool:
+    """Say whether the weights fit, and none of them is on a disk."""
+    return layout.fits() and "disk" not in layout.bytes_per_device
 
 
 def shortage(layout: Layout, placed: Placement, precision: str, key_values: int) -> str | None:

@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from transformers.utils.quantization_config import QuantizationConfigMixin
     from typing_extensions import Unpack
 
-    from lmkit.adapters import Adapter, AdapterArgument
-    from lmkit.headers import TensorInfo
+    from lmkit.adapters import AdapterArgument
     from lmkit.placement import Devices
     from lmkit.planning import LoadPlan
     from lmkit.precision import PrecisionWord
@@ -157,7 +156,8 @@ def load(
         tensors = tensors_of(source, allow_pickle=wanted.pickle)
         with _reading_gguf(source):
             adapters = find_adapters(options.get("adapter"), hub)
-            decided, config = _decide(kind, source, tensors, precision, devices, options, adapters)
+            wish = Wish(kind, precision, devices, options.get("reserve_tokens", 0), wanted.code, adapters)
+            decided, config = make_plan(wish, source, tensors, this_machine())
             check_fits(decided)
             tokenizer = _read_tokenizer(source, trusted=wanted.code)
             model = _read_model(decided, config, source, trusted=wanted.code)
@@ -190,8 +190,8 @@ def plan(
     print(lmkit.plan("causal", "meta-llama/Meta-Llama-3-8B", "int4", {"cuda:0": "24GiB", "cpu": "64GiB"}))
     ```
 
-    Of a checkpoint on the Hub the config, the tokenizer's files and the headers of the weights are fetched. Devices need
-    not be on this machine, if they have a budget in bytes.
+    Of a checkpoint on the Hub the config, the tokenizer's files and the headers of the weights are fetched. Devices
+    need not be on this machine, if they have a budget in bytes.
 
     Returns:
         The plan, which says whether it fits; nothing is loaded.
@@ -208,17 +208,16 @@ def plan(
     with quiet(), without_warnings():
         source, tensors = find_headers(os.fspath(name), hub, wanted)
         adapters = find_adapters(options.get("adapter"), hub)
+        wish = Wish(kind, precision, devices, options.get("reserve_tokens", 0), wanted.code, adapters)
         with _reading_gguf(source):
-            return _decide(kind, source, tensors, precision, devices, options, adapters, absent=True)[0]
+            return make_plan(wish, source, tensors, this_machine(), absent=True)[0]
 
 
-def _asked(
-    task: TaskWord, name: str | os.PathLike[str], options: LoadOptions
-) -> tuple[Task, HubOptions, Wanted]:
+def _asked(task: TaskWord, name: str | os.PathLike[str], options: LoadOptions) -> tuple[Task, HubOptions, Wanted]:
     """Check the words and options of a call."""
     _check_options(options)
     kind = resolve_task(task, os.fspath(name))
-    reserved = options.get("reserve_tokens", 0)
+    reserved: Any = options.get("reserve_tokens", 0)
     if not isinstance(reserved, int) or reserved < 0:
         msg = f"reserve_tokens={reserved!r} is not accepted: pass a whole number of tokens, 0 or more."
         raise OptionError(msg)
@@ -230,28 +229,6 @@ def _asked(
         options.get("local_files_only", False),
     )
     return kind, hub, Wanted(pickle=options.get("allow_pickle", False), code=options.get("trust_remote_code", False))
-
-
-def _decide(
-    kind: Task,
-    source: Source,
-    tensors: Mapping[str, TensorInfo] | None,
-    precision: PrecisionArgument,
-    devices: Devices,
-    options: LoadOptions,
-    adapters: list[Adapter],
-    *,
-    absent: bool = False,
-) -> tuple[LoadPlan, PreTrainedConfig]:
-    wish = Wish(
-        kind,
-        precision,
-        devices,
-        reserve_tokens=options.get("reserve_tokens", 0),
-        trust_remote_code=options.get("trust_remote_code", False),
-        adapters=adapters,
-    )
-    return make_plan(wish, source, tensors, this_machine(), absent=absent)
 
 
 def compile_folder() -> Path:

@@ -141,7 +141,7 @@ def _explicit(given: Placement, machine: Machine, *, absent: bool) -> Placement:
         if given.device_map != "auto":
             msg = f"device_map={given.device_map!r} is not accepted: pass 'auto', or a device per module name."
             raise PlacementError(msg)
-        shares: Mapping[str, Budget] = given.max_memory or {name: SHARE for name in machine.devices}
+        shares: Mapping[str, Budget] = given.max_memory or dict.fromkeys(machine.devices, SHARE)
         budgets: dict[str, Budget] = dict(shares)
         if given.offload_folder is not None:
             budgets["disk"] = given.offload_folder
@@ -165,7 +165,7 @@ def _explicit(given: Placement, machine: Machine, *, absent: bool) -> Placement:
 
 def _budgets(budgets: Mapping[str, Budget] | Mapping[int, Budget], machine: Machine, *, absent: bool) -> Placement:
     """Turn budgets into a placement; only a folder under `"disk"` allows offloading to disk."""
-    named: dict[str | int, Budget] = {**budgets}
+    named: dict[str | int, Budget] = dict(budgets.items())
     folder = named.pop("disk", None)
     if folder is not None and not isinstance(folder, str):
         msg = f"the budget {{'disk': {folder!r}}} is not accepted: 'disk' takes a folder's path."

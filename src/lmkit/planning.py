@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lmkit.adapters import check_base
 from lmkit.configs import context_length, packing, read_config
-from lmkit.errors import PlacementError
-from lmkit.fitting import Layout, ModulePlan, lay_out, longest, offload, shortage, size
+from lmkit.errors import PlacementError, listed
+from lmkit.fitting import Layout, ModulePlan, lay_out, longest, offload, on_devices, shortage, size
 from lmkit.packing import packs
 from lmkit.picture import drawn, written
 from lmkit.placement import resolve_placement
@@ -143,6 +143,42 @@ class Wish:
     adapters: Sequence[Adapter] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What is known of a checkpoint before its weights are read.
+
+    Attributes:
+        source: Its small files.
+        tensors: What the headers of its weights say; None for pickles.
+        config: Its config.
+    """
+
+    source: Source
+    tensors: Mapping[str, TensorInfo] | None
+    config: PreTrainedConfig
+
+    @property
+    def packed(self) -> str | None:
+        """How its weights are quantized in their file already."""
+        return packing(self.source, self.config)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype that it says it has, else that of its first weight; None for a GGUF file."""
+        if self.source.gguf_file:
+            return None
+        names = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        first = (names[tensor.dtype] for tensor in (self.tensors or {}).values() if tensor.dtype in names)
+        # PreTrainedConfig.dtype is None where config.json has none.
+        return self.config.dtype or next(first, None)
+
+    @property
+    def untied(self) -> Collection[str]:
+        """Weights that it has of its own although transformers ties them in a new model, as it does a T5's head."""
+        says = None if self.source.gguf_file else self.source.read_config().get("tie_word_embeddings")
+        return tuple(self.tensors or ()) if says is False else ()
+
+
 def make_plan(
     wish: Wish,
     source: Source,
@@ -166,146 +202,47 @@ def make_plan(
         PrecisionError: `precision` is not accepted.
         PlacementError: `devices` is not accepted. What does not fit is said in the plan.
     """
-    config = read_config(source, trusted=wish.trust_remote_code)
-    model_class = check_task(wish.task, config, source.name, trusted=wish.trust_remote_code)
+    found = Found(source, tensors, read_config(source, trusted=wish.trust_remote_code))
+    model_class = check_task(wish.task, found.config, source.name, trusted=wish.trust_remote_code)
     placed = resolve_placement(wish.devices, machine, absent=absent)
-    chosen = _precision(wish.precision, source, config, placed, machine, tensors)
+    kind = placed.device_type
+    chosen = resolve_precision(wish.precision, found.dtype, kind, bfloat16=machine.bfloat16(kind), packed=found.packed)
     check_tokenizer(source)
     if (source.folder / "generation_config.json").is_file() and not source.gguf_file:
         read_json(source.folder / "generation_config.json")  # transformers goes on without a broken one
-    skeleton = _skeleton(wish, source, config, chosen, tensors, traps=placed.device_type == "cpu" and machine.bfloat16("cpu"))
-    chosen = skeleton.precision
-    packed = placed.device_type == "cpu" and str(chosen.dtype) == "torch.bfloat16" and packs()
-    packed = packed and skeleton.quantizer is None
-    for adapter in wish.adapters:
-        check_base(adapter, skeleton)
-    added = [tensor.elements for adapter in wish.adapters for tensor in adapter.tensors.values()]
-    adapters = sum(added) * chosen.dtype.itemsize
-    beside = (skeleton.twice_bytes if packed else 0) + adapters
-    layout = lay_out(skeleton, placed, beside=beside)
-    reasons = {"precision": chosen.reason, "devices": placed.reason} | _told(source, chosen, skeleton, tensors, adapters)
-    if packed:
-        twice = f"; the output layer, whose weight is the embedding's, is held twice: {size(skeleton.twice_bytes)} more"
-        reasons["kernels"] = "bfloat16 on this CPU: linear layers are reordered once for its matrix kernel"
-        reasons["kernels"] += twice if skeleton.twice_bytes else ""
-    if (slow := offload(layout, placed)) is not None:
-        reasons["offload"] = slow
-    reserved = skeleton.key_values.of(wish.reserve_tokens, wish.reserve_tokens) if skeleton.key_values else 0
-    short = shortage(layout, placed, chosen.name, reserved)
-    if short is not None:
-        reasons["fits"] = f"{short}. {_instead(wish, source, config, placed, chosen, tensors, layout, skeleton)}"
+    skeleton = _skeleton(wish, found, chosen, traps=kind == "cpu" and machine.bfloat16("cpu"))
+    packed = kind == "cpu" and str(chosen.dtype) == "torch.bfloat16" and packs() and skeleton.quantizer is None
+    added = _adapters_bytes(wish, skeleton)
+    layout = lay_out(skeleton, placed, beside=added + (skeleton.twice_bytes if packed else 0))
+    short = shortage(layout, placed, chosen.name, _reserved(wish, skeleton)) or _undividable(layout, skeleton)
+    reasons = {
+        "precision": chosen.reason,
+        "devices": placed.reason,
+        "format": _widened(found, skeleton),
+        "quantized": _quantized(skeleton),
+        "kernels": _kernels(skeleton) if packed else None,
+        "adapter": f"{size(added)} beside the model's own weights" if added else None,
+        "offload": offload(layout, placed),
+        "fits": short and f"{short}. {_instead(wish, found, placed, skeleton, layout)}",
+    }
     plan = LoadPlan(
         task=wish.task,
         name=source.name,
-        architecture=(config.architectures or [config.model_type])[0],
+        architecture=(found.config.architectures or [found.config.model_type])[0],
         model_class=model_class,
         parameters=skeleton.parameters,
-        precision=chosen,
+        precision=skeleton.precision,
         placement=placed,
         device_map=layout.device_map,
         modules=layout.modules,
         kernels="packed" if packed else "torch",
         key_values=skeleton.key_values,
-        context_length=context_length(config),
+        context_length=context_length(found.config),
         fits=short is None,
-        reasons=reasons,
+        reasons={what: reason for what, reason in reasons.items() if reason},
         _layout=layout,
     )
-    return plan, config
-
-
-def _precision(
-    word: Any,
-    source: Source,
-    config: PreTrainedConfig,
-    placed: Placement,
-    machine: Machine,
-    tensors: Mapping[str, TensorInfo] | None,
-) -> Precision:
-    # Only what the checkpoint says: PreTrainedConfig.dtype is None where config.json has none.
-    saved = None if source.gguf_file else config.dtype or _dtype_of(tensors)
-    kind = placed.device_type
-    return resolve_precision(word, saved, kind, bfloat16=machine.bfloat16(kind), packed=packing(source, config))
-
-
-def _dtype_of(tensors: Mapping[str, TensorInfo] | None) -> str | None:
-    """Return the dtype of the first weight that is a float, as transformers takes it."""
-    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float32"}
-    return next((names[tensor.dtype] for tensor in (tensors or {}).values() if tensor.dtype in names), None)
-
-
-def _skeleton(
-    wish: Wish,
-    source: Source,
-    config: PreTrainedConfig,
-    precision: Precision,
-    tensors: Mapping[str, TensorInfo] | None,
-    *,
-    traps: bool = False,
-) -> Skeleton:
-    """Build the model without memory."""
-    untied: Collection[str] = ()
-    if source.gguf_file is None and source.read_config().get("tie_word_embeddings") is False:
-        untied = tuple(tensors or ())  # transformers ties a T5's head whatever its config says, unless the file has one
-    with reading(f"the config of {source.name!r}"):
-        return Skeleton(wish.task, config, precision, trusted=wish.trust_remote_code, untied=untied, traps=traps)
-
-
-def _told(
-    source: Source,
-    precision: Precision,
-    skeleton: Skeleton,
-    tensors: Mapping[str, TensorInfo] | None,
-    adapters: int,
-) -> dict[str, str]:
-    """Say what happens to weights that are held otherwise than in their file."""
-    told: dict[str, str] = {}
-    if source.gguf_file is not None:
-        inside = size(sum(tensor.nbytes for tensor in (tensors or {}).values()))
-        told["format"] = f"GGUF: the {inside} of packed weights are widened to {precision.dtype} as they are read"
-    if skeleton.quantizer is not None:
-        held = list(skeleton.tensors())
-        wide = sum(bytes_ for _, dtype, bytes_ in held if "float" in dtype)
-        total = sum(bytes_ for _, _, bytes_ in held)
-        told["quantized"] = f"{size(total - wide)} are quantized; {size(wide)} stay in {precision.dtype}"
-    if adapters:
-        told["adapter"] = f"{size(adapters)} beside the model's own weights"
-    return told
-
-
-def _instead(
-    wish: Wish,
-    source: Source,
-    config: PreTrainedConfig,
-    placed: Placement,
-    chosen: Precision,
-    tensors: Mapping[str, TensorInfo] | None,
-    layout: Layout,
-    skeleton: Skeleton,
-) -> str:
-    """Say what would fit: fewer tokens, else the widest precision that does, with the most tokens of one row."""
-    most = context_length(config) or LONGEST
-    if layout.fits() and wish.reserve_tokens and "disk" not in layout.bytes_per_device:
-        return f"In {chosen.name}, up to {longest(skeleton.key_values, layout, most):,} tokens fit."
-    own = sum(module.bytes for module in layout.modules)
-    for word in [word for word in NARROWER if word in possible_words(placed.device_type, packing(source, config))]:
-        kind = placed.device_type
-        other = resolve_precision(word, None, kind, bfloat16=True, packed=packing(source, config))
-        smaller = _skeleton(wish, source, config, other, tensors)
-        tried = lay_out(smaller, placed)
-        if tried.fits() and "disk" not in tried.bytes_per_device and sum(m.bytes for m in tried.modules) < own:
-            tokens = longest(smaller.key_values, tried, most)
-            return f"precision={word!r} would fit ({size(sum(m.bytes for m in tried.modules))})" + (
-                f", with up to {tokens:,} tokens in one row." if smaller.key_values else "."
-            )
-    return (
-        "No precision makes it fit: name larger or more devices, or a folder for what does not fit: "
-        "devices={…, 'disk': 'offload/'}."
-    )
-
-
-NARROWER = ("bfloat16", "int8", "int4")
-"""Words to try in turn where a precision does not fit."""
+    return plan, found.config
 
 
 def check_fits(plan: LoadPlan) -> None:
@@ -317,3 +254,92 @@ def check_fits(plan: LoadPlan) -> None:
     if not plan.fits:
         msg = f"the devices cannot hold {plan.name!r}: {plan.reasons['fits']}"
         raise PlacementError(msg)
+
+
+def _skeleton(
+    wish: Wish, found: Found, precision: Precision, *, traps: bool = False, known: KeyValueBytes | None = None
+) -> Skeleton:
+    """Build the model without memory."""
+    trusted = wish.trust_remote_code
+    with reading(f"the config of {found.source.name!r}"):
+        return Skeleton(
+            wish.task, found.config, precision, trusted=trusted, untied=found.untied, traps=traps, known=known
+        )
+
+
+def _adapters_bytes(wish: Wish, skeleton: Skeleton) -> int:
+    """Check that adapters were made for the model, and sum what they take."""
+    for adapter in wish.adapters:
+        check_base(adapter, skeleton)
+    numbers = sum(tensor.elements for adapter in wish.adapters for tensor in adapter.tensors.values())
+    return numbers * skeleton.precision.dtype.itemsize
+
+
+def _reserved(wish: Wish, skeleton: Skeleton) -> int:
+    """Return the bytes of keys and values that have to fit."""
+    tokens = wish.reserve_tokens
+    return skeleton.key_values.of(tokens, tokens) if skeleton.key_values and tokens else 0
+
+
+def _undividable(layout: Layout, skeleton: Skeleton) -> str | None:
+    """Say that bitsandbytes refuses parts on the CPU or a disk beside an accelerator, unless its config allows it."""
+    settings: Any = getattr(skeleton.quantizer, "quantization_config", None)
+    places = {module.device for module in layout.modules}
+    if getattr(settings, "llm_int8_enable_fp32_cpu_offload", True) or not places & {"cpu", "disk"}:
+        return None
+    if places == {"cpu"}:
+        return None
+    beside = sorted(places & {"cpu", "disk"})
+    return f"bitsandbytes wants all parts on accelerators, and some would be on {listed(beside)}"
+
+
+def _widened(found: Found, skeleton: Skeleton) -> str | None:
+    """Say that a GGUF file's weights are not held as they lie there."""
+    if found.source.gguf_file is None:
+        return None
+    inside = size(sum(tensor.nbytes for tensor in (found.tensors or {}).values()))
+    return f"GGUF: the {inside} of packed weights are widened to {skeleton.precision.dtype} as they are read"
+
+
+def _quantized(skeleton: Skeleton) -> str | None:
+    """Say how much of a quantized model is not."""
+    if skeleton.quantizer is None:
+        return None
+    held = [(dtype, count) for _, dtype, count in skeleton.tensors()]
+    wide = sum(count for dtype, count in held if "float" in dtype)
+    total = sum(count for _, count in held)
+    return f"{size(total - wide)} are quantized, {size(wide)} stay in {skeleton.precision.dtype}"
+
+
+def _kernels(skeleton: Skeleton) -> str:
+    reason = "bfloat16 on this CPU: linear layers are reordered once for its matrix kernel"
+    if not skeleton.twice_bytes:
+        return reason
+    return f"{reason}; those whose weight is another module's too are held twice, {size(skeleton.twice_bytes)} more"
+
+
+def _instead(wish: Wish, found: Found, placed: Placement, skeleton: Skeleton, layout: Layout) -> str:
+    """Say what would fit: fewer tokens, else the widest precision that does, with the most tokens of one row."""
+    most = context_length(found.config) or LONGEST
+    name = skeleton.precision.name
+    if on_devices(layout):
+        return f"In {name}, up to {longest(skeleton.key_values, layout, most):,} tokens fit."
+    own = sum(module.bytes for module in layout.modules)
+    for word in (word for word in NARROWER if word in possible_words(placed.device_type, found.packed)):
+        other = resolve_precision(word, None, placed.device_type, bfloat16=True, packed=found.packed)
+        known = skeleton.key_values if other.dtype is skeleton.precision.dtype else None
+        smaller = _skeleton(wish, found, other, known=known)
+        tried = lay_out(smaller, placed)
+        total = sum(module.bytes for module in tried.modules)
+        if total < own and on_devices(tried):
+            tokens = longest(smaller.key_values, tried, most)
+            row = f", with up to {tokens:,} tokens in one row" if smaller.key_values else ""
+            return f"precision={word!r} would fit: {size(total)}{row}."
+    return (
+        "No precision makes it fit: name larger or more devices, or a folder for what does not fit: "
+        "devices={…, 'disk': 'offload/'}."
+    )
+
+
+NARROWER = ("bfloat16", "int8", "int4")
+"""Words to try in turn where a precision does not fit."""

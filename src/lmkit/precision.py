@@ -114,7 +114,9 @@ WIDE: Final = ("float32", "bfloat16", "float16")
 
 _OWN = {
     "int8": "as asked: lmkit's own weight-only quantizer, a scale for each output",
-    "int4": "as asked: lmkit's own weight-only quantizer, a scale and an offset for 32 weights; the output layer in int8",
+    "int4": (
+        "as asked: lmkit's own weight-only quantizer, a scale and an offset for 32 weights; the output layer in int8"
+    ),
 }
 _BITSANDBYTES = {
     "int8": "as asked: bitsandbytes LLM.int8()",

@@ -34,12 +34,15 @@ class QuantizedLinear(torch.nn.Linear):
         in_features: How many numbers a row has.
         out_features: How many numbers come out for it.
         weight: The integers, in the order in which they are saved, or packed in that of the kernel.
+        transposed: Whether the checkpoint has the weight the other way round, as GPT-2 does.
         scales: What turns them into weights, in the dtype that is computed in.
         bias: Added to the product, or None.
     """
 
     FEW: ClassVar[int]
     NAME: ClassVar[str]
+
+    transposed = False
 
     scales: torch.nn.Parameter
     bias: torch.nn.Parameter | None  # type: ignore[assignment]
@@ -117,8 +120,9 @@ class Int8Linear(QuantizedLinear):
 
     def blocks(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """Widen the weight, without its scales. *Shape:* `(in_features, some of out_features)`."""
-        for part in self.weight.split(max(BLOCK // self.in_features, 1)):
-            yield part.to(dtype).T
+        rows = max(BLOCK // self.in_features, 1)
+        for first in range(0, self.out_features, rows):
+            yield self.weight[first : first + rows].to(dtype).T
 
     def _has_kernel(self, dtype: torch.dtype) -> bool:
         # Other widths are read beyond their end in half precision, and torch crashes.
@@ -155,7 +159,8 @@ class Int4Linear(QuantizedLinear):
     @staticmethod
     def quantize(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn a weight into levels, and scales with offsets. *Shape:* `(out_features, in_features)`."""
-        found = [_levels(part, dtype) for part in weight.split(max(BLOCK // weight.shape[1], 1))]
+        rows = max(BLOCK // weight.shape[1], 1)
+        found = [_levels(weight[first : first + rows], dtype) for first in range(0, len(weight), rows)]
         levels, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
         return levels[:, ::2] | levels[:, 1::2] << 4, scales.transpose(0, 1).contiguous()
 

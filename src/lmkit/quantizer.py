@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lmkit.quantized import GROUP, Int4Linear, Int8Embedding, Int8Linear, QuantizedLinear, TiedHead
@@ -25,7 +25,7 @@ __all__ = ["METHOD", "WeightOnlyConfig"]
 METHOD = "lmkit"
 
 
-class WeightOnlyConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call]
+class WeightOnlyConfig(QuantizationConfigMixin):
     """What is quantized, as `config.json` has it.
 
     Attributes:
@@ -82,12 +82,12 @@ class WeightOnlyQuantizer(HfQuantizer):
 class _Quantize(ConversionOps):
     """Turns one tensor into a weight and its scales."""
 
-    def convert(self, input_dict: dict[str, Any], model: Any = None, **_kwargs: Any) -> dict[str, torch.Tensor]:
+    def convert(self, input_dict: dict[str, Any], *_args: Any, model: Any = None, **_kwargs: Any) -> dict[str, Any]:
         ((name, given),) = input_dict.items()
         tensor = given[0] if isinstance(given, list) else given
         path = name.rpartition(".")[0]
         module = model.get_submodule(path)
-        if getattr(module, "transposed", False):
+        if isinstance(module, QuantizedLinear) and module.transposed:
             tensor = tensor.T.contiguous()
         kind = module if isinstance(module, QuantizedLinear) else Int8Linear
         weight, scales = kind.quantize(tensor, module.scales.dtype)

@@ -86,6 +86,7 @@ class Skeleton:
         trusted: bool = False,
         untied: Collection[str] = (),
         traps: bool = False,
+        known: KeyValueBytes | None = None,
     ) -> None:
         """Build the model of a config, quantized as `precision` says.
 
@@ -96,6 +97,7 @@ class Skeleton:
             trusted: Whether its own code may run.
             untied: Weights that transformers ties in a new model of this family, and that the file has of their own.
             traps: Whether it will compute on a CPU with bfloat16 units, where bitsandbytes cannot multiply all layers.
+            known: What its keys and values take, from a skeleton that computes in the same dtype.
         """
         config = copy.deepcopy(config)
         quantization = getattr(config, "quantization_config", None)
@@ -117,7 +119,7 @@ class Skeleton:
             for name, tensor in names.items()
             if name in ties and type(self.model.get_submodule(name.rpartition(".")[0])) is torch.nn.Linear
         )
-        self.key_values = None if task == "masked" else key_values(self.model)
+        self.key_values = None if task == "masked" else known or key_values(self.model)
         self._wide = self._kept_wide(precision.dtype)
         if traps and getattr(precision.quantization, "load_in_4bit", False):
             precision = dataclasses.replace(precision, quantization=self._without_traps(precision.quantization))
@@ -144,7 +146,7 @@ class Skeleton:
         wanted = precision.quantization or saved
         if wanted is None or _method(wanted) == "gguf":
             return None
-        from transformers.quantizers import AutoHfQuantizer
+        from transformers.quantizers.auto import AutoHfQuantizer
 
         pre_quantized = saved is not None
         quantizer: Any = AutoHfQuantizer.from_config(copy.deepcopy(wanted), pre_quantized=pre_quantized)
@@ -156,7 +158,7 @@ class Skeleton:
     def _kept_wide(self, dtype: torch.dtype) -> list[tuple[re.Pattern[str], torch.dtype]]:
         """Return which weights transformers keeps in another dtype, by the name's pattern."""
         plan: Mapping[str, torch.dtype] = self.model._get_dtype_plan(dtype)  # noqa: SLF001 - as from_pretrained does
-        return [(re.compile(rf"(^|\.){re.escape(name).replace('[*]', '.*')}(\.|$)"), kept) for name, kept in plan.items()]
+        return [(re.compile(rf"(^|\.){re.escape(name)}(\.|$)"), kept) for name, kept in plan.items()]
 
     def tensors(self) -> Iterator[tuple[str, str, int]]:
         """Yield the name, the dtype and the bytes of each weight, tied ones once."""
@@ -215,15 +217,18 @@ class Skeleton:
         """
         from transformers.integrations import accelerate
 
-        kinds = {name.partition(":")[0] for name in limits} - {"cpu"}
         numbered: dict[str | int, int] = {
             "cpu" if name == "cpu" else int(name.partition(":")[2]): size for name, size in limits.items()
         }
         library: Any = accelerate
-        found: Mapping[str, str | int] = library._get_device_map(  # noqa: SLF001 - what from_pretrained calls
-            self.model, "auto", numbered, _unchecked(self.quantizer)
-        )
-        kind = next(iter(kinds), "cuda")
+        quantizer = _unchecked(self.quantizer)
+        found: Mapping[str, str | int] = {}
+        for way in ("balanced", "sequential"):
+            # What from_pretrained calls. Balancing holds room back, and what then has no place may have one without.
+            found = library._get_device_map(self.model, way, dict(numbered), quantizer)  # noqa: SLF001
+            if "disk" not in found.values():
+                break
+        kind = next((name.partition(":")[0] for name in limits if name != "cpu"), "cuda")
         return {name: f"{kind}:{where}" if isinstance(where, int) else where for name, where in found.items()}
 
 
@@ -377,8 +382,9 @@ def _measured(layers: Any, tokens: int, sources: int) -> KeyValueBytes:
         else:
             per_token += size
         for states in ("conv_states", "recurrent_states"):
-            held = getattr(layer, states, None) or ()
-            fixed += sum(part.nbytes for part in (held.values() if isinstance(held, dict) else held) if part is not None)
+            kept = getattr(layer, states, None) or ()
+            parts = kept.values() if isinstance(kept, dict) else kept
+            fixed += sum(part.nbytes for part in parts if part is not None)
     return KeyValueBytes(per_token, tuple(sorted(windows.items())), fixed, sources)
 
 

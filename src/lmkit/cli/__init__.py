@@ -1,4 +1,4 @@
-"""The command line, thin over `load()`: `lmkit generate|chat|translate|unmask|info`.
+"""The command line, thin over `load()`: `lmkit generate|chat|translate|unmask|info|plan`.
 
 Exit codes: 0 done (also when the reader of a pipe goes away), 1 an error, in one line on standard error, 2 a
 command that is written wrongly, 130 Ctrl-C. Neither torch nor transformers is imported before a checkpoint is
@@ -22,6 +22,7 @@ from lmkit.cli.options import (
     Given,
     Loading,
     Output,
+    Planning,
     Translating,
     register,
 )
@@ -90,7 +91,13 @@ def info(checkpoint: Checkpoint, output: Output) -> None:
         write(f"{name.replace('_', ' ') + ':':<16}{in_words(value)}")
 
 
-for _function in (generate, chat, translate, unmask, info):
+def plan(checkpoint: Planning, output: Output) -> None:
+    """Say what a checkpoint would take, where its parts would go and whether they fit, without loading it."""
+    decided = checkpoint.plan()
+    write_json(decided.to_dict()) if output.json else write(str(decided))
+
+
+for _function in (generate, chat, translate, unmask, info, plan):
     register(app, _function)
 
 

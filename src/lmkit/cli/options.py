@@ -19,7 +19,18 @@ import typer
 from lmkit.cli.screen import reported
 from lmkit.errors import OptionError
 
-__all__ = ["Chatting", "Checkpoint", "Decoding", "Filling", "Given", "Loading", "Output", "Translating", "register"]
+__all__ = [
+    "Chatting",
+    "Checkpoint",
+    "Decoding",
+    "Filling",
+    "Given",
+    "Loading",
+    "Output",
+    "Planning",
+    "Translating",
+    "register",
+]
 
 
 @dataclass(frozen=True)
@@ -50,9 +61,55 @@ class Loading(Checkpoint):
         """Load the checkpoint for a task."""
         from lmkit.loading import load
 
+        return load(task, **self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
         options = asdict(self)
         devices = [int(name) if name.isdecimal() else name for name in options.pop("device") or ()]
-        return load(task, devices=devices or "auto", **options)
+        return {**options, "devices": devices or "auto"}
+
+
+@dataclass(frozen=True)
+class Planning(Loading):
+    """How a checkpoint would be loaded, on devices that need not be here."""
+
+    task: Annotated[str | None, typer.Option(help="causal, seq2seq or masked; what it was made for if left out.")] = (
+        None
+    )
+    budget: Annotated[
+        list[str] | None, typer.Option(help="Such as cuda:0=24GiB or disk=offload/; repeat it for several.")
+    ] = None
+    reserve_tokens: Annotated[int, typer.Option(help="Tokens of keys and values that must fit as well.")] = 0
+
+    def plan(self) -> Any:
+        """Plan to load the checkpoint."""
+        from lmkit.loading import plan
+
+        options = self._arguments()
+        budgets = dict(_budget(written) for written in options.pop("budget") or ())
+        if budgets and self.device:
+            msg = "pass --device or --budget, not both."
+            raise typer.BadParameter(msg)
+        task: Any = options.pop("task") or self._made_for()
+        return plan(task, **options | ({"devices": budgets} if budgets else {}))
+
+    def _made_for(self) -> str:
+        """Return the task that the checkpoint was made for; the first of several."""
+        from lmkit.cli.facts import describe
+
+        tasks: list[str] = describe(self)["tasks"]
+        return tasks[0] if tasks else "causal"
+
+
+def _budget(written: str) -> tuple[str, str | int | float]:
+    """Split a device and its budget."""
+    device, equals, given = written.partition("=")
+    if not equals:
+        msg = f"--budget {written!r} is not written as cuda:0=24GiB."
+        raise typer.BadParameter(msg)
+    if given.isdecimal():
+        return device, int(given)
+    return device, float(given) if given.replace(".", "", 1).isdecimal() else given
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,9 @@ class CompiledStep:
     def _some_tokens(self, seed: int) -> torch.Tensor:
         """Draw tokens to try the step with, for `VERIFIED` rows at the most. *Shape:* `(rows, 1)`."""
         size = self._model.config.get_text_config(decoder=True).vocab_size
-        drawn = torch.randint(size, (min(VERIFIED, self.most_rows), 1), generator=torch.Generator().manual_seed(seed), device="cpu")
+        drawn = torch.randint(
+            size, (min(VERIFIED, self.most_rows), 1), generator=torch.Generator().manual_seed(seed), device="cpu"
+        )
         return drawn.to(input_device(self._model))
 
     def _key(self) -> str:
