@@ -196,29 +196,31 @@ def test_a_header_that_is_not_one_is_named(tmp_path: Path, header: object) -> No
     assert f"{path} is truncated or corrupt: its header is not safetensors JSON" in str(caught.value)
 
 
-NOT_IN_PLACE: dict[str, dict[str, object]] = {
-    "overlapping": {"a": A, "b": entry("F32", [1], 2, 6)},
-    "the same data": {"a": A, "b": A},
-    "a hole": {"a": A, "b": entry("F32", [1], 8, 12)},
-    "a hole at the start": {"a": entry("F32", [1], 4, 8)},
-    "backwards": {"a": entry("F32", [1], 4, 0)},
-    "too few bytes": {"a": entry("F32", [2], 0, 4)},
-    "too many bytes": {"a": entry("F32", [1], 0, 8)},
-    "bytes for no element": {"a": entry("F32", [0], 0, 4)},
-    "half a byte": {"a": entry("F4", [3], 0, 2)},
-    "a product of 2**64": {"a": entry("F32", [2**32, 2**32], 0, 0)},
-    "a product that wraps to 1": {"a": entry("U8", [3, 6148914691236517206], 0, 2)},
-    "a product of 2**64 and 0": {"a": entry("F32", [2**62, 4, 0], 0, 0)},
-    "terabytes": {"a": entry("F32", [2**40], 0, 2**42)},
-    "data behind the end": {"a": entry("F32", [4], 0, 16)},
-    "data that no tensor has": {"__metadata__": {"format": "pt"}},
+NOT_IN_PLACE: dict[str, tuple[dict[str, object], int]] = {
+    "overlapping": ({"a": A, "b": entry("F32", [1], 2, 6)}, 6),
+    "the same data": ({"a": A, "b": A}, 4),
+    "a hole": ({"a": A, "b": entry("F32", [1], 8, 12)}, 12),
+    "a hole at the start": ({"a": entry("F32", [1], 4, 8)}, 8),
+    "backwards": ({"a": entry("F32", [1], 4, 0)}, 4),
+    "too few bytes": ({"a": entry("F32", [2], 0, 4)}, 4),
+    "too many bytes": ({"a": entry("F32", [1], 0, 8)}, 8),
+    "bytes for no element": ({"a": entry("F32", [0], 0, 4)}, 4),
+    "half a byte": ({"a": entry("F4", [3], 0, 2)}, 2),
+    "a product of 2**64": ({"a": entry("F32", [2**32, 2**32], 0, 0)}, 0),
+    "a product that wraps to 2": ({"a": entry("U8", [3, 6148914691236517206], 0, 2)}, 2),
+    "a product of 2**64 and 0": ({"a": entry("F32", [2**62, 4, 0], 0, 0)}, 0),
+    "terabytes": ({"a": entry("F32", [2**40], 0, 2**42)}, 8),
+    "data behind the end": ({"a": entry("F32", [4], 0, 16)}, 8),
+    "data that no tensor has": ({"__metadata__": {"format": "pt"}}, 8),
 }
 
 
-@pytest.mark.parametrize("header", NOT_IN_PLACE.values(), ids=NOT_IN_PLACE.keys())
-def test_tensors_that_do_not_fill_the_file_are_named(tmp_path: Path, header: dict[str, object]) -> None:
+@pytest.mark.parametrize("header, data_bytes", NOT_IN_PLACE.values(), ids=NOT_IN_PLACE.keys())
+def test_tensors_that_do_not_fill_the_file_are_named(
+    tmp_path: Path, header: dict[str, object], data_bytes: int
+) -> None:
     """Tensors stand one behind another, each as long as its type and shape, up to the end of the file."""
-    path = written(tmp_path, header, 8)
+    path = written(tmp_path, header, data_bytes)
     with pytest.raises(WeightsError, match="is truncated or corrupt: "):
         read_safetensors(path)
     assert not accepted_by_safetensors(path)
@@ -463,13 +465,19 @@ def test_a_link_to_a_file_is_followed(kind: str, file: Path, gguf_file: Path, tm
     assert READERS[kind](tmp_path / "link to it") == READERS[kind](real)
 
 
+def link_to_a_pipe(path: Path) -> None:
+    """Make a pipe beside the path, and there a link to it."""
+    os.mkfifo(path.with_suffix(".pipe"))
+    path.symlink_to(path.with_suffix(".pipe"))
+
+
 NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda path: path, "not there"),
     "dangling": (lambda path: path.symlink_to("absent"), "a link that leads nowhere"),
     "loop": (lambda path: path.symlink_to(path.name), "a link that leads nowhere"),
     "folder": (lambda path: path.mkdir(), "a folder, not a file"),
     "pipe": (os.mkfifo, "a pipe, not a file"),
-    "link to a pipe": (lambda path: os.mkfifo(f"{path}2") or path.symlink_to(f"{path}2"), "a pipe, not a file"),
+    "link to a pipe": (link_to_a_pipe, "a pipe, not a file"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "a device, not a file"),
 }
 

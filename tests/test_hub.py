@@ -442,7 +442,7 @@ def test_the_header_of_a_gguf_file_is_fetched_alone(hub: Hub, repository: Path, 
     """A GGUF file on the Hub becomes one of its size that holds its header; it is gone with its source."""
     path = repository / "sub" / "big.gguf"
     path.parent.mkdir()
-    gguf_file(path, vocabulary=300_000)
+    gguf_file(path)
     size = path.stat().st_size
     source, tensors = find_headers(f"{REPO}:sub/big.gguf", asked(cache), Wanted())
     assert tensors == read_gguf(path).tensors
@@ -458,10 +458,10 @@ def test_the_header_of_a_gguf_file_is_fetched_alone(hub: Hub, repository: Path, 
     assert not local.parent.exists()
 
 
-def gguf_file(path: Path, *, vocabulary: int) -> None:
-    """Write a GGUF file of 32 MiB of weights, which take no room on the disk."""
+def gguf_file(path: Path) -> None:
+    """Write a GGUF file of 5 MB of vocabulary and 32 MiB of weights, which take no room on the disk."""
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_token_list([f"a token {number}" for number in range(vocabulary)])
+    writer.add_token_list(["a long token " * 4000] * 100)
     writer.add_tensor_info("a", (2**21,), np.dtype(np.float32), 2**23)
     writer.add_tensor_info("b", (2, 3 * 2**20), np.dtype(np.float32), 3 * 2**23)
     writer.write_header_to_file()
