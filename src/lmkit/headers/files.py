@@ -43,9 +43,11 @@ class Stream(Protocol):
 
     def read(self, size: int, /) -> bytes:
         """Return the next `size` bytes; fewer at the end."""
+        ...
 
     def seek(self, offset: int, /) -> int:
         """Go to a place."""
+        ...
 
 
 def is_regular(file: Path) -> bool:
