@@ -141,22 +141,17 @@ def _explicit(given: Placement, machine: Machine, *, absent: bool) -> Placement:
         if given.device_map != "auto":
             msg = f"device_map={given.device_map!r} is not accepted: pass 'auto', or a device per module name."
             raise PlacementError(msg)
-        shares: Mapping[str, Budget] = given.max_memory or dict.fromkeys(machine.devices, SHARE)
-        budgets: dict[str, Budget] = dict(shares)
+        budgets: dict[str, Budget] = dict(given.max_memory or _free(machine, list(machine.devices)))
         if given.offload_folder is not None:
             budgets["disk"] = given.offload_folder
         found = _budgets(budgets, machine, absent=absent)
         return Placement("auto", found.max_memory, found.offload_folder, given.bytes_per_second, given.reason)
-    limits = {
-        present(device, machine, absent=absent): size
-        for device, size in _limits(given.max_memory, machine, absent=absent).items()
-    }
+    limits = _limits(given.max_memory, machine, absent=absent)
     where: dict[str, str] = {}
     for module, device in given.device_map.items():
-        known = "disk" if device == "disk" else present(device, machine, absent=device in limits)
-        where[module] = known
+        where[module] = known = "disk" if device == "disk" else present(device, machine, absent=absent)
         if known != "disk" and known not in limits:
-            limits |= _free(machine, [known])
+            limits |= _free(machine, [present(device, machine)])  # an absent device has no memory that is known
     if "disk" in where.values() and given.offload_folder is None:
         msg = "the device_map sends modules to 'disk', and no folder is named for them: pass offload_folder=."
         raise PlacementError(msg)
