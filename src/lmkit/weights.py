@@ -176,11 +176,6 @@ def merged(index: Path, shards: Mapping[str, Mapping[str, TensorInfo]]) -> dict[
     return tensors
 
 
-def check_weights(source: Source, *, allow_pickle: bool) -> None:
-    """Check that the weight files are there and whole, by their headers alone: `tensors_of` without the tensors."""
-    tensors_of(source, allow_pickle=allow_pickle)
-
-
 def check_tokenizer(source: Source) -> None:
     """Check that a folder has a tokenizer with its vocabulary.
 
