@@ -77,17 +77,21 @@ def attend(
     groups, columns = key.shape[1:3]
     alone = tokens == 1 and key.device.type == "cpu" and key.shape[0] == rows
     unusual = kwargs.get("dropout") or any(kwargs.get(name) for name in ("softcap", "output_attentions", "cache"))
-    if not alone or rows * groups < WORTH or query.dtype is not torch.bfloat16 or unusual or not packs():
-        if alone and attention_mask is None and heads > groups:
-            # Without a mask, transformers leaves the grouping of heads to torch, which takes four times as long.
-            attention_mask = torch.ones(rows, 1, 1, columns, dtype=torch.bool)
+    products = rows * groups >= WORTH and query.dtype is torch.bfloat16 and packs()
+    if not alone or unusual or (position_bias is not None and not products):
         kwargs |= {"scaling": scaling, "position_bias": position_bias}
         attended, _ = _sdpa()(module, query, key, value, attention_mask, **kwargs)
         return attended, None
+    # Heads that share a key as so many tokens of one head: nothing is copied for each of them.
+    grouped = query.reshape(rows, groups, heads // groups, size)
+    if not products:
+        attend_torch = torch.nn.functional.scaled_dot_product_attention
+        attended = attend_torch(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+        return attended.reshape(rows, 1, heads, -1), None
     shape = (-1, groups, heads // groups, columns)
     # Keys on the left: the kernel would copy a right operand into an order of its own, and keys are the larger one.
-    products = key @ query.view(rows, groups, -1, size).transpose(2, 3)
-    scores = products.transpose(2, 3).float() * (size**-0.5 if scaling is None else scaling)
+    scored = key @ grouped.transpose(2, 3)
+    scores = scored.transpose(2, 3).float() * (size**-0.5 if scaling is None else scaling)
     if position_bias is not None:
         scores += position_bias.view(shape)
     if attention_mask is not None:

@@ -102,21 +102,38 @@ def lay_out(skeleton: Skeleton, placed: Placement, *, beside: int = 0) -> Layout
     if isinstance(placed.device_map, str):
         main = computing(limits)
         device_map = skeleton.divided({**limits, main: max(limits[main] - beside, 0)})
-        if len(set(device_map.values())) == 1:
-            device_map = {"": next(iter(device_map.values()))}
+        where = device_map
     else:
-        device_map = dict(placed.device_map)
-        _check_map(device_map, skeleton)
+        where = placed.device_map
+        _check_map(where, skeleton)
+        device_map = _flat(where, skeleton)
+    if len(set(device_map.values())) == 1:
+        device_map = where = {"": next(iter(device_map.values()))}
     parts = [
-        ModulePlan(part.name, placed_at(part.name, device_map), ", ".join(part.dtypes), part.bytes)
+        ModulePlan(part.name, placed_at(part.name, where), ", ".join(part.dtypes), part.bytes)
         for part in skeleton.parts()
     ]
     main = computing(device_map.values())
     blocks = [name for name in skeleton.blocks() if not skeleton.reads_only(name)]
     # What is offloaded is computed by the main device, which keeps its keys and values.
-    where = Counter(_computes(placed_at(name, device_map), main) for name in blocks) or Counter([main])
-    shares = {name: count / where.total() for name, count in where.items()}
+    counts = Counter(_computes(placed_at(name, where), main) for name in blocks) or Counter([main])
+    shares = {name: count / counts.total() for name, count in counts.items()}
     return Layout(device_map, tuple(parts), limits, beside, shares)
+
+
+def _flat(device_map: Mapping[str, str], skeleton: Skeleton) -> dict[str, str]:
+    """Name each part by itself: accelerate cannot carry out a map in which one module is inside of another."""
+    homes = skeleton.homes()
+    flat: dict[str, str] = {}
+    for name in homes:
+        inside = f"{name}." if name else ""
+        names = [name]
+        if any(other != name and other.startswith(inside) for other in homes):  # weights beside the parts below
+            module = skeleton.model.get_submodule(name)
+            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            names = [f"{inside}{leaf}" for leaf, _ in own]
+        flat |= dict.fromkeys(names, placed_at(name, device_map))
+    return flat
 
 
 def placed_at(name: str, device_map: Mapping[str, str]) -> str:
@@ -200,7 +217,7 @@ def offload(layout: Layout, placed: Placement) -> str | None:
     told = []
     for place in ("cpu", "disk"):
         parts = [part for part in layout.modules if part.device == place]
-        if not parts or place == main:
+        if not parts or place == main or (place == "disk" and placed.offload_folder is None):
             continue
         crossing = sum(part.bytes for part in parts)
         speed = {**BYTES_PER_SECOND, **placed.bytes_per_second}[place]

@@ -211,10 +211,13 @@ def make_plan(
     if (source.folder / "generation_config.json").is_file() and not source.gguf_file:
         read_json(source.folder / "generation_config.json")  # transformers goes on without a broken one
     skeleton = _skeleton(wish, found, chosen, traps=kind == "cpu" and machine.bfloat16("cpu"))
-    packed = kind == "cpu" and str(chosen.dtype) == "torch.bfloat16" and packs() and skeleton.quantizer is None
-    added = _adapters_bytes(wish, skeleton)
-    layout = lay_out(skeleton, placed, beside=added + (skeleton.twice_bytes if packed else 0))
-    short = shortage(layout, placed, chosen.name, _reserved(wish, skeleton)) or _undividable(layout, skeleton)
+    packed, added = _packed(skeleton, kind), _adapters_bytes(wish, skeleton)
+    layout = lay_out(skeleton, placed, beside=_beside(wish, skeleton, kind))
+    short = shortage(layout, placed, chosen.name, _reserved(wish, skeleton))
+    if short is not None:
+        short += f". {_instead(wish, found, placed, machine, skeleton=skeleton, layout=layout)}"
+    else:
+        short = _undividable(layout, skeleton)
     reasons = {
         "precision": chosen.reason,
         "devices": placed.reason,
@@ -223,7 +226,7 @@ def make_plan(
         "kernels": _kernels(skeleton) if packed else None,
         "adapter": f"{size(added)} beside the model's own weights" if added else None,
         "offload": offload(layout, placed),
-        "fits": short and f"{short}. {_instead(wish, found, placed, skeleton, layout)}",
+        "fits": short,
     }
     plan = LoadPlan(
         task=wish.task,
@@ -275,6 +278,17 @@ def _adapters_bytes(wish: Wish, skeleton: Skeleton) -> int:
     return numbers * skeleton.precision.dtype.itemsize
 
 
+def _packed(skeleton: Skeleton, kind: str) -> bool:
+    """Say whether linear layers will be kept in the order of the processor's own kernel."""
+    half = str(skeleton.precision.dtype) == "torch.bfloat16"
+    return kind == "cpu" and half and packs() and skeleton.quantizer is None
+
+
+def _beside(wish: Wish, skeleton: Skeleton, kind: str) -> int:
+    """Return what is needed beside the weights: for adapters, and for layers that are held twice."""
+    return _adapters_bytes(wish, skeleton) + (skeleton.twice_bytes if _packed(skeleton, kind) else 0)
+
+
 def _reserved(wish: Wish, skeleton: Skeleton) -> int:
     """Return the bytes of keys and values that have to fit."""
     tokens = wish.reserve_tokens
@@ -290,7 +304,10 @@ def _undividable(layout: Layout, skeleton: Skeleton) -> str | None:
     if places == {"cpu"}:
         return None
     beside = sorted(places & {"cpu", "disk"})
-    return f"bitsandbytes wants all parts on accelerators, and some would be on {listed(beside)}"
+    return (
+        f"bitsandbytes wants all parts on accelerators, and some would be on {listed(beside)}. Name larger or more "
+        "accelerators, or pass a BitsAndBytesConfig with llm_int8_enable_fp32_cpu_offload=True."
+    )
 
 
 def _widened(found: Found, skeleton: Skeleton) -> str | None:
@@ -318,20 +335,23 @@ def _kernels(skeleton: Skeleton) -> str:
     return f"{reason}; those whose weight is another module's too are held twice, {size(skeleton.twice_bytes)} more"
 
 
-def _instead(wish: Wish, found: Found, placed: Placement, skeleton: Skeleton, layout: Layout) -> str:
+def _instead(
+    wish: Wish, found: Found, placed: Placement, machine: Machine, *, skeleton: Skeleton, layout: Layout
+) -> str:
     """Say what would fit: fewer tokens, else the widest precision that does, with the most tokens of one row."""
     most = context_length(found.config) or LONGEST
-    name = skeleton.precision.name
     if on_devices(layout):
-        return f"In {name}, up to {longest(skeleton.key_values, layout, most):,} tokens fit."
+        return f"In {skeleton.precision.name}, up to {longest(skeleton.key_values, layout, most):,} tokens fit."
     own = sum(module.bytes for module in layout.modules)
-    for word in (word for word in NARROWER if word in possible_words(placed.device_type, found.packed)):
-        other = resolve_precision(word, None, placed.device_type, bfloat16=True, packed=found.packed)
+    kind = placed.device_type
+    native = machine.bfloat16(kind)
+    for word in (word for word in NARROWER if word in possible_words(kind, found.packed)):
+        other = resolve_precision(word, found.dtype, kind, bfloat16=native, packed=found.packed)
         known = skeleton.key_values if other.dtype is skeleton.precision.dtype else None
-        smaller = _skeleton(wish, found, other, known=known)
-        tried = lay_out(smaller, placed)
+        smaller = _skeleton(wish, found, other, traps=kind == "cpu" and native, known=known)
+        tried = lay_out(smaller, placed, beside=_beside(wish, smaller, kind))
         total = sum(module.bytes for module in tried.modules)
-        if total < own and on_devices(tried):
+        if total < own and on_devices(tried) and _undividable(tried, smaller) is None:
             tokens = longest(smaller.key_values, tried, most)
             row = f", with up to {tokens:,} tokens in one row" if smaller.key_values else ""
             return f"precision={word!r} would fit: {size(total)}{row}."

@@ -97,13 +97,16 @@ class _Quantize(ConversionOps):
 def replace(model: Any, bits: int, skip: Collection[str] = ()) -> None:
     """Replace the linear layers of a model on the meta device, and the embedding that its output layer shares."""
     kept = {name for name in skip if name}
+    # T5 casts what it multiplies with its `wo` to the dtype of that weight, unless it is int8.
+    delicate = set(model._keep_in_fp32_modules or ())  # noqa: SLF001 - where transformers names it
     head = model.get_output_embeddings()
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
     for name, module in list(model.named_modules()):
         if not isinstance(module, (torch.nn.Linear, Conv1D)) or kept & set(name.split(".")) or name in kept:
             continue
         if name not in tied and type(module) in (torch.nn.Linear, Conv1D):
-            _put(model, name, _layer(module, 8 if module is head else bits))
+            wide = module is head or bool(delicate & set(name.split(".")))
+            _put(model, name, _layer(module, 8 if wide else bits))
     _replace_tied(model, head, kept)
 
 
