@@ -62,8 +62,8 @@ class LoadOptions(TypedDict, total=False):
         local_files_only: Make no network call; what is not here is a `ModelNotFoundError`.
         adapter: A LoRA or other PEFT adapter to put on the model: a folder or a Hub id; or a dict of several by name,
             all of them active.
-        reserve_tokens: How many tokens of keys and values must fit beside the weights; 0 if left out. What does not fit
-            is a `PlacementError` of `load`, and `fits=False` in a plan.
+        reserve_tokens: For how many tokens of one row keys and values must fit beside the weights; 0 if left out. What
+            does not fit is a `PlacementError` of `load`, and `fits=False` in a plan.
         trust_remote_code: Run the Python code that comes with the checkpoint. It can do anything.
         compile: Compile the decode step of a `Generator`, for any number of rows. The first load of a model takes a
             minute longer, later ones about two seconds: the code is kept in the cache folder of lmkit.

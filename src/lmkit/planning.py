@@ -130,7 +130,7 @@ class Wish:
         task: What the model is for.
         precision: A word, or a transformers quantization config.
         devices: As `load` takes it.
-        reserve_tokens: How many tokens of keys and values have to fit beside the weights.
+        reserve_tokens: For how many tokens of one row keys and values have to fit beside the weights.
         trust_remote_code: Whether the checkpoint's own code may run.
         adapters: What will be put on the model.
     """
