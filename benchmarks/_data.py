@@ -72,6 +72,13 @@ def document(tokenizer: Any, tokens: int, seed: int) -> str:
     return text
 
 
+def documentation() -> str:
+    """Return what Python's own `help()` says of its topics: 465,000 characters of English with some code."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
 def rng(seed: int) -> random.Random:
     """Return a stream of numbers that is the same in every run."""
     return random.Random(seed)  # noqa: S311 - prompts, not secrets

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import _batches
 import _machine
+import _precisions
 import _shared
 import _streams
 from _context import Bench
@@ -46,6 +47,11 @@ WORKLOADS: dict[str, tuple[Callable[[Bench], Report], str | None]] = {
     "H": (_shared.host_overhead, None),
     "I": (_shared.memory, None),
     "J": (_batches.encoder_decoder, "ctranslate2"),
+    "K": (_precisions.perplexity, None),
+    "L": (_precisions.one_stream, "llama"),
+    "M": (_precisions.rows, None),
+    "N": (_precisions.loading, None),
+    "O": (_precisions.billion, "llama"),
 }
 """Each workload, and which peer it is compared with."""
 

@@ -102,7 +102,7 @@ def lay_out(skeleton: Skeleton, placed: Placement, *, beside: int = 0) -> Layout
     if isinstance(placed.device_map, str):
         main = computing(limits)
         device_map = skeleton.divided({**limits, main: max(limits[main] - beside, 0)})
-        where = device_map
+        where: Mapping[str, str] = device_map
     else:
         where = placed.device_map
         _check_map(where, skeleton)
