@@ -420,10 +420,81 @@ def test_info_of_a_gguf_file(saved: dict[str, str], tmp_path: Path, monkeypatch:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF and more")
     config = AutoConfig.from_pretrained(saved["gpt2"])
-    monkeypatch.setattr("lmkit.planning.read_config", lambda _source, **_: config)
+    monkeypatch.setattr("lmkit.configs.read_config", lambda _source, **_: config)
     monkeypatch.setattr("lmkit.sources.find", lambda name, *_, **__: Source(name, tmp_path, file.name))
     found = describe(Checkpoint(str(file)))
     assert (found["weights"], found["weights_bytes"], found["chat_template"]) == (["model.gguf"], 13, None)
+
+
+# Plans --------------------------------------------------------------------------------------------
+
+GPU = ("--budget", "cuda:0=24GiB", "--budget", "cpu=64GiB")
+
+
+@pytest.mark.parametrize("name, task", [("gpt2", "causal"), ("t5", "seq2seq"), ("nllb", "seq2seq"), ("bert", "masked")])
+def test_plan_prints_what_the_library_plans(saved: dict[str, str], name: str, task: Any) -> None:
+    """Without a task the one that the checkpoint was made for is planned; the table is that of the plan."""
+    expected = lmkit.plan(task, saved[name], "auto", {"cuda:0": "24GiB", "cpu": "64GiB"})
+    done = run("plan", saved[name], *GPU)
+    assert (done.exit_code, done.stderr, done.stdout) == (0, "", f"{expected}\n")
+    assert done.stdout == run("plan", saved[name], "--task", task, *GPU).stdout
+
+
+def test_plan_writes_json(saved: dict[str, str]) -> None:
+    """With --json the plan is one line of JSON, the library's own."""
+    done = run("plan", saved["gpt2"], "--precision", "int8", "--json", "--reserve-tokens", "7", *GPU)
+    plan: Any = lmkit.plan
+    expected = plan("causal", saved["gpt2"], "int8", {"cuda:0": "24GiB", "cpu": "64GiB"}, reserve_tokens=7)
+    assert done.stdout.count("\n") == 1
+    assert json.loads(done.stdout) == expected.to_dict()
+
+
+@pytest.mark.parametrize(
+    "written, budget", [("123456789", 123456789), ("0.5", 0.5), ("1.5GiB", "1.5GiB"), ("2GB", "2GB"), ("0", 0)]
+)
+def test_a_budget_is_written_as_in_python(saved: dict[str, str], written: str, budget: Any) -> None:
+    """Bytes, fractions and sizes mean what they mean in the library."""
+    found = json.loads(run("plan", saved["gpt2"], "--budget", f"cpu={written}", "--json").stdout)
+    expected = lmkit.plan("causal", saved["gpt2"], "auto", {"cpu": budget})
+    assert found["placement"]["max_memory"] == dict(expected.placement.max_memory)
+
+
+def test_a_plan_that_does_not_fit_is_no_error(saved: dict[str, str], tmp_path: Path) -> None:
+    """A plan that does not fit says so and what would; with a folder for the disk it fits, and nothing is written."""
+    done = run("plan", saved["gpt2"], "--precision", "float32", "--budget", "cpu=40000")
+    assert done.exit_code == 0
+    assert "fits             NO" in done.stdout
+    assert "why: fits" in done.stdout
+    folder = tmp_path / "offload"
+    done = run("plan", saved["gpt2"], "--precision", "float32", "--budget", "cpu=40000", "--budget", f"disk={folder}")
+    assert "fits             yes" in done.stdout
+    assert "why: offload" in done.stdout
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (("--budget", "cpu"), 2, "--budget 'cpu' is not written as cuda:0=24GiB"),
+        (("--budget", "cpu=1GiB", "--device", "cpu"), 2, "pass --device or --budget, not both"),
+        (("--reserve-tokens", "many"), 2, "'--reserve-tokens'"),
+        (("--reserve-tokens", "-1"), 1, "lmkit: error: reserve_tokens=-1 is not accepted"),
+        (("--budget", "cpu=lots"), 1, "lmkit: error: the budget {'cpu': 'lots'} is not accepted"),
+        (("--budget", "cuda:7=0.5"), 1, "lmkit: error: 'cuda:7' is not on this machine, so 0.5 of its memory"),
+        (("--device", "cuda:7"), 1, "lmkit: error: the device 'cuda:7' is not on this machine"),
+        (("--precision", "fp23"), 1, "lmkit: error: unknown precision 'fp23'"),
+        (("--task", "masked"), 1, "lmkit: error: "),
+        (("--task", "dancing"), 1, "lmkit: error: "),
+    ],
+)
+def test_a_plan_that_is_asked_for_wrongly_says_so(
+    saved: dict[str, str], arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    """What cannot be planned is one line on standard error, with the exit code of its kind."""
+    done = run("plan", saved["gpt2"], *arguments)
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert message in done.stderr
+    assert code == 2 or done.stderr.count("\n") == 1
 
 
 # Errors and exit codes ----------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import builtins
+import dataclasses
 import gc
 import json
 import os
@@ -141,6 +142,7 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
 def test_a_model_of_images_is_refused(tmp_path: Path) -> None:
     """A checkpoint of another kind is refused with its class, whatever the task."""
     hf.ViTConfig(architectures=["ViTForImageClassification"]).save_pretrained(tmp_path)
+    save_file({"classifier.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(UnknownTaskError, match=r"ViTForImageClassification .*does none of lmkit's tasks"):
         load("causal", tmp_path)
 
@@ -620,7 +622,8 @@ def test_a_pickled_wrapper_loads_again(name: str) -> None:
     assert len(content) < 2_000
     with pickle.loads(content) as again:  # noqa: S301 - made just above
         assert type(again) is type(wrapper)
-        assert again.plan == wrapper.plan
+        assert set(again.plan.placement.max_memory) == {"cpu"}  # how much of it is free differs from moment to moment
+        assert dataclasses.replace(again.plan, placement=wrapper.plan.placement) == wrapper.plan
         text = checkpoints.texts(name)[0]
         if name == "bert":
             assert again(text).candidates == wrapper(text).candidates

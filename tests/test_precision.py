@@ -15,18 +15,17 @@ import checkpoints
 import families
 import lmkit
 from lmkit.errors import PrecisionError
+from lmkit.machine import Machine, computes_bfloat16
 from lmkit.packing import PackedLinear
-from lmkit.precision import PRECISION_WORDS, computes_bfloat16, resolve_precision
+from lmkit.precision import PRECISION_WORDS, possible_words, resolve_precision
+from lmkit.quantized import Int4Linear, Int8Linear
+from lmkit.quantizer import WeightOnlyConfig
+from machines import CPU, MPS, OLD_CPU, OLD_CUDA, TWO_CUDA, planned
 
 load: Any = lmkit.load  # What these tests pass is often not what is accepted.
 PROMPTS = ["The old sailor", "She"]
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "8bit": "int8", "4bit": "int4"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def native(monkeypatch: pytest.MonkeyPatch, *, bfloat16: bool) -> None:
-    """Let the processor have bfloat16 instructions, or none."""
-    monkeypatch.setattr("lmkit.precision.computes_bfloat16", lambda: bfloat16)
 
 
 def test_the_words_are_these() -> None:
@@ -39,7 +38,7 @@ def test_the_words_are_these() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_dtype_is_taken_as_asked(word: str, device: str) -> None:
     """A word that names a dtype gives it on every device, whatever the checkpoint was saved in."""
-    chosen = resolve_precision(word, "bfloat16", device)
+    chosen = resolve_precision(word, "bfloat16", device, bfloat16=True)
     name = SHORT.get(word, word)
     assert (chosen.name, chosen.dtype, chosen.quantization) == (name, DTYPES[name], None)
     assert chosen.reason == "as asked"
@@ -53,69 +52,132 @@ def test_a_dtype_is_taken_as_asked(word: str, device: str) -> None:
         ("float32", "cuda", False, "float32", "the checkpoint's float32"),
         ("bfloat16", "cpu", True, "bfloat16", "computes bfloat16 natively"),
         ("bfloat16", "cpu", False, "float32", "no native half precision"),
-        ("bfloat16", "cuda", False, "bfloat16", "the checkpoint's bfloat16"),
+        ("bfloat16", "cuda", True, "bfloat16", "the checkpoint's bfloat16"),
+        ("bfloat16", "cuda", False, "float32", "this device only emulates bfloat16"),
         ("float16", "cpu", True, "bfloat16", "computes bfloat16 natively"),
         ("float16", "cpu", False, "float32", "no native half precision"),
         ("float16", "cuda", False, "float16", "the checkpoint's float16"),
         (None, "cpu", True, "bfloat16", "the file has no dtype of its own"),
         (None, "cpu", False, "float32", "the file has no dtype of its own"),
-        (None, "cuda", False, "bfloat16", "the file has no dtype of its own"),
+        ("bfloat16", "mps", True, "bfloat16", "the checkpoint's bfloat16"),
+        ("float64", "cpu", True, "bfloat16", "computes bfloat16 natively"),
+        (None, "cuda", True, "bfloat16", "the file has no dtype of its own"),
+        (None, "cuda", False, "float32", "this device only emulates bfloat16"),
     ],
 )
 def test_auto_keeps_the_checkpoints_dtype_where_the_device_computes_it(
-    monkeypatch: pytest.MonkeyPatch, saved: str | None, device: str, dtype: str, part: str, *, bfloat16: bool
+    saved: str | None, device: str, dtype: str, part: str, *, bfloat16: bool
 ) -> None:
-    """`"auto"` is the saved dtype, unless a CPU would compute that half precision slowly."""
-    native(monkeypatch, bfloat16=bfloat16)
-    given = [saved] if saved is None else [saved, f"torch.{saved}", DTYPES[saved]]
+    """`"auto"` is the saved dtype, unless the device would compute that half precision slowly."""
+    given = [saved] if saved is None else [saved, f"torch.{saved}", getattr(torch, saved)]
     for way in given:
-        chosen = resolve_precision("auto", way, device)
+        chosen = resolve_precision("auto", way, device, bfloat16=bfloat16)
         assert (chosen.name, chosen.dtype, chosen.quantization) == (dtype, DTYPES[dtype], None)
         assert part in chosen.reason
         assert str(chosen) == f"{dtype} ({chosen.reason})"
 
 
-@pytest.mark.parametrize("name", ["amx_bf16", "avx512_bf16", "bf16"])
-def test_one_instruction_set_is_enough(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """A processor computes bfloat16 natively if torch reports any of the instruction sets for it."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, name: True})
-    assert computes_bfloat16()
-
-
-@pytest.mark.parametrize("found", [{}, {"avx512_bf16": False}, {"avx2": True, "avx512_f": True}])
-def test_without_them_bfloat16_is_not_native(monkeypatch: pytest.MonkeyPatch, found: dict[str, bool]) -> None:
-    """A processor without those instruction sets does not compute bfloat16 natively."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
-    assert not computes_bfloat16()
+@pytest.mark.parametrize("word", ["int8", "8bit", "int4", "4bit"])
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_int8_and_int4_are_lmkits_own_on_a_cpu(device: str, word: str) -> None:
+    """On a CPU, and beside one, the quantized words are lmkit's quantizer, computed in what `"auto"` would choose."""
+    for bfloat16 in (True, False):
+        chosen = resolve_precision(word, "bfloat16", device, bfloat16=bfloat16)
+        quantization: Any = chosen.quantization
+        assert (chosen.name, chosen.asked) == (SHORT.get(word, word), word)
+        assert chosen.dtype == (torch.bfloat16 if bfloat16 else torch.float32)
+        assert isinstance(quantization, WeightOnlyConfig)
+        assert quantization.bits == int(chosen.name.removeprefix("int"))
+        assert chosen.reason.startswith("as asked: lmkit's own weight-only quantizer")
 
 
 @pytest.mark.parametrize("word, eight", [("int8", True), ("8bit", True), ("int4", False), ("4bit", False)])
-def test_int8_and_int4_are_bitsandbytes(monkeypatch: pytest.MonkeyPatch, word: str, *, eight: bool) -> None:
-    """The quantized words are a bitsandbytes config, computed in what `"auto"` would choose."""
-    native(monkeypatch, bfloat16=True)
-    chosen = resolve_precision(word, "float16", "cpu")
+def test_int8_and_int4_are_bitsandbytes_on_cuda(word: str, *, eight: bool) -> None:
+    """On CUDA the quantized words are a bitsandbytes config, computed in what `"auto"` would choose."""
+    chosen = resolve_precision(word, "float16", "cuda", bfloat16=True)
     quantization: Any = chosen.quantization
-    assert chosen.name == SHORT.get(word, word)
-    assert chosen.dtype == torch.bfloat16
+    assert (chosen.name, chosen.asked) == (SHORT.get(word, word), word)
+    assert chosen.dtype == torch.float16
     assert (quantization.load_in_8bit, quantization.load_in_4bit) == (eight, not eight)
     assert "bitsandbytes" in chosen.reason
 
 
-@pytest.mark.parametrize("word", ["int4", "nf4"])
-def test_four_bits_are_nf4(word: str) -> None:
-    """Four bits are nf4, doubly quantized and computed in the model's dtype, not bitsandbytes' fp4."""
-    quantization: Any = resolve_precision(word, "float16", "cuda").quantization
+@pytest.mark.parametrize("word, device", [("int4", "cuda"), ("nf4", "cuda"), ("nf4", "cpu")])
+@pytest.mark.parametrize(
+    "saved, bfloat16, dtype", [("bfloat16", True, torch.bfloat16), ("bfloat16", False, torch.float32)]
+)
+def test_bitsandbytes_four_bits_are_nf4(word: str, device: str, saved: str, dtype: Any, *, bfloat16: bool) -> None:
+    """Four bits of bitsandbytes are nf4, doubly quantized and computed in the model's dtype, not fp4 in float32."""
+    chosen = resolve_precision(word, saved, device, bfloat16=bfloat16)
+    quantization: Any = chosen.quantization
     assert quantization.bnb_4bit_quant_type == "nf4"
     assert quantization.bnb_4bit_use_double_quant
-    assert quantization.bnb_4bit_compute_dtype == torch.float16
+    assert chosen.dtype == quantization.bnb_4bit_compute_dtype == dtype
+    assert chosen.reason == "as asked: bitsandbytes nf4, double quantization" + (
+        ", the better of its two 4-bit types" if word == "int4" else ""
+    )
+
+
+@pytest.mark.parametrize(
+    "device, packed, words",
+    [
+        ("cpu", None, ["auto", *DTYPES, "int8", "int4", "nf4"]),
+        ("cuda", None, ["auto", *DTYPES, "int8", "int4", "nf4"]),
+        ("mps", None, ["auto", *DTYPES, "int8", "int4"]),
+        ("cpu", "gguf", ["auto", *DTYPES]),
+        ("cuda", "bitsandbytes", ["auto", *DTYPES]),
+        ("cpu", "int4", ["auto", *DTYPES, "int4"]),
+        ("cpu", "int8", ["auto", *DTYPES, "int8"]),
+    ],
+)
+def test_a_device_and_a_checkpoint_can_do_these_words(device: str, packed: str | None, words: list[str]) -> None:
+    """Each word that is named as possible resolves; each other one is a `PrecisionError` that names those."""
+    assert set(possible_words(device, packed)) == set(words)
+    for word in PRECISION_WORDS.values():
+        if word in words:
+            resolve_precision(word, None, device, bfloat16=True, packed=packed)
+            continue
+        with pytest.raises(PrecisionError) as caught:
+            resolve_precision(word, None, device, bfloat16=True, packed=packed)
+        assert f"precision={word!r} " in str(caught.value)
+        assert ", ".join(map(repr, possible_words(device, packed))) in str(caught.value)
+
+
+@pytest.mark.parametrize("packed", ["int8", "int4", "bitsandbytes"])
+def test_what_is_quantized_already_stays_so(packed: str) -> None:
+    """A checkpoint that was saved quantized is held as it is, whatever word it may have, and the reason says so."""
+    for word, dtype in (("auto", torch.bfloat16), ("float32", torch.float32)):
+        chosen = resolve_precision(word, "bfloat16", "cpu", bfloat16=True, packed=packed)
+        assert (chosen.name, chosen.dtype, chosen.quantization) == (packed, dtype, None)
+        assert (chosen.reason, chosen.asked) == (f"the checkpoint is quantized already: {packed}", word)
+
+
+@pytest.mark.parametrize(
+    "machine, auto, int8",
+    [
+        (CPU, "bfloat16", "lmkit"),
+        (OLD_CPU, "float32", "lmkit"),
+        (TWO_CUDA, "float16", "bitsandbytes"),
+        (OLD_CUDA, "float16", "bitsandbytes"),
+        (MPS, "float16", "lmkit"),
+    ],
+    ids=["cpu", "old cpu", "cuda", "old cuda", "mps"],
+)
+def test_a_plan_chooses_by_the_machine(half: Path, machine: Machine, auto: str, int8: str) -> None:
+    """A float16 checkpoint is planned in what the machine's first accelerator, or its CPU, computes well."""
+    chosen = planned("causal", half, machine).precision
+    assert (chosen.name, chosen.asked) == (auto, "auto")
+    assert "the checkpoint's float16" in chosen.reason
+    config: Any = planned("causal", half, machine, "int8").precision.quantization
+    assert config.quant_method == int8
 
 
 def test_a_config_is_passed_through() -> None:
     """A quantization config of the caller's is taken as it is and called custom."""
     mine = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
-    chosen = resolve_precision(mine, "float32", "cpu")
+    chosen = resolve_precision(mine, "float32", "cpu", bfloat16=True)
     assert chosen.quantization is mine
-    assert (chosen.name, chosen.dtype) == ("custom", torch.float32)
+    assert (chosen.name, chosen.asked, chosen.dtype) == ("custom", "custom", torch.float32)
     assert "as passed" in chosen.reason
 
 
@@ -125,7 +187,7 @@ def test_a_config_is_passed_through() -> None:
 def test_an_unknown_word_names_the_nearest(word: str, near: str | None) -> None:
     """An unknown precision is refused with what was given, the nearest word and all the words."""
     with pytest.raises(PrecisionError) as caught:
-        resolve_precision(word, "float32", "cpu")
+        resolve_precision(word, "float32", "cpu", bfloat16=True)
     message = str(caught.value)
     assert f"unknown precision {word!r}." in message
     assert near is None or f"Did you mean '{near}'?" in message or near in message.partition("?")[0]
@@ -137,7 +199,7 @@ def test_an_unknown_word_names_the_nearest(word: str, near: str | None) -> None:
 def test_what_is_no_word_is_refused(precision: Any) -> None:
     """Something else, a torch dtype too, is refused with what is accepted."""
     with pytest.raises(PrecisionError) as caught:
-        resolve_precision(precision, "float32", "cpu")
+        resolve_precision(precision, "float32", "cpu", bfloat16=True)
     assert f"precision={precision!r} is not accepted" in str(caught.value)
     assert "'float16'" in str(caught.value)
 
@@ -146,15 +208,15 @@ def test_what_is_no_word_is_refused(precision: Any) -> None:
 def test_packed_weights_are_not_quantized_again(word: Any) -> None:
     """A file that holds quantized weights, GGUF say, is refused a second quantization, with the ways out."""
     with pytest.raises(PrecisionError) as caught:
-        resolve_precision(word, None, "cpu", packed="gguf")
+        resolve_precision(word, None, "cpu", bfloat16=True, packed="gguf")
     message = str(caught.value)
     assert "quantized already (gguf)" in message
-    assert "'auto', 'float32', 'bfloat16' or 'float16'" in message
+    assert "'auto', 'float32', 'bfloat16', 'float16'" in message
 
 
 def test_packed_weights_take_a_dtype() -> None:
     """A GGUF file is widened to the dtype that is asked for."""
-    assert resolve_precision("float32", None, "cpu", packed="gguf").dtype == torch.float32
+    assert resolve_precision("float32", None, "cpu", bfloat16=True, packed="gguf").dtype == torch.float32
 
 
 @pytest.mark.parametrize("word", DTYPES)
@@ -173,19 +235,27 @@ def test_a_model_loads_in_the_dtype(name: str, word: str) -> None:
         wrapper(checkpoints.texts(name)[0])
 
 
-def test_auto_loads_what_the_checkpoint_was_saved_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A float16 checkpoint loads in bfloat16 or float32 on a CPU, by what that computes."""
-    checkpoints.changed("llama", tmp_path, lambda model, _: model.to(torch.float16))
-    for bfloat16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        native(monkeypatch, bfloat16=bfloat16)
-        with load("causal", tmp_path, devices="cpu") as generator:
-            assert generator.model.dtype == dtype
-            assert "the checkpoint's float16" in generator.plan.reasons["precision"]
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a tiny Llama in float16."""
+    folder = tmp_path_factory.mktemp("half") / "llama"
+    return checkpoints.changed("llama", folder, lambda model, _: model.to(torch.float16))
+
+
+def test_auto_loads_what_this_processor_computes(half: Path) -> None:
+    """A float16 checkpoint loads in bfloat16 or float32 on a CPU, by what that computes, and each module says so."""
+    with load("causal", half, devices="cpu") as generator:
+        dtype = torch.bfloat16 if computes_bfloat16() else torch.float32
+        assert generator.model.dtype == dtype
+        assert "the checkpoint's float16" in generator.plan.reasons["precision"]
+        assert {module.dtype for module in generator.modules if "rotary" not in module.name} == {
+            str(dtype).removeprefix("torch.")
+        }
 
 
 KINDS = {
-    "int8": bitsandbytes.nn.Linear8bitLt,
-    "int4": bitsandbytes.nn.Linear4bit,
+    "int8": Int8Linear,
+    "int4": Int4Linear,
     "nf4": bitsandbytes.nn.Linear4bit,
 }
 
@@ -226,7 +296,7 @@ def test_a_quantized_model_runs_on_the_cpu(
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """The words load through bitsandbytes, take less memory, run, and nothing of it is printed or logged."""
+    """The words load as lmkit's or bitsandbytes' layers, take less memory, run, and print or log nothing."""
     task = checkpoints.FAMILIES[name].task
     with load(task, wide(name), "float32", "cpu") as plain:
         whole = plain.memory_bytes
@@ -246,10 +316,10 @@ def test_a_quantized_model_runs_on_the_cpu(
 
 
 @pytest.mark.parametrize("narrow", [False, True])
-def test_int4_equals_plain_transformers(wide: Callable[[str], Path], *, narrow: bool) -> None:
-    """`"int4"` writes what plain transformers writes with the same bitsandbytes config and modules."""
+def test_nf4_equals_plain_transformers(wide: Callable[[str], Path], *, narrow: bool) -> None:
+    """`"nf4"` writes what plain transformers writes with the same bitsandbytes config and modules."""
     folder = checkpoints.folder("llama") if narrow else wide("llama")
-    with load("causal", folder, "int4", "cpu") as generator:
+    with load("causal", folder, "nf4", "cpu") as generator:
         results = [result.token_ids for result in generator(PROMPTS, max_new_tokens=8)]
         skipped: Any = generator.model.config
         quantization = BitsAndBytesConfig(
@@ -278,7 +348,7 @@ def test_the_callers_config_is_not_changed() -> None:
 
 def test_a_quantized_checkpoint_says_so(tmp_path: Path) -> None:
     """A folder saved by bitsandbytes loads as it is, says so, and refuses to be quantized again."""
-    with load("causal", checkpoints.folder("llama"), "int8", "cpu") as generator:
+    with load("causal", checkpoints.folder("llama"), BitsAndBytesConfig(load_in_8bit=True), "cpu") as generator:
         generator.model.save_pretrained(tmp_path)
         generator.tokenizer.save_pretrained(tmp_path)
         expected = [result.token_ids for result in generator(PROMPTS, max_new_tokens=8)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from lmkit.sources import ADAPTER_WEIGHTS, find_adapter
 from lmkit.weights import reading
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from lmkit.headers import TensorInfo
@@ -92,7 +94,7 @@ def check_base(adapter: Adapter, skeleton: Skeleton) -> None:
 def put_on(model: Any, adapters: list[Adapter]) -> None:
     """Put adapters on a model, all of them active: what they change adds up."""
     for adapter in adapters:
-        with reading(f"the adapter {adapter.origin!r}"):
+        with reading(f"the adapter {adapter.origin!r}"), _where_modules_compute(model):
             report = model.load_adapter(
                 str(adapter.folder), adapter_name=adapter.name, adapter_kwargs={"local_files_only": True}
             )
@@ -104,3 +106,18 @@ def put_on(model: Any, adapters: list[Adapter]) -> None:
             raise WeightsError(msg)
     if len(adapters) > 1:
         model.set_adapter([adapter.name for adapter in adapters])
+
+
+@contextlib.contextmanager
+def _where_modules_compute(model: Any) -> Iterator[None]:
+    """Let an adapter's weights lie where modules compute: transformers gives those of offloaded modules no values."""
+    placed = getattr(model, "hf_device_map", None)
+    if placed is None:
+        yield
+        return
+    main = next((where for where in placed.values() if where not in ("cpu", "disk")), "cpu")
+    model.hf_device_map = {name: main if where in ("cpu", "disk") else where for name, where in placed.items()}
+    try:
+        yield
+    finally:
+        model.hf_device_map = placed

@@ -1,8 +1,8 @@
 """lmkit as a user's code sees it: checked by mypy and basedpyright, never run."""
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, assert_type
+from typing import Any, Literal, assert_type
 
 import torch
 
@@ -18,6 +18,18 @@ assert_type(lmkit.load("summarization", "any/name", devices=["cuda:0", "cuda:1"]
 assert_type(lmkit.load("text2text-generation", "any/name", devices={"cuda:0": "20GiB"}), lmkit.Translator)
 assert_type(lmkit.load("masked", "any/name", devices=torch.device("cpu")), lmkit.Unmasker)
 assert_type(lmkit.load("fill-mask", "any/name", "fp32", 0, local_files_only=True), lmkit.Unmasker)
+
+# plan: the arguments of load, and one class for all tasks.
+
+assert_type(lmkit.plan("causal", "any/name"), lmkit.LoadPlan)
+assert_type(
+    lmkit.plan("fill-mask", Path("folder"), "int4", {"cuda:0": "24GiB", "cpu": 0.8, "disk": "off/"}), lmkit.LoadPlan
+)
+assert_type(lmkit.plan("seq2seq", "any/name", devices={0: 20 * 2**30}, reserve_tokens=4096), lmkit.LoadPlan)
+assert_type(lmkit.plan("causal", "any/name", devices=lmkit.Placement({"": "cpu"})), lmkit.LoadPlan)
+assert_type(lmkit.plan("causal", "any/name", adapter={"one": "any/lora", "two": Path("lora")}), lmkit.LoadPlan)
+assert_type(lmkit.load("causal", "any/name", adapter="any/lora", reserve_tokens=10), lmkit.Generator)
+assert_type(lmkit.load("masked", "any/name", "auto", lmkit.Placement("auto", {"cpu": 0.5}, "off/")), lmkit.Unmasker)
 
 generator = lmkit.load("causal", "any/name")
 translator = lmkit.load("seq2seq", "any/name")
@@ -126,7 +138,29 @@ def attributes() -> None:
     assert_type(generator.precision, str)
     assert_type(generator.device, torch.device)
     assert_type(generator.memory_bytes, int)
+    assert_type(generator.modules, tuple[lmkit.ModulePlan, ...])
+    assert_type(generator.modules[0].bytes, int)
     generator.close()
+
+
+def planning(plan: lmkit.LoadPlan) -> None:
+    assert_type(plan.task, Literal["causal", "seq2seq", "masked"])
+    assert_type(plan.parameters, int)
+    assert_type(plan.precision.name, str)
+    assert_type(plan.precision.dtype, torch.dtype)
+    assert_type(plan.device_map, Mapping[str, str])
+    assert_type(plan.modules[0].device, str)
+    assert_type(plan.modules[0].dtype, str)
+    assert_type(plan.weights_bytes, int)
+    assert_type(plan.bytes_per_device, dict[str, int])
+    assert_type(plan.kv_bytes_per_token, int | None)
+    assert_type(plan.context_length, int | None)
+    assert_type(plan.max_rows(4096), int | None)
+    assert_type(plan.max_rows(4096, source_tokens=100), int | None)
+    assert_type(plan.fits, bool)
+    assert_type(plan.reasons, Mapping[str, str])
+    assert_type(plan.to_dict(), dict[str, Any])
+    assert_type(str(plan), str)
 
 
 def catch() -> None:
@@ -140,6 +174,9 @@ def catch() -> None:
 
 
 def refused() -> None:
+    lmkit.plan("masekd", "any/name")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    lmkit.plan("causal", "any/name", load_in_8bit=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    lmkit.plan("causal", "any/name", devices={"cpu": None})  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]
     lmkit.load("masekd", "any/name")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
     generator("Level up!", max_new_token=5)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     generator("Level up!", temperature="hot")  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]

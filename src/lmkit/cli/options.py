@@ -91,7 +91,9 @@ class Planning(Loading):
             msg = "pass --device or --budget, not both."
             raise typer.BadParameter(msg)
         task: Any = options.pop("task") or self._made_for()
-        return plan(task, **options | ({"devices": budgets} if budgets else {}))
+        if budgets:
+            options["devices"] = budgets
+        return plan(task, **options)
 
     def _made_for(self) -> str:
         """Return the task that the checkpoint was made for; the first of several."""
