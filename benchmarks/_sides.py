@@ -142,6 +142,47 @@ def single_side(model: Any, prompt: Sequence[int], budget: int, **options: Any) 
     return Side("model.generate", run)
 
 
+class Clock:
+    """What `generate` calls with the prompt and then with each token: it notes when the first one came."""
+
+    def __init__(self) -> None:
+        """Start now."""
+        self.begun = time.perf_counter()
+        self.puts = 0
+        self.first = 0.0
+
+    def put(self, _value: Any) -> None:
+        """Note the time of the second call, which is the first token's."""
+        self.puts += 1
+        if self.puts == 2:  # noqa: PLR2004 - the first call brings the prompt
+            self.first = time.perf_counter() - self.begun
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def generate_side(model: Any, prompt: Sequence[int], budget: int, **options: Any) -> Side:
+    """`model.generate` of one row, with the time of its first token."""
+
+    def run() -> Run:
+        clock = Clock()
+        counts = generate(model, [prompt], [budget], streamer=clock, **options)
+        return Run(time.perf_counter() - clock.begun, tuple(counts), clock.first)
+
+    return Side("model.generate", run)
+
+
+def decoding(side: Side, name: str | None = None) -> Side:
+    """Of a side that runs one row and knows the time of its first token, count only what comes behind it."""
+
+    def run() -> Run:
+        whole = side.run()
+        assert whole.first_seconds is not None  # noqa: S101 - the side's kind
+        return Run(whole.seconds - whole.first_seconds, tuple(count - 1 for count in whole.tokens))
+
+    return Side(name or side.name, run)
+
+
 def prefill_side(model: Any, prompt: Sequence[int], times: int = 5) -> Side:
     """The median of a few bare forward passes over a prompt, with a new cache and the last position's scores."""
     import torch

@@ -129,7 +129,9 @@ class Int8Linear(QuantizedLinear):
         return self.in_features % 16 == 0 and self.weight.device.type == "cpu" and _int8_kernel(dtype)
 
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch._weight_int8pack_mm(rows, self.weight, self.scales)  # noqa: SLF001 - torch has no public one
+        ops: Any = torch.ops.aten  # torch has no public one
+        product: torch.Tensor = ops._weight_int8pack_mm(rows, self.weight, self.scales)  # noqa: SLF001
+        return product
 
     def _many(self, rows: torch.Tensor) -> torch.Tensor:
         return super()._many(rows) * self.scales
@@ -289,7 +291,7 @@ def _int8_kernel(dtype: torch.dtype) -> bool:
     numbers = torch.arange(-64, 64, dtype=torch.int8).view(4, 32)
     rows, scales = torch.ones(1, 32, dtype=dtype), torch.full((4,), 0.5, dtype=dtype)
     try:
-        found = torch._weight_int8pack_mm(rows, numbers, scales)  # noqa: SLF001
+        found = torch.ops.aten._weight_int8pack_mm(rows, numbers, scales)  # noqa: SLF001
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
     return torch.allclose(found.float(), numbers.float().sum(1) * 0.5, rtol=0.01)

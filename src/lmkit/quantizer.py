@@ -43,7 +43,10 @@ class WeightOnlyConfig(QuantizationConfigMixin):
             raise ValueError(msg)
 
 
-class WeightOnlyQuantizer(HfQuantizer):
+_Base: Any = HfQuantizer  # some of its methods are annotated as returning nothing
+
+
+class WeightOnlyQuantizer(_Base):  # type: ignore[misc]
     """Puts `lmkit.quantized` modules into a model before its weights are read."""
 
     quantization_config: WeightOnlyConfig

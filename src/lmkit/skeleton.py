@@ -99,14 +99,14 @@ class Skeleton:
             traps: Whether it will compute on a CPU with bfloat16 units, where bitsandbytes cannot multiply all layers.
             known: What its keys and values take, from a skeleton that computes in the same dtype.
         """
-        config = copy.deepcopy(config)
+        plain: Any = copy.deepcopy(config)
         quantization = getattr(config, "quantization_config", None)
         if quantization is not None:
-            del config.quantization_config  # measured wide first
+            del plain.quantization_config  # measured wide first
         with torch.device("meta"):
             # Other attention asks masks for their values, and there are none.
             self.model: Any = auto_class(task).from_config(
-                config, dtype=precision.dtype, attn_implementation="eager", trust_remote_code=trusted
+                plain, dtype=precision.dtype, attn_implementation="eager", trust_remote_code=trusted
             )
         self.model.eval()
         for name in untied:
