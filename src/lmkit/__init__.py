@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lmkit.generator import Chat, Generator, GeneratorOptions, Message
     from lmkit.loading import LoadOptions, load, plan
     from lmkit.placement import Placement
-    from lmkit.planning import LoadPlan
+    from lmkit.plans import LoadPlan
     from lmkit.precision import Precision
     from lmkit.results import (
         Candidate,
@@ -66,7 +66,7 @@ _MODULES = {
     "generator": "Chat Generator GeneratorOptions Message",
     "loading": "LoadOptions load plan",
     "placement": "Placement",
-    "planning": "LoadPlan",
+    "plans": "LoadPlan",
     "precision": "Precision",
     "results": (
         "Candidate Completion EngineStats Generation MaskSlot Segment TextChunk Timing TokenLogprob "

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from lmkit.adapters import AdapterArgument
     from lmkit.placement import Devices
-    from lmkit.planning import LoadPlan
+    from lmkit.plans import LoadPlan
     from lmkit.precision import PrecisionWord
     from lmkit.tasks import CausalWord, MaskedWord, Seq2SeqWord, Task, TaskWord
     from lmkit.weights import Source

@@ -1,23 +1,22 @@
-"""`LoadPlan`: everything that is decided about a load before its weights are read.
+"""Everything about a load is decided here, from the config and the headers of the weight files alone.
 
-It is made of the config and the headers of the weight files alone. `load()` makes one and executes exactly it.
+`load()` makes a `LoadPlan` and executes exactly it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from lmkit.adapters import check_base
 from lmkit.configs import context_length, packing, read_config
 from lmkit.errors import PlacementError, listed
-from lmkit.fitting import Layout, ModulePlan, lay_out, longest, offload, on_devices, shortage, size
+from lmkit.fitting import Layout, lay_out, longest, offload, on_devices, shortage, size
 from lmkit.packing import packs
-from lmkit.picture import drawn, written
 from lmkit.placement import resolve_placement
+from lmkit.plans import LoadPlan
 from lmkit.precision import possible_words, resolve_precision
-from lmkit.results import Result
-from lmkit.skeleton import KeyValueBytes, Skeleton
+from lmkit.skeleton import Skeleton
 from lmkit.tasks import check_task
 from lmkit.weights import check_tokenizer, read_json, reading
 
@@ -31,95 +30,14 @@ if TYPE_CHECKING:
     from lmkit.machine import Machine
     from lmkit.placement import Devices, Placement
     from lmkit.precision import Precision
+    from lmkit.skeleton import KeyValueBytes
     from lmkit.tasks import Task
     from lmkit.weights import Source
 
-__all__ = ["LoadPlan"]
+__all__ = ["Wish", "check_fits", "make_plan"]
 
 LONGEST = 2**20
 """How many tokens are considered where nothing bounds a model's context."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadPlan(Result):
-    """What will be loaded, in what precision, where to, and why.
-
-    Bytes are those of weights and of keys and values; what a forward pass computes with comes on top. `str()` is a
-    table, a notebook shows a picture, `to_dict()` is JSON.
-
-    Attributes:
-        task: What the model is loaded for.
-        name: The name as the caller wrote it.
-        architecture: What the checkpoint calls its model; its model type if it does not say.
-        model_class: The transformers class that will hold it.
-        parameters: How many numbers it has, tied weights counted once.
-        precision: What the weights will be held in.
-        placement: Which devices may hold them, and how much of each.
-        device_map: A device, or `"disk"`, per module name, where `""` is the whole model.
-        modules: The parts that stay whole, each with its device, its dtype and its bytes.
-        kernels: `"packed"` where linear layers are kept in the order of the processor's own kernel, else `"torch"`.
-        key_values: What keys and values of one row take; None for masked models, which keep none, and where that only
-            shows when the model runs.
-        context_length: The most tokens the model takes at once; None where nothing bounds it.
-        fits: Whether all of it fits its devices.
-        reasons: Why, a sentence per automatic choice; under `"fits"` what does not fit, and what would.
-    """
-
-    task: Task
-    name: str
-    architecture: str
-    model_class: str
-    parameters: int
-    precision: Precision
-    placement: Placement
-    device_map: Mapping[str, str]
-    modules: tuple[ModulePlan, ...]
-    kernels: Literal["torch", "packed"]
-    key_values: KeyValueBytes | None
-    context_length: int | None
-    fits: bool
-    reasons: Mapping[str, str]
-    _layout: Layout = field(repr=False, compare=False)
-
-    @property
-    def weights_bytes(self) -> int:
-        """What the weights take in all, scales of quantized ones included."""
-        return sum(module.bytes for module in self.modules)
-
-    @property
-    def bytes_per_device(self) -> dict[str, int]:
-        """What the weights take on each device, the disk among them."""
-        return self._layout.bytes_per_device
-
-    @property
-    def kv_bytes_per_token(self) -> int | None:
-        """What keys and values of one more token take, before any window is full; of an encoder-decoder, of its output.
-
-        None where `key_values` is.
-        """
-        return None if self.key_values is None else self.key_values.of(1) - self.key_values.fixed
-
-    def max_rows(self, tokens: int, source_tokens: int | None = None) -> int | None:
-        """Return how many rows fit beside the weights.
-
-        Args:
-            tokens: How many tokens each row may have, its prompt included.
-            source_tokens: Of an encoder-decoder, how many its source may have; as many if left out.
-
-        Returns:
-            None where `key_values` is.
-        """
-        if self.key_values is None:
-            return None
-        return self._layout.rows(self.key_values.of(tokens, tokens if source_tokens is None else source_tokens))
-
-    def __str__(self) -> str:
-        """Write the plan as a table for people."""
-        return written(self)
-
-    def _repr_html_(self) -> str:
-        """Draw the plan for a notebook: a bar per device, the parts within it; every text escaped."""
-        return drawn(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lmkit.planning import LoadPlan
+    from lmkit.plans import LoadPlan
 
 __all__ = ["Loaded", "News", "OnError", "Wrapper"]
 

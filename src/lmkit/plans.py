@@ -1,0 +1,166 @@
+"""`LoadPlan`: what was decided about a load, as data, as a table and as a picture."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from lmkit.fitting import Layout, ModulePlan, size, summed_names
+from lmkit.results import Result
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lmkit.placement import Placement
+    from lmkit.precision import Precision
+    from lmkit.skeleton import KeyValueBytes
+    from lmkit.tasks import Task
+
+__all__ = ["LoadPlan"]
+
+SHOWN_TOKENS = 8192
+"""How many tokens keys and values are shown for, at the most."""
+
+COLORS = ("#4c78a8", "#72b7b2")
+"""Of neighbouring parts in turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan(Result):
+    """What will be loaded, in what precision, where to, and why.
+
+    Bytes are those of weights and of keys and values; what a forward pass computes with comes on top. `str()` is a
+    table, a notebook shows a picture, `to_dict()` is JSON.
+
+    Attributes:
+        task: What the model is loaded for.
+        name: The name as the caller wrote it.
+        architecture: What the checkpoint calls its model; its model type if it does not say.
+        model_class: The transformers class that will hold it.
+        parameters: How many numbers it has, tied weights counted once.
+        precision: What the weights will be held in.
+        placement: Which devices may hold them, and how much of each.
+        device_map: A device, or `"disk"`, per module name, where `""` is the whole model.
+        modules: The parts that stay whole, each with its device, its dtype and its bytes.
+        kernels: `"packed"` where linear layers are kept in the order of the processor's own kernel, else `"torch"`.
+        key_values: What keys and values of one row take; None for masked models, which keep none, and where that only
+            shows when the model runs.
+        context_length: The most tokens the model takes at once; None where nothing bounds it.
+        fits: Whether all of it fits its devices.
+        reasons: Why, a sentence per automatic choice; under `"fits"` what does not fit, and what would.
+    """
+
+    task: Task
+    name: str
+    architecture: str
+    model_class: str
+    parameters: int
+    precision: Precision
+    placement: Placement
+    device_map: Mapping[str, str]
+    modules: tuple[ModulePlan, ...]
+    kernels: Literal["torch", "packed"]
+    key_values: KeyValueBytes | None
+    context_length: int | None
+    fits: bool
+    reasons: Mapping[str, str]
+    _layout: Layout = field(repr=False, compare=False)
+
+    @property
+    def weights_bytes(self) -> int:
+        """What the weights take in all, scales of quantized ones included."""
+        return sum(module.bytes for module in self.modules)
+
+    @property
+    def bytes_per_device(self) -> dict[str, int]:
+        """What the weights take on each device, the disk among them."""
+        return self._layout.bytes_per_device
+
+    @property
+    def kv_bytes_per_token(self) -> int | None:
+        """What keys and values of one more token take, before any window is full; of an encoder-decoder, of its output.
+
+        None where `key_values` is.
+        """
+        return None if self.key_values is None else self.key_values.of(1) - self.key_values.fixed
+
+    def max_rows(self, tokens: int, source_tokens: int | None = None) -> int | None:
+        """Return how many rows fit beside the weights.
+
+        Args:
+            tokens: How many tokens each row may have, its prompt included.
+            source_tokens: Of an encoder-decoder, how many its source may have; as many if left out.
+
+        Returns:
+            None where `key_values` is.
+        """
+        if self.key_values is None:
+            return None
+        return self._layout.rows(self.key_values.of(tokens, tokens if source_tokens is None else source_tokens))
+
+    def __str__(self) -> str:
+        """Write the plan as a table for people."""
+        return written(self)
+
+    def _repr_html_(self) -> str:
+        """Draw the plan for a notebook: a bar per device, the parts within it; every text escaped."""
+        return drawn(self)
+
+
+def facts(plan: LoadPlan) -> list[tuple[str, str]]:
+    """Return what a plan says beside its devices, line by line."""
+    lines = [
+        ("model", f"{plan.model_class}, {plan.parameters:,} parameters, for {plan.task!r}"),
+        ("precision", f"{plan.precision.name}, {size(plan.weights_bytes)} of weights"),
+    ]
+    context = f"{plan.context_length:,} tokens" if plan.context_length is not None else "not bounded"
+    lines.append(("context", context))
+    if plan.key_values is not None:
+        tokens = min(plan.context_length or SHOWN_TOKENS, SHOWN_TOKENS)
+        row = plan.key_values.of(tokens, tokens)
+        told = f"{plan.kv_bytes_per_token:,} bytes a token; a row of {tokens:,} tokens takes {size(row)}"
+        if plan.fits:
+            told += f", and {plan.max_rows(tokens):,} fit"
+        lines.append(("keys and values", told))
+    lines.append(("fits", "yes" if plan.fits else "NO"))
+    return lines + [(f"why: {what}", reason) for what, reason in plan.reasons.items()]
+
+
+def written(plan: LoadPlan) -> str:
+    """Write a plan as a table."""
+    lines = [("name", plan.name), *facts(plan)]
+    for device, used in plan.bytes_per_device.items():
+        inside = [module for module in plan.modules if module.device == device]
+        limit = plan.placement.max_memory.get(device)
+        room = f" of {size(limit)}" if isinstance(limit, int) else ""
+        lines.append((device, f"{size(used)}{room}: {summed_names(inside)}"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+
+
+def drawn(plan: LoadPlan) -> str:
+    """Draw a plan: a bar per device, as long as its budget, and a block per part."""
+    used = plan.bytes_per_device
+    limits = {name: plan.placement.max_memory.get(name) for name in used}
+    longest = max((limit if isinstance(limit, int) else used[name]) for name, limit in limits.items())
+    bars = []
+    for device, held in used.items():
+        limit = limits[device]
+        whole = limit if isinstance(limit, int) else held
+        blocks = "".join(
+            f'<div title="{html.escape(f"{part.name}: {part.dtype}, {size(part.bytes)}")}" style="width:'
+            f'{100 * part.bytes / max(whole, held, 1):.3f}%;background:{COLORS[number % 2]};height:1.4em"></div>'
+            for number, part in enumerate(part for part in plan.modules if part.device == device)
+        )
+        label = html.escape(f"{device}: {size(held)} of {size(whole)}")
+        share = max(100 * max(whole, held) / max(longest, held, 1), 5)
+        bars.append(
+            f'<div>{label}</div><div style="display:flex;width:{share:.1f}%;background:#ddd;'
+            f'margin-bottom:.5em;overflow:hidden">{blocks}</div>'
+        )
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
+        for name, text in [("name", plan.name), *facts(plan)]
+    )
+    return f'<div style="max-width:60em">{"".join(bars)}<table>{rows}</table></div>'
