@@ -18,6 +18,7 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).parent
+REPORTS = ROOT / ".nox" / "reports"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PINS = ("--constraint", str(ROOT / "constraints.txt"))
 
@@ -97,7 +98,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests with coverage; `-- -k name` runs what it selects, without coverage."""
     # The pages' code is the docs session's.
-    everything = ["--cov", "--cov-report=term", "--durations=10", "--ignore=tests/test_docs.py"]
+    everything = ["--cov", "--cov-report=term", "--durations=10", "--ignore=tests/test_docs.py", counted("tests")]
     run_shared(session, "pytest", *(session.posargs or everything))
 
 
@@ -105,7 +106,7 @@ def tests(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the documentation strictly and run the code on its pages."""
     run_shared(session, "mkdocs", "build", "--strict")
-    run_shared(session, "pytest", "tests/test_docs.py")
+    run_shared(session, "pytest", "tests/test_docs.py", counted("docs"))
 
 
 @nox.session(venv_backend="none", requires=["env"])
@@ -137,6 +138,11 @@ def build(session: nox.Session) -> None:
     session.run("python", "-m", "build", "--no-isolation", silent=True)
     (wheel,) = (ROOT / "dist").glob("*.whl")
     use_wheel(session, wheel)
+
+
+def counted(name: str) -> str:
+    """Have pytest write what it ran to a file of this name, for .ci/count.py."""
+    return f"--junit-xml={REPORTS / f'{name}.xml'}"
 
 
 def use_wheel(session: nox.Session, wheel: Path) -> None:
