@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -253,6 +255,40 @@ def test_another_dtype_is_refused_as_a_plain_layer_does(
     layer = filled(kind, numbers(128, 64), torch.bfloat16)
     with pytest.raises(RuntimeError, match=r"dtype|scalar type"):
         layer(numbers(3 if few else kind.FEW + 1, 64, seed=1))
+
+
+MISALIGNED = """
+import sys, torch
+from lmkit.quantized import Int8Linear, Int4Linear
+
+def moved(tensor):
+    place = torch.empty(tensor.numel() + 64, dtype=tensor.dtype)[1 : tensor.numel() + 1].view(tensor.shape)
+    return place.copy_(tensor)
+
+torch.set_num_threads(1)
+for kind in (Int8Linear, Int4Linear):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for outputs in (64, 50, 7):
+            layer = kind(64, outputs, dtype, bias=False)
+            integers, scales = kind.quantize(torch.ones(outputs, 64), dtype)
+            layer.load_state_dict({"weight": integers, "scales": scales})
+            if sys.argv[1] == "weight":
+                layer.weight = torch.nn.Parameter(moved(layer.weight.data), requires_grad=False)
+                layer.scales = torch.nn.Parameter(moved(layer.scales.data), requires_grad=False)
+            layer.pack()
+            for count in (1, 3, 4, 5):
+                rows = torch.ones(count, 64, dtype=dtype)
+                found = layer(moved(rows) if sys.argv[1] == "rows" else rows)
+                assert (found - 64).abs().max() < 1
+"""
+
+
+@pytest.mark.parametrize("what", ["weight", "rows"])
+def test_numbers_may_lie_anywhere_in_memory(what: str, request: pytest.FixtureRequest) -> None:
+    """A weight as it lies in a mapped file, and rows that begin anywhere do not end the process."""
+    known(request, "torch's kernel for bfloat16 ends the process if they do not begin at a multiple of 16 bytes")
+    done = subprocess.run([sys.executable, "-c", MISALIGNED, what], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # Quantizing -------------------------------------------------------------------------------------
