@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from lmkit.machine import Device, Machine
-from lmkit.planning import LoadPlan, Wish, make_plan
+from lmkit.planning import Wish, make_plan
+from lmkit.plans import LoadPlan
 from lmkit.sources import HubOptions, Wanted, find
 from lmkit.weights import tensors_of
 
