@@ -211,9 +211,8 @@ def test_other_settings_are_refused(settings: dict[str, int]) -> None:
 
 
 @EVERY_WORD
-def test_a_mamba_is_quantized(word: str, request: pytest.FixtureRequest) -> None:
+def test_a_mamba_is_quantized(word: str) -> None:
     """A state space model computes in 8 and 4 bits: it multiplies with one of its weights itself."""
-    known(request, "the mixer reads dt_proj.weight, which is integers; and its rows are not contiguous")
     model = quantized("mamba", word).model
     assert logits("mamba", model).isfinite().all()
 
@@ -278,8 +277,6 @@ def test_a_saved_model_refuses_other_quantizations(word: str, tmp_path: Path) ->
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_saved_model_computes_in_any_dtype(word: str, dtype: str, tmp_path: Path) -> None:
     """A dtype asked of a quantized checkpoint is what is computed in; the integers stay."""
-    if dtype == "bfloat16":  # in 4 bits too: the head has 8
-        pytest.xfail("ends the process: see test_numbers_may_lie_anywhere_in_memory")
     saved(word, tmp_path)
     with load("causal", tmp_path, dtype, "cpu") as wrapper:
         assert wrapper.precision == word
@@ -480,7 +477,6 @@ def test_a_plan_counts_what_a_model_holds(name: str, word: str) -> None:
 @pytest.mark.parametrize("word", WORDS)
 def test_a_plan_counts_what_a_model_holds_when_it_has_run(name: str, word: str, request: pytest.FixtureRequest) -> None:
     """So they are after a call: bitsandbytes changes what it holds at the first forward pass."""
-    known(request, "bitsandbytes moves SCB from the weight to the module's state", where=word == "bnb8")
     odd = word in {"nf4", "fp4"} and (name, word) not in {
         ("llama", "nf4"),
         ("llama", "fp4"),
@@ -513,11 +509,10 @@ def test_what_bitsandbytes_holds_when_it_has_run(name: str, word: str, *, nested
 
 
 @pytest.mark.parametrize("name", ["gpt_neo", "m2m100"])
-def test_a_plan_counts_buffers(name: str, request: pytest.FixtureRequest) -> None:
+def test_a_plan_counts_buffers(name: str) -> None:
     """What a model computes once and keeps, masks and positions, is counted though it is not in the file."""
-    known(request, "a plan sums state_dict(), which leaves out buffers that are not saved")
     wrapper = quantized(name, "int4")
-    assert wrapper.plan.weights_bytes == pytest.approx(wrapper.memory_bytes, rel=0.02)
+    assert wrapper.plan.weights_bytes + wrapper.plan.beside_bytes == pytest.approx(wrapper.memory_bytes, rel=0.02)
 
 
 PEAK = """
@@ -586,8 +581,7 @@ def test_a_load_stays_under_the_wide_checkpoint(word: str) -> None:
 @PROC
 @pytest.mark.slow
 @EVERY_WORD
-def test_a_loaded_model_lets_go_of_its_file(word: str, request: pytest.FixtureRequest) -> None:
+def test_a_loaded_model_lets_go_of_its_file(word: str) -> None:
     """After the load, no page of the wide file is resident."""
-    known(request, "embeddings and norms are views of the mapped file, all of whose pages stay")
     file, _, _, mapped, _ = peak(word)
     assert mapped < file / 10

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
-__all__ = ["PackedLinear", "pack", "packs"]
+__all__ = ["PackedLinear", "let_go_of_file", "pack", "packs"]
 
 
 class PackedLinear(torch.nn.Linear):
@@ -92,13 +92,13 @@ def pack(model: torch.nn.Module) -> int:
                 parent._modules[name] = PackedLinear(child, tied=tied)  # noqa: SLF001 - setattr would do the same
                 count += 1
     if count:
-        _let_go_of_file(model)
+        let_go_of_file(model.parameters())
     return count
 
 
-def _let_go_of_file(model: torch.nn.Module) -> None:
+def let_go_of_file(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Copy what still lies in the mapped file, so that the file's pages do not stay in memory beside packed copies."""
-    for parameter in model.parameters():
+    for parameter in parameters:
         if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
 

@@ -181,6 +181,9 @@ def _limits(budgets: Budgets, machine: Machine, *, absent: bool) -> dict[str, in
     limits: dict[str, int] = {}
     for device, budget in budgets.items():
         name = present(device, machine, absent=absent)
+        if name in limits:
+            msg = f"{name!r} has two budgets in {dict(budgets)!r}: give it one."
+            raise PlacementError(msg)
         limits[name] = _bytes(device, name, budget, machine)
     return limits
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lmkit.adapters import check_base
@@ -13,7 +13,7 @@ from lmkit.configs import context_length, packing, read_config
 from lmkit.errors import PlacementError, listed
 from lmkit.fitting import Layout, lay_out, longest, offload, on_devices, shortage, size
 from lmkit.packing import packs
-from lmkit.placement import resolve_placement
+from lmkit.placement import Placement, resolve_placement
 from lmkit.plans import LoadPlan
 from lmkit.precision import possible_words, resolve_precision
 from lmkit.skeleton import Skeleton
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lmkit.adapters import Adapter
     from lmkit.headers import TensorInfo
     from lmkit.machine import Machine
-    from lmkit.placement import Devices, Placement
+    from lmkit.placement import Devices
     from lmkit.precision import Precision
     from lmkit.skeleton import KeyValueBytes
     from lmkit.tasks import Task
@@ -131,6 +131,9 @@ def make_plan(
     skeleton = _skeleton(wish, found, chosen, traps=kind == "cpu" and machine.bfloat16("cpu"))
     packed, added = _packed(skeleton, kind), _adapters_bytes(wish, skeleton)
     layout = lay_out(skeleton, placed, beside=_beside(wish, skeleton, kind))
+    if kind != "cpu" and "cpu" in placed.max_memory and layout.main == "cpu":
+        without = replace(wish, devices=_without_accelerators(placed))
+        return make_plan(without, source, tensors, machine, absent=absent)
     short = shortage(layout, placed, chosen.name, _reserved(wish, skeleton))
     if short is not None:
         short += f". {_instead(wish, found, placed, machine, skeleton=skeleton, layout=layout)}"
@@ -164,6 +167,14 @@ def make_plan(
         _layout=layout,
     )
     return plan, found.config
+
+
+def _without_accelerators(placed: Placement) -> Placement:
+    """Return what is left of a placement whose accelerators have no room for any part: the CPU computes."""
+    device_map = {"": "cpu"} if placed.offload_folder is None else "auto"
+    limits = {"cpu": placed.max_memory["cpu"]}
+    reason = f"{placed.reason}; no accelerator has room for a part"
+    return Placement(device_map, limits, placed.offload_folder, placed.bytes_per_second, reason)
 
 
 def check_fits(plan: LoadPlan) -> None:
@@ -203,8 +214,9 @@ def _packed(skeleton: Skeleton, kind: str) -> bool:
 
 
 def _beside(wish: Wish, skeleton: Skeleton, kind: str) -> int:
-    """Return what is needed beside the weights: for adapters, and for layers that are held twice."""
-    return _adapters_bytes(wish, skeleton) + (skeleton.twice_bytes if _packed(skeleton, kind) else 0)
+    """Return what is needed beside the weights: for buffers, adapters, and layers that are held twice."""
+    twice = skeleton.twice_bytes if _packed(skeleton, kind) else 0
+    return skeleton.buffers_bytes + _adapters_bytes(wish, skeleton) + twice
 
 
 def _reserved(wish: Wish, skeleton: Skeleton) -> int:

@@ -73,6 +73,11 @@ class LoadPlan(Result):
         return sum(module.bytes for module in self.modules)
 
     @property
+    def beside_bytes(self) -> int:
+        """What is held beside the weights: buffers that no file has, adapters, and layers that are held twice."""
+        return self._layout.beside
+
+    @property
     def bytes_per_device(self) -> dict[str, int]:
         """What the weights take on each device, the disk among them."""
         return self._layout.bytes_per_device

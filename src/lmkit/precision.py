@@ -167,7 +167,8 @@ def _automatic(saved: torch.dtype | None, device_type: str, *, bfloat16: bool) -
     """Choose what to compute in: the checkpoint's dtype, unless the device runs it badly."""
     import torch
 
-    wanted = saved if saved in (torch.float32, torch.bfloat16, torch.float16) else torch.bfloat16
+    known = {torch.float64: torch.float32, torch.float32: torch.float32, torch.float16: torch.float16}
+    wanted = known.get(saved, torch.bfloat16) if saved is not None else torch.bfloat16
     origin = f"the checkpoint's {str(saved).removeprefix('torch.')}" if saved else "the file has no dtype of its own"
     if device_type == "cpu" and wanted in (torch.bfloat16, torch.float16):
         if bfloat16:

@@ -11,6 +11,7 @@ import functools
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
+from torch._subclasses import FakeTensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +66,8 @@ class QuantizedLinear(torch.nn.Linear):
         raise NotImplementedError
 
     def pack(self) -> None:
-        """Bring the weight into the kernel's order, where it has one of its own."""
+        """Bring the weight into the kernel's order, where it has one of its own, and to where it can read it."""
+        self.weight.data = _aligned(self.weight.data)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """Widen the weight, `BLOCK` weights at a time. *Shape:* `(in_features, some of out_features)`."""
@@ -73,8 +75,13 @@ class QuantizedLinear(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
         """Multiply. *Shape:* `(…, in_features)` to `(…, out_features)`."""
+        if input.dtype is not self.scales.dtype:
+            msg = f"the layer computes in dtype {self.scales.dtype}, and was given {input.dtype}: convert it first."
+            raise RuntimeError(msg)
         rows = input.reshape(-1, self.in_features)
-        product = self._few(rows) if rows.shape[0] <= self.FEW and self._has_kernel(rows.dtype) else self._many(rows)
+        trained = rows.requires_grad and torch.is_grad_enabled()  # the kernels have no derivative
+        few = rows.shape[0] <= self.FEW and not trained and self._has_kernel(rows.dtype)
+        product = self._few(_aligned(rows.contiguous())) if few else self._many(rows)
         if self.bias is not None:
             product = product + self.bias
         return product.view(*input.shape[:-1], self.out_features)
@@ -86,8 +93,21 @@ class QuantizedLinear(torch.nn.Linear):
         raise NotImplementedError
 
     def _many(self, rows: torch.Tensor) -> torch.Tensor:
-        products = [rows @ block for block in self.blocks(rows.dtype)]
-        return products[0] if len(products) == 1 else torch.cat(products, -1)
+        return _joined([rows @ block for block in self.blocks(rows.dtype)])
+
+
+def _joined(products: list[torch.Tensor]) -> torch.Tensor:
+    return products[0] if len(products) == 1 else torch.cat(products, -1)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that begins at a multiple of 16 bytes: torch's int8 kernel ends the process on any other.
+
+    Memory that torch allocates does; a view into it, or a weight in a mapped file, need not.
+    """
+    if isinstance(tensor, FakeTensor):  # it is traced, and has no address
+        return tensor
+    return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % 16 else tensor
 
 
 def hold(module: torch.nn.Module, weight: torch.Tensor, scales: torch.Tensor) -> None:
@@ -119,10 +139,13 @@ class Int8Linear(QuantizedLinear):
         return numbers, scales
 
     def blocks(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """Widen the weight, without its scales. *Shape:* `(in_features, some of out_features)`."""
+        """Widen the weight. *Shape:* `(in_features, some of out_features)`."""
+        for first, part in self._parts():
+            yield (part.to(dtype) * self.scales[first : first + len(part), None].to(dtype)).T
+
+    def _parts(self) -> Iterator[tuple[int, torch.Tensor]]:
         rows = max(BLOCK // self.in_features, 1)
-        for first in range(0, self.out_features, rows):
-            yield self.weight[first : first + rows].to(dtype).T
+        return ((first, self.weight[first : first + rows]) for first in range(0, self.out_features, rows))
 
     def _has_kernel(self, dtype: torch.dtype) -> bool:
         # Other widths are read beyond their end in half precision, and torch crashes.
@@ -134,7 +157,9 @@ class Int8Linear(QuantizedLinear):
         return product
 
     def _many(self, rows: torch.Tensor) -> torch.Tensor:
-        return super()._many(rows) * self.scales
+        if rows.dtype is torch.float16:  # where sums of whole numbers overflow
+            return super()._many(rows)
+        return _joined([rows @ part.to(rows.dtype).T for _, part in self._parts()]) * self.scales
 
 
 class Int4Linear(QuantizedLinear):
@@ -168,7 +193,7 @@ class Int4Linear(QuantizedLinear):
 
     def pack(self) -> None:
         """Bring the weight into the kernel's order, if there is a kernel for it."""
-        if self._width and self.weight.device.type == "cpu":
+        if self._width and self.weight.device.type == "cpu" and not self.packed:
             levels = torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(1)
             self.weight = torch.nn.Parameter(_packed(levels), requires_grad=False)
             self.packed = True
@@ -207,6 +232,14 @@ class Int4Linear(QuantizedLinear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed:
             destination[f"{prefix}weight"] = self._unpacked()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.packed:
+            self.weight, self.packed = torch.nn.Parameter(self._unpacked(), requires_grad=False), False
+            super()._load_from_state_dict(*args, **kwargs)
+            self.pack()
+        else:
+            super()._load_from_state_dict(*args, **kwargs)
 
     def _unpacked(self) -> torch.Tensor:
         """Return the weight as it is saved."""
@@ -250,6 +283,10 @@ class Int8Embedding(torch.nn.Module):
         self.num_embeddings, self.embedding_dim, self.embed_scale = num_embeddings, embedding_dim, embed_scale
         hold(self, *Int8Linear.empty(embedding_dim, num_embeddings, dtype))
 
+    def pack(self) -> None:
+        """Bring the weight to where the kernel of a `TiedHead` can read it."""
+        self.weight.data = _aligned(self.weight.data)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
         """Look tokens up. *Shape:* any, to the same and `embedding_dim`."""
         found = self.weight[input].to(self.scales.dtype) * self.scales[input][..., None]
@@ -267,6 +304,9 @@ class TiedHead(Int8Linear):
             torch.nn.Parameter(torch.empty(self.out_features, dtype=dtype), requires_grad=False) if bias else None
         )
         self._embedding = (embedding,)  # in a tuple, so that its weight is not this module's a second time
+
+    def pack(self) -> None:
+        """Leave the weight to the embedding."""
 
     @property
     def weight(self) -> torch.nn.Parameter:  # type: ignore[override]
@@ -300,14 +340,14 @@ def _int8_kernel(dtype: torch.dtype) -> bool:
 @functools.cache
 def _int4_kernel() -> int:
     """Try torch's kernel on a small layer: how many outputs lie side by side in its order? 0 where it is of no use."""
-    levels = (torch.arange(64 * GROUP) * 7 % 16).view(64, GROUP).to(torch.uint8)
-    rows, scales = torch.ones(1, GROUP), torch.tensor([1.0, 0.5]).expand(1, 64, 2).contiguous()
+    levels = (torch.arange(64 * GROUP) * 7 % 13).view(64, GROUP).to(torch.uint8)
+    rows, scales = torch.arange(1.0, GROUP + 1)[None], torch.tensor([1.0, 0.5]).expand(1, 64, 2).contiguous()
     try:
         packed = _packed(levels)
         found = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, GROUP, scales)  # noqa: SLF001
     except (AttributeError, NotImplementedError, RuntimeError):
         return 0
-    if not torch.allclose(found, (levels.float() - 7.5).sum(1)[None], rtol=0.01):
+    if not torch.allclose(found, rows @ (levels.float() - 7.5).T, rtol=0.01):
         return 0
     for width in (64, 32):
         part = packed.view(64 // width, GROUP, -1)

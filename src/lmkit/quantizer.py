@@ -6,6 +6,10 @@ One that was saved quantized is read as it is. Importing this module is what reg
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lmkit.packing import let_go_of_file
 from lmkit.quantized import GROUP, Int4Linear, Int8Embedding, Int8Linear, QuantizedLinear, TiedHead
 
 if TYPE_CHECKING:
@@ -68,7 +73,10 @@ class WeightOnlyQuantizer(_Base):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         for module in model.modules():
-            if isinstance(module, QuantizedLinear):
+            own = isinstance(module, (QuantizedLinear, Int8Embedding))
+            if self.pre_quantized or not own:
+                let_go_of_file(module.parameters(recurse=False))
+            if own:
                 module.pack()
         return model
 
@@ -102,6 +110,7 @@ def replace(model: Any, bits: int, skip: Collection[str] = ()) -> None:
     kept = {name for name in skip if name}
     # T5 casts what it multiplies with its `wo` to the dtype of that weight, unless it is int8.
     delicate = set(model._keep_in_fp32_modules or ())  # noqa: SLF001 - where transformers names it
+    kept |= used_directly(model)
     head = model.get_output_embeddings()
     tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
     for name, module in list(model.named_modules()):
@@ -111,6 +120,25 @@ def replace(model: Any, bits: int, skip: Collection[str] = ()) -> None:
             wide = module is head or bool(delicate & set(name.split(".")))
             _put(model, name, _layer(module, 8 if wide else bits))
     _replace_tied(model, head, kept)
+
+
+def used_directly(model: Any) -> set[str]:
+    """Name the modules whose weight the model's code multiplies itself, as Mamba does: it has to stay what it is."""
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        with contextlib.suppress(OSError, TypeError):  # made without a file of source
+            code = _source(type(module))
+            names = [re.escape(child) for child, _ in module.named_children()]
+            used = (
+                child for child in names if re.search(rf"self\.{child}\.weight\s*@|@\s*self\.{child}\.weight", code)
+            )
+            found |= {f"{name}.{child}".lstrip(".") for child in used}
+    return found
+
+
+@functools.cache
+def _source(kind: type) -> str:
+    return inspect.getsource(kind) if issubclass(kind, torch.nn.Module) and "transformers" in kind.__module__ else ""
 
 
 def _replace_tied(model: Any, head: Any, kept: Collection[str]) -> None:

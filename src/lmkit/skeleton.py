@@ -75,6 +75,7 @@ class Skeleton:
         key_values: What its keys and values take; None where that only shows when it runs.
         parameters: How many numbers it has before it is quantized, tied weights counted once.
         twice_bytes: What linear layers take whose weight is another module's too.
+        buffers_bytes: What it computes once and keeps, such as masks and positions; they are in no file.
     """
 
     def __init__(
@@ -119,6 +120,8 @@ class Skeleton:
             for name, tensor in names.items()
             if name in ties and type(self.model.get_submodule(name.rpartition(".")[0])) is torch.nn.Linear
         )
+        saved = set(self.model.state_dict())
+        self.buffers_bytes = sum(buffer.nbytes for name, buffer in self.model.named_buffers() if name not in saved)
         self.key_values = None if task == "masked" else known or key_values(self.model)
         self._wide = self._kept_wide(precision.dtype)
         if traps and getattr(precision.quantization, "load_in_4bit", False):
@@ -175,6 +178,8 @@ class Skeleton:
         if self.quantizer is not None and self.quantizer.param_needs_quantization(self.model, name):
             return _bitsandbytes(module, tensor, self.quantizer, name, self.model)
         dtype = tensor.dtype
+        if type(module).__module__.startswith("bitsandbytes"):
+            dtype = self.precision.dtype  # of its bias, which is made in torch's default
         if dtype.is_floating_point:
             dtype = next((kept for pattern, kept in self._wide if pattern.search(name)), dtype)
         return str(dtype).removeprefix("torch."), tensor.numel() * dtype.itemsize
@@ -271,16 +276,18 @@ def held(model: Any) -> list[tuple[Part, str]]:
             continue
         seen.add(id(tensor))
         module: Any = model.get_submodule(name.rpartition(".")[0])
-        size, dtype = _real(tensor), getattr(module, "NAME", None) or str(tensor.dtype).removeprefix("torch.")
+        size, dtype = _real(tensor, module), getattr(module, "NAME", None) or str(tensor.dtype).removeprefix("torch.")
         state: Any = getattr(tensor, "quant_state", None)
         tensors.append((name, getattr(state, "quant_type", dtype), size))
         devices[home(name, homes)][str(tensor.device)] += max(size, 1)
     return [(part, devices[part.name].most_common(1)[0][0]) for part in _summed(tensors, homes)]
 
 
-def _real(tensor: Any) -> int:
-    """Count the bytes of a weight, bitsandbytes' scales included."""
+def _real(tensor: Any, module: Any) -> int:
+    """Count the bytes of a weight, bitsandbytes' scales included, which it moves to the module when it first runs."""
     state, scale = getattr(tensor, "quant_state", None), getattr(tensor, "SCB", None)
+    if scale is None and tensor is module._parameters.get("weight"):  # noqa: SLF001
+        scale = getattr(getattr(module, "state", None), "SCB", None)
     size = tensor.nbytes if not tensor.is_mkldnn else tensor.numel() * tensor.element_size()
     if scale is not None:
         size += scale.nbytes
