@@ -125,7 +125,7 @@ def test_adapters_count_in_the_plan(base: Path, make: Make, word: Any, itemsize:
     assert plan.reasons["adapter"] == f"{took / 1000:.1f} kB beside the model's own weights"
     assert plan.weights_bytes == alone.weights_bytes
     assert "adapter" not in alone.reasons
-    budget = {"cpu": alone.weights_bytes + took}
+    budget = {"cpu": alone.weights_bytes + alone.beside_bytes + took}
     assert lmkit.plan("causal", base, word, budget, adapter=named).fits
     assert not lmkit.plan("causal", base, word, {"cpu": budget["cpu"] - 1}, adapter=named).fits
     assert lmkit.plan("causal", base, word, {"cpu": budget["cpu"] - 1}).fits

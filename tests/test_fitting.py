@@ -220,7 +220,7 @@ def test_the_context_that_is_named_fits(name: str) -> None:
     """Where the weights fit and the reserved tokens do not, the error names the most that do."""
     plan = of(name, devices={"cpu": "1GiB"})
     assert plan.key_values is not None
-    budget = {"cpu": plan.weights_bytes + plan.key_values.of(50, 50)}
+    budget = {"cpu": plan.weights_bytes + plan.beside_bytes + plan.key_values.of(50, 50)}
     assert of(name, devices=budget, reserve_tokens=50).fits
     with pytest.raises(PlacementError) as caught:
         opened(name, devices=budget, reserve_tokens=51)
@@ -233,7 +233,7 @@ def test_the_context_that_is_named_fits(name: str) -> None:
 
 def test_a_masked_model_keeps_no_tokens_to_reserve() -> None:
     """Reserved tokens take nothing where no keys and values are kept."""
-    budget = {"cpu": of("bert").weights_bytes}
+    budget = {"cpu": of("bert").weights_bytes + of("bert").beside_bytes}
     assert of("bert", devices=budget, reserve_tokens=10**6).fits
 
 

@@ -60,7 +60,7 @@ def test_a_dtype_is_taken_as_asked(word: str, device: str) -> None:
         (None, "cpu", True, "bfloat16", "the file has no dtype of its own"),
         (None, "cpu", False, "float32", "the file has no dtype of its own"),
         ("bfloat16", "mps", True, "bfloat16", "the checkpoint's bfloat16"),
-        ("float64", "cpu", True, "bfloat16", "computes bfloat16 natively"),
+        ("float64", "cpu", True, "float32", "the checkpoint's float64"),
         (None, "cuda", True, "bfloat16", "the file has no dtype of its own"),
         (None, "cuda", False, "float32", "this device only emulates bfloat16"),
     ],

@@ -216,7 +216,8 @@ def _packed(skeleton: Skeleton, kind: str) -> bool:
 def _beside(wish: Wish, skeleton: Skeleton, kind: str) -> int:
     """Return what is needed beside the weights: for buffers, adapters, and layers that are held twice."""
     twice = skeleton.twice_bytes if _packed(skeleton, kind) else 0
-    return skeleton.buffers_bytes + _adapters_bytes(wish, skeleton) + twice
+    buffers: int = skeleton.buffers_bytes
+    return buffers + _adapters_bytes(wish, skeleton) + twice
 
 
 def _reserved(wish: Wish, skeleton: Skeleton) -> int:

@@ -6,10 +6,10 @@ One that was saved quantized is read as it is. Importing this module is what reg
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,22 +123,26 @@ def replace(model: Any, bits: int, skip: Collection[str] = ()) -> None:
 
 
 def used_directly(model: Any) -> set[str]:
-    """Name the modules whose weight the model's code multiplies itself, as Mamba does: it has to stay what it is."""
+    """Name the modules whose weight a family's code does not leave to them: these have to stay what they are.
+
+    Mamba multiplies with one itself, and casts what it gives to its output layer to the dtype of that one's weight.
+    """
     found: set[str] = set()
     for name, module in model.named_modules():
-        with contextlib.suppress(OSError, TypeError):  # made without a file of source
-            code = _source(type(module))
-            names = [re.escape(child) for child, _ in module.named_children()]
-            used = (
-                child for child in names if re.search(rf"self\.{child}\.weight\s*@|@\s*self\.{child}\.weight", code)
-            )
-            found |= {f"{name}.{child}".lstrip(".") for child in used}
+        code = _source(type(module).__module__, type(module).__qualname__)
+        for child, _ in module.named_children():
+            weight = rf"self\.{re.escape(child)}\.weight"
+            cast = re.search(rf"\.to\({weight}\.dtype\)", code) and "torch.int8" not in code  # T5 asks for that
+            if cast or re.search(rf"{weight}\s*@|@\s*{weight}", code):
+                found.add(f"{name}.{child}".lstrip("."))
     return found
 
 
 @functools.cache
-def _source(kind: type) -> str:
-    return inspect.getsource(kind) if issubclass(kind, torch.nn.Module) and "transformers" in kind.__module__ else ""
+def _source(module: str, name: str) -> str:
+    """Return the source of a class of transformers'; nothing for others."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return inspect.getsource(kind) if module.startswith("transformers.models.") and kind is not None else ""
 
 
 def _replace_tied(model: Any, head: Any, kept: Collection[str]) -> None:
