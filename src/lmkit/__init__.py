@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lmkit.fitting import ModulePlan
     from lmkit.generation import Beam, GenerationOptions, Greedy, Mode, Sample
     from lmkit.generator import Chat, Generator, GeneratorOptions, Message
+    from lmkit.keyvalues import KeyValueBytes
     from lmkit.loading import LoadOptions, load, plan
     from lmkit.placement import Placement
     from lmkit.plans import LoadPlan
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
         Translation,
         Unmasking,
     )
-    from lmkit.skeleton import KeyValueBytes
     from lmkit.translator import TranslationOptions, Translator
     from lmkit.unmasker import Unmasker, UnmaskOptions
 
@@ -72,7 +72,7 @@ _MODULES = {
         "Candidate Completion EngineStats Generation MaskSlot Segment TextChunk Timing TokenLogprob "
         "Translation Unmasking"
     ),
-    "skeleton": "KeyValueBytes",
+    "keyvalues": "KeyValueBytes",
     "translator": "TranslationOptions Translator",
     "unmasker": "UnmaskOptions Unmasker",
 }

@@ -13,8 +13,9 @@ from lmkit.results import Result
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from lmkit.keyvalues import KeyValueBytes
     from lmkit.placement import Placement
-    from lmkit.skeleton import KeyValueBytes, Skeleton
+    from lmkit.skeleton import Skeleton
 
 __all__ = ["Layout", "ModulePlan"]
 

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
     from lmkit.adapters import Adapter
     from lmkit.headers import TensorInfo
+    from lmkit.keyvalues import KeyValueBytes
     from lmkit.machine import Machine
     from lmkit.placement import Devices
     from lmkit.precision import Precision
-    from lmkit.skeleton import KeyValueBytes
     from lmkit.tasks import Task
     from lmkit.weights import Source
 

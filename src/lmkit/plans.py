@@ -12,9 +12,9 @@ from lmkit.results import Result
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lmkit.keyvalues import KeyValueBytes
     from lmkit.placement import Placement
     from lmkit.precision import Precision
-    from lmkit.skeleton import KeyValueBytes
     from lmkit.tasks import Task
 
 __all__ = ["LoadPlan"]

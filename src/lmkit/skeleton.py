@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lmkit.keyvalues import KeyValueBytes, key_values
 from lmkit.quantized import Int8Embedding, QuantizedLinear
 from lmkit.tasks import auto_class
 
@@ -23,10 +24,7 @@ if TYPE_CHECKING:
     from lmkit.precision import Precision
     from lmkit.tasks import Task
 
-__all__ = ["KeyValueBytes", "Part", "Skeleton"]
-
-SEEN, ANSWERED = 3, 2
-"""How many tokens the model without memory reads, and as an encoder-decoder writes, to see its keys and values."""
+__all__ = ["Part", "Skeleton"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,28 +40,6 @@ class Part:
     name: str
     dtypes: tuple[str, ...]
     bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class KeyValueBytes:
-    """What keys and values of one row take.
-
-    Attributes:
-        per_token: For each token, in layers that keep all of them.
-        windows: For each token in layers that only keep the newest ones: how many those are at most, and bytes.
-        fixed: However many tokens there are: the state of recurrent layers.
-        per_source_token: For each token of an encoder-decoder's source.
-    """
-
-    per_token: int = 0
-    windows: tuple[tuple[int, int], ...] = ()
-    fixed: int = 0
-    per_source_token: int = 0
-
-    def of(self, tokens: int, source_tokens: int = 0) -> int:
-        """Return the bytes of a row with so many tokens."""
-        kept = sum(min(tokens, most) * size for most, size in self.windows)
-        return self.fixed + tokens * self.per_token + kept + source_tokens * self.per_source_token
 
 
 class Skeleton:
@@ -344,61 +320,3 @@ def _bitsandbytes(module: Any, tensor: torch.Tensor, quantizer: Any, name: str, 
         scales = nested if settings.bnb_4bit_use_double_quant else 4 * blocks
         return str(settings.bnb_4bit_quant_type), size + scales + 4 * 16
     return str(_method(settings)), size
-
-
-def key_values(model: Any) -> KeyValueBytes | None:
-    """Have a model on the meta device read a few tokens, and measure the shapes of what it keeps of them.
-
-    Returns:
-        None where the model keeps nothing that can be measured, or does not run without values.
-    """
-    token_ids = torch.ones(1, SEEN, dtype=torch.long, device="meta")
-    both = model.config.is_encoder_decoder
-    more = {"decoder_input_ids": token_ids[:, :ANSWERED]} if both else {}
-    with torch.no_grad(), _experts_in_order(model), contextlib.suppress(Exception):
-        outputs = model(input_ids=token_ids, use_cache=True, **more)
-        named = ("past_key_values", "cache_params")
-        cache = next((found for name in named if (found := getattr(outputs, name, None)) is not None), None)
-        if cache is not None:
-            own = getattr(cache, "self_attention_cache", cache)
-            across = getattr(cache, "cross_attention_cache", None)
-            sources = 0 if across is None else sum(_states(layer) for layer in across.layers) // SEEN
-            return _measured(own.layers, ANSWERED if both else SEEN, sources)
-    return None
-
-
-@contextlib.contextmanager
-def _experts_in_order(model: Any) -> Iterator[None]:
-    """Let mixtures of experts compute without asking which experts were chosen: that has no value here."""
-    configs = {id(config): config for config in (model.config, model.config.get_text_config(decoder=True))}.values()
-    before = [(config, getattr(config, "_experts_implementation", None)) for config in configs]
-    for config, _ in before:
-        config._experts_implementation = "batched_mm"  # noqa: SLF001 - the one that computes all
-    try:
-        yield
-    finally:
-        for config, implementation in before:
-            config._experts_implementation = implementation  # noqa: SLF001
-
-
-def _measured(layers: Any, tokens: int, sources: int) -> KeyValueBytes:
-    per_token, fixed = 0, 0
-    windows: Counter[int] = Counter()
-    for layer in layers:
-        size = _states(layer) // tokens
-        window = getattr(layer, "sliding_window", None)
-        if isinstance(window, int):
-            windows[window - 1] += size  # the newest token's own are computed with, then the oldest let go
-        else:
-            per_token += size
-        for states in ("conv_states", "recurrent_states"):
-            kept = getattr(layer, states, None) or ()
-            parts = kept.values() if isinstance(kept, dict) else kept
-            fixed += sum(part.nbytes for part in parts if part is not None)
-    return KeyValueBytes(per_token, tuple(sorted(windows.items())), fixed, sources)
-
-
-def _states(layer: Any) -> int:
-    """Count the bytes of a layer's keys and values."""
-    parts = [getattr(layer, name, None) for name in ("keys", "values")]
-    return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
