@@ -7,6 +7,7 @@ import pytest
 import checkpoints
 import lmkit
 from checkpoints import texts, wrapper
+from lmkit.engine.compiled import CompiledStep
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +52,24 @@ def test_a_compiled_step_is_kept_for_the_next_load(cache: Path) -> None:
         wrapper("llama")("She", max_new_tokens=6).token_ids
     )
     assert kept.stat().st_mtime_ns != before
+
+
+@pytest.mark.parametrize("word", ["int8", "int4"])
+def test_a_quantized_model_is_compiled_for_one_row(word: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single rows go through the compiled step and several do not; both get the tokens of the model as it is."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder, prompts, steps = str(checkpoints.folder("llama")), texts("llama")[:3], []
+    with lmkit.load("causal", folder, word, "cpu") as plain:
+        expected = [plain(prompt, max_new_tokens=12).token_ids for prompt in prompts]
+    run = CompiledStep.__call__
+    monkeypatch.setattr(CompiledStep, "__call__", lambda self, *args: (steps.append(len(args[0])), run(self, *args))[1])
+    with lmkit.load("causal", folder, word, "cpu", compile=True) as generator:
+        steps.clear()
+        assert [generator(prompt, max_new_tokens=12).token_ids for prompt in prompts] == expected
+        assert set(steps) == {1}
+        together = generator(prompts, max_new_tokens=12)
+    assert [result.token_ids for result in together] == expected
+    assert set(steps) == {1}
 
 
 @pytest.mark.parametrize("name", ["gemma2", "mamba"])
