@@ -42,6 +42,7 @@ ALL = families.CAUSAL + families.SEQ2SEQ + families.MASKED
         (hf.BertConfig(max_position_embeddings=77), 77),
         (hf.RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
         (hf.XLMRobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
+        (hf.MPNetConfig(max_position_embeddings=514, pad_token_id=1), 512),
         (hf.CamembertConfig(max_position_embeddings=514, pad_token_id=1), 512),
         (hf.XLMConfig(max_position_embeddings=77), 77),
         (hf.DebertaConfig(max_position_embeddings=77), 77),

@@ -225,7 +225,7 @@ def test_the_context_that_is_named_fits(name: str) -> None:
     with pytest.raises(PlacementError) as caught:
         opened(name, devices=budget, reserve_tokens=51)
     message = str(caught.value)
-    assert f"and {written(plan.key_values.of(51, 51))} for keys and values" in message
+    assert f", {written(plan.key_values.of(51, 51))} of it for keys and values" in message
     assert message.endswith(" In float32, up to 50 tokens fit.")
     with opened(name, devices=budget, reserve_tokens=50) as wrapper:
         assert wrapper.plan.max_rows(50) == 1
@@ -370,3 +370,21 @@ def test_neighbours_are_named_as_a_range() -> None:
 def test_the_machines_own_memory_is_what_a_plan_fits() -> None:
     """Nine tenths of what is free is the budget where nobody gives one."""
     assert planned("causal", checkpoints.folder("llama"), CPU).placement.max_memory == {"cpu": 36 * GIB}
+
+
+def test_what_fits_goes_nowhere_else(tmp_path: Path) -> None:
+    """A folder for what does not fit changes nothing where all of it fits, to the byte."""
+    alone = of("llama")
+    needed = alone.weights_bytes + alone.beside_bytes
+    divided = of("llama", devices={"cpu": needed, "disk": str(tmp_path)})
+    assert divided.bytes_per_device == {"cpu": alone.weights_bytes}
+    assert "offload" not in divided.reasons
+    assert "disk" in of("llama", devices={"cpu": needed - 1, "disk": str(tmp_path)}).bytes_per_device
+
+
+@pytest.mark.parametrize("word", ["int8", "int4"])
+def test_lmkits_own_layers_are_not_read_from_a_disk(word: Any, tmp_path: Path) -> None:
+    """Accelerate reads no integers from a disk: the plan says so, before a weight is read."""
+    budget = {"cpu": of("llama").weights_bytes // 8, "disk": str(tmp_path)}
+    with pytest.raises(PlacementError, match="int8 and int4 cannot be read from a disk part by part"):
+        lmkit.load("causal", checkpoints.folder("llama"), word, budget)

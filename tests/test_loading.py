@@ -7,7 +7,9 @@ import pickle
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -645,3 +647,23 @@ def test_a_local_folder_asks_no_network(name: str, network: list[str]) -> None:
     with checkpoints.fresh(name) as wrapper:
         wrapper(checkpoints.texts(name)[0], **checkpoints.languages(name))
     assert network == []
+
+
+def test_threads_may_plan_and_load_at_once(network: list[str]) -> None:
+    """Loads in several precisions at a time each hold what they planned, and leave nothing changed behind."""
+    del network
+    words: list[Any] = ["float32", "bfloat16", "int8", "int4"] * 2
+    filters = list(warnings.filters)
+
+    def work(word: Any) -> tuple[int, int, bool]:
+        planned = lmkit.plan("causal", checkpoints.folder("llama"), word, "cpu").weights_bytes
+        with lmkit.load("causal", checkpoints.folder("llama"), word, "cpu") as generator:
+            ended = generator("She", max_new_tokens=2).generated_tokens > 0
+            return planned, generator.plan.weights_bytes, ended
+
+    alone = {word: lmkit.plan("causal", checkpoints.folder("llama"), word, "cpu").weights_bytes for word in words}
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(work, words))
+    assert found == [(alone[word], alone[word], True) for word in words]
+    assert torch.get_default_dtype() is torch.float32
+    assert warnings.filters == filters

@@ -322,3 +322,10 @@ def test_masked_models_keep_nothing(name: str) -> None:
     """A masked model reads a text at once and keeps no keys and values, so that rows are not counted by them."""
     found = of(name)
     assert (found.key_values, found.kv_bytes_per_token, found.max_rows(100)) == (None, None, None)
+
+
+@pytest.mark.parametrize("tokens", [0, -1])
+def test_a_row_has_tokens(tokens: int) -> None:
+    """Rows of no tokens are refused instead of counted."""
+    with pytest.raises(lmkit.OptionError, match="pass a number of tokens, 1 or more"):
+        lmkit.plan("causal", checkpoints.folder("llama"), "float32", "cpu").max_rows(tokens)

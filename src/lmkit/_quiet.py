@@ -9,34 +9,33 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 LIBRARIES = ("transformers", "accelerate", "bitsandbytes", "huggingface_hub", "peft")
 
-_lock = threading.Lock()
-_depth = 0
-_undo = contextlib.ExitStack()
 
+class _Shared:
+    """One silence for all who want it: the first one in sets it, the last one out puts back what was there."""
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries below lmkit from logging and drawing bars while it is open.
+    def __init__(self, silence: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self._silence = silence
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._undo = contextlib.ExitStack()
 
-    Nested and concurrent uses share one silence: the first one in sets it, the last one out puts back
-    what was there. Errors still pass: only messages below ERROR are held.
-    """
-    global _depth  # noqa: PLW0603 - how many are inside is a property of the process, like what is silenced
-    with _lock:
-        if _depth == 0:
-            _undo.enter_context(_silenced())
-        _depth += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _depth -= 1
-            if _depth == 0:
-                _undo.close()
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                self._undo.enter_context(self._silence())
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._undo.close()
 
 
 @contextlib.contextmanager
@@ -72,11 +71,27 @@ def _without_bars() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_warnings() -> Iterator[None]:
-    """Ignore Python's warnings while it is open: for a load and for calls of generate(), not for every step.
-
-    Opening it makes Python forget which warnings it has shown once already, wherever they came from.
-    """
+def _unwarned() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+_quiet, _without_warnings = _Shared(_silenced), _Shared(_unwarned)
+
+
+def quiet() -> contextlib.AbstractContextManager[None]:
+    """Keep the libraries below lmkit from logging and drawing bars while it is open.
+
+    Nested and concurrent uses share one silence. Errors still pass: only messages below ERROR are held.
+    """
+    return _quiet()
+
+
+def without_warnings() -> contextlib.AbstractContextManager[None]:
+    """Ignore Python's warnings while it is open: for a load and for calls of generate(), not for every step.
+
+    Opening it makes Python forget which warnings it has shown once already, wherever they came from. Concurrent uses
+    share one silence.
+    """
+    return _without_warnings()

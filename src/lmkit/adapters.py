@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lmkit.errors import OptionError, WeightsError, listed
 from lmkit.headers import read_safetensors
 from lmkit.sources import ADAPTER_WEIGHTS, find_adapter
-from lmkit.weights import reading
+from lmkit.weights import read_json, reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,13 +58,18 @@ def find_adapters(given: AdapterArgument, hub: HubOptions) -> list[Adapter]:
     """
     if given is None:
         return []
-    named = given if isinstance(given, Mapping) else {DEFAULT: given}
-    if not named or not all(isinstance(path, (str, os.PathLike)) for path in named.values()):
-        msg = f"adapter={given!r} is not accepted: pass a folder or a Hub id, or a dict of several by name."
+    named: Mapping[Any, Any] = given if isinstance(given, Mapping) else {DEFAULT: given}
+    paths = all(isinstance(path, (str, os.PathLike)) for path in named.values())
+    if not named or not paths or not all(isinstance(name, str) and re.fullmatch(r"\w+", name) for name in named):
+        msg = (
+            f"adapter={given!r} is not accepted: pass a folder or a Hub id, or a dict of several by name, each a word "
+            "of letters, digits and '_'."
+        )
         raise OptionError(msg)
     found = []
     for name, path in named.items():
         folder = find_adapter(os.fspath(path), hub)
+        read_json(folder / "adapter_config.json")  # peft reads it when the weights are there
         found.append(Adapter(name, os.fspath(path), folder, read_safetensors(folder / ADAPTER_WEIGHTS)))
     return found
 

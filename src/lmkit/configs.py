@@ -69,7 +69,10 @@ def context_length(config: PreTrainedConfig) -> int | None:
     config mentions. RoBERTa-like tables lose the places up to the padding token's.
     """
     text: Any = config.get_text_config(decoder=True)
-    if hasattr(text, "relative_attention_num_buckets") or getattr(text, "position_biased_input", True) is False:
+    tabled = text.model_type in _OFFSET_BY_PADDING  # MPNet has both
+    if not tabled and hasattr(text, "relative_attention_num_buckets"):
+        return None
+    if getattr(text, "position_biased_input", True) is False:
         return None
     if getattr(text, "alibi", False) or text.model_type in _UNBOUNDED:
         return None

@@ -102,7 +102,10 @@ def lay_out(skeleton: Skeleton, placed: Placement, *, beside: int = 0) -> Layout
     limits = {name: size for name, size in placed.max_memory.items() if isinstance(size, int)}
     if isinstance(placed.device_map, str):
         main = computing(limits)
-        device_map = skeleton.divided({**limits, main: max(limits[main] - beside, 0)})
+        room = max(limits[main] - beside, 0)
+        alone = sum(name != "cpu" for name in limits) <= 1  # several accelerators share a model that one could hold
+        whole = alone and sum(part.bytes for part in skeleton.parts()) <= room
+        device_map = {"": main} if whole else skeleton.divided({**limits, main: room})
         where: Mapping[str, str] = device_map
     else:
         where = placed.device_map
@@ -202,13 +205,15 @@ def shortage(layout: Layout, placed: Placement, precision: str, key_values: int)
     if largest.bytes > most:
         tail += ", which no device can hold"
     weights = sum(layout.bytes_per_device.values()) + layout.beside
-    extra = f" and {size(key_values)} for keys and values" if key_values else ""
     # The first device that is too small, if the caller chose where parts go; else all of them together.
     for name, left in layout.left(key_values).items():
         if left < 0:
             need = layout.limits[name] - left
+            there = f"{size(key_values * layout.shares.get(name, 0.0))} of it for keys and values"
+            extra = f", {there}" if key_values else ""
             return f"{name} has room for {size(layout.limits[name])}, and {size(need)} are needed there{extra}{tail}"
     room = f"{' and '.join(f'{name} {size(limit)}' for name, limit in layout.limits.items())}"
+    extra = f" and {size(key_values)} for keys and values" if key_values else ""
     return f"{precision} needs {size(weights)} for the weights{extra}, and there is room for: {room}{tail}"
 
 

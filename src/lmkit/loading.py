@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
 
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
 __all__ = ["LoadOptions", "load", "plan"]
 
 logger = logging.getLogger("lmkit")
+
+_one_at_a_time = threading.RLock()
+"""transformers builds a model with torch's default dtype set to the model's: a setting of the whole process."""
 
 
 PREFIX_CACHE_BYTES = 256 * 2**20
@@ -152,7 +156,7 @@ def load(
     # Who waits for a download in a terminal sees the Hub library's bars.
     with contextlib.nullcontext() if sys.stderr.isatty() else quiet():
         source = find(os.fspath(name), hub, wanted)
-    with quiet(), without_warnings():
+    with _one_at_a_time, quiet(), without_warnings():
         tensors = tensors_of(source, allow_pickle=wanted.pickle)
         with _reading_gguf(source):
             adapters = find_adapters(options.get("adapter"), hub)
@@ -208,6 +212,7 @@ def plan(
     with quiet(), without_warnings():
         source, tensors = find_headers(os.fspath(name), hub, wanted)
         adapters = find_adapters(options.get("adapter"), hub)
+    with _one_at_a_time, quiet(), without_warnings():
         wish = Wish(kind, precision, devices, options.get("reserve_tokens", 0), wanted.code, adapters)
         with _reading_gguf(source):
             return make_plan(wish, source, tensors, this_machine(), absent=True)[0]

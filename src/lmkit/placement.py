@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,11 @@ ACCEPTED = (
     "'auto', 'cpu', a device such as 'cuda:0' or 0, a list of devices, a dict of budgets such as "
     "{'cuda:0': '20GiB', 'cpu': 0.8, 'disk': 'offload/'}, or an lmkit.Placement"
 )
+
+ACCELERATORS: Final = ("cuda", "hpu", "mlu", "mps", "musa", "npu", "xpu")
+"""Kinds of devices that a plan may be made for where they are absent."""
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B")
 
 SHARE: Final = 0.9
 """How much of a device's free memory weights, keys and values may take, where no budget says: the rest is for what a
@@ -116,7 +122,7 @@ def present(device: str | int | torch.device, machine: Machine, *, absent: bool 
         name = "cpu"
     elif ":" not in name:
         name = f"{name}:0"
-    if name not in machine.devices and not (absent and re.fullmatch(r"[a-z]+:\d+", name)):
+    if name not in machine.devices and not (absent and name.partition(":")[0] in ACCELERATORS):
         there = listed(sorted(machine.devices))
         msg = f"the device {device!r} is not on this machine, which has {there}: pass one of those, or 'auto'."
         raise PlacementError(msg)
@@ -152,6 +158,8 @@ def _explicit(given: Placement, machine: Machine, *, absent: bool) -> Placement:
         where[module] = known = "disk" if device == "disk" else present(device, machine, absent=absent)
         if known != "disk" and known not in limits:
             limits |= _free(machine, [present(device, machine)])  # an absent device has no memory that is known
+    if {*where.values()} == {"disk"} and "cpu" not in limits:
+        limits |= _free(machine, ["cpu"])  # which computes
     if "disk" in where.values() and given.offload_folder is None:
         msg = "the device_map sends modules to 'disk', and no folder is named for them: pass offload_folder=."
         raise PlacementError(msg)
@@ -162,9 +170,11 @@ def _budgets(budgets: Budgets, machine: Machine, *, absent: bool) -> Placement:
     """Turn budgets into a placement; only a folder under `"disk"` allows offloading to disk."""
     named: dict[str | int, Budget] = dict(budgets.items())
     folder = named.pop("disk", None)
-    if folder is not None and not isinstance(folder, str):
+    path = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else None
+    if folder is not None and (path is None or _SIZE.fullmatch(path)):
         msg = f"the budget {{'disk': {folder!r}}} is not accepted: 'disk' takes a folder's path."
         raise PlacementError(msg)
+    folder = path
     limits = _limits(named, machine, absent=absent)
     if not limits:
         msg = f"devices={dict(budgets)!r} names no device that computes: add one, such as 'cpu'."
@@ -197,7 +207,7 @@ def _bytes(device: str | int, name: str, budget: object, machine: Machine) -> in
             return int(machine.devices[name].total_bytes * budget)
         msg = f"{device!r} is not on this machine, so {budget!r} of its memory is unknown: write a size, as '24GiB'."
         raise PlacementError(msg)
-    written = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", budget) if isinstance(budget, str) else None
+    written = _SIZE.fullmatch(budget) if isinstance(budget, str) else None
     if written is None:
         msg = (
             f"the budget {{{device!r}: {budget!r}}} is not accepted: write bytes, a text such as '20GiB', "

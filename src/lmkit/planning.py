@@ -128,12 +128,16 @@ def make_plan(
     check_tokenizer(source)
     if (source.folder / "generation_config.json").is_file() and not source.gguf_file:
         read_json(source.folder / "generation_config.json")  # transformers goes on without a broken one
-    skeleton = _skeleton(wish, found, chosen, traps=kind == "cpu" and machine.bfloat16("cpu"))
+    here = all(name in machine.devices for name in placed.max_memory)
+    skeleton = _skeleton(wish, found, chosen, traps=kind == "cpu" and machine.bfloat16("cpu"), here=here)
+    chosen = skeleton.precision
     packed, added = _packed(skeleton, kind), _adapters_bytes(wish, skeleton)
     layout = lay_out(skeleton, placed, beside=_beside(wish, skeleton, kind))
     if kind != "cpu" and "cpu" in placed.max_memory and layout.main == "cpu":
         without = replace(wish, devices=_without_accelerators(placed))
-        return make_plan(without, source, tensors, machine, absent=absent)
+        plan, config = make_plan(without, source, tensors, machine, absent=absent)
+        told = "no accelerator has room for a part, so that the CPU holds and computes all of it"
+        return replace(plan, reasons={**plan.reasons, "offload": plan.reasons.get("offload", told)}), config
     short = shortage(layout, placed, chosen.name, _reserved(wish, skeleton))
     if short is not None:
         short += f". {_instead(wish, found, placed, machine, skeleton=skeleton, layout=layout)}"
@@ -159,7 +163,7 @@ def make_plan(
         placement=placed,
         device_map=layout.device_map,
         modules=layout.modules,
-        kernels="packed" if packed else "torch",
+        kernels="packed" if packed and "cpu" in layout.bytes_per_device else "torch",
         key_values=skeleton.key_values,
         context_length=context_length(found.config),
         fits=short is None,
@@ -189,13 +193,25 @@ def check_fits(plan: LoadPlan) -> None:
 
 
 def _skeleton(
-    wish: Wish, found: Found, precision: Precision, *, traps: bool = False, known: KeyValueBytes | None = None
+    wish: Wish,
+    found: Found,
+    precision: Precision,
+    *,
+    traps: bool = False,
+    here: bool = False,
+    known: KeyValueBytes | None = None,
 ) -> Skeleton:
     """Build the model without memory."""
-    trusted = wish.trust_remote_code
     with reading(f"the config of {found.source.name!r}"):
         return Skeleton(
-            wish.task, found.config, precision, trusted=trusted, untied=found.untied, traps=traps, known=known
+            wish.task,
+            found.config,
+            precision,
+            trusted=wish.trust_remote_code,
+            untied=found.untied,
+            traps=traps,
+            here=here,
+            known=known,
         )
 
 
@@ -227,9 +243,14 @@ def _reserved(wish: Wish, skeleton: Skeleton) -> int:
 
 
 def _undividable(layout: Layout, skeleton: Skeleton) -> str | None:
-    """Say that bitsandbytes refuses parts on the CPU or a disk beside an accelerator, unless its config allows it."""
+    """Say that bitsandbytes refuses parts on the CPU or a disk beside an accelerator, unless its config allows it.
+
+    lmkit's own layers can be on a CPU beside an accelerator, but accelerate reads no integers from a disk.
+    """
     settings: Any = getattr(skeleton.quantizer, "quantization_config", None)
     places = {module.device for module in layout.modules}
+    if settings is not None and str(settings.quant_method) == "lmkit" and "disk" in places:
+        return "int8 and int4 cannot be read from a disk part by part. Raise a budget, or pass precision='bfloat16'."
     if getattr(settings, "llm_int8_enable_fp32_cpu_offload", True) or not places & {"cpu", "disk"}:
         return None
     if places == {"cpu"}:
@@ -286,6 +307,8 @@ def _instead(
             tokens = longest(smaller.key_values, tried, most)
             row = f", with up to {tokens:,} tokens in one row" if smaller.key_values else ""
             return f"precision={word!r} would fit: {size(total)}{row}."
+    if placed.offload_folder is not None:
+        return "No precision makes it fit: name larger or more devices."
     return (
         "No precision makes it fit: name larger or more devices, or a folder for what does not fit: "
         "devices={…, 'disk': 'offload/'}."

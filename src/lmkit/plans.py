@@ -6,6 +6,7 @@ import html
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from lmkit.errors import OptionError
 from lmkit.fitting import Layout, ModulePlan, size, summed_names
 from lmkit.results import Result
 
@@ -99,7 +100,13 @@ class LoadPlan(Result):
 
         Returns:
             None where `key_values` is.
+
+        Raises:
+            OptionError: A row of no tokens.
         """
+        if tokens < 1 or (source_tokens is not None and source_tokens < 0):
+            msg = f"max_rows({tokens!r}, {source_tokens!r}) is not accepted: pass a number of tokens, 1 or more."
+            raise OptionError(msg)
         if self.key_values is None:
             return None
         return self._layout.rows(self.key_values.of(tokens, tokens if source_tokens is None else source_tokens))

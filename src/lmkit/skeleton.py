@@ -63,6 +63,7 @@ class Skeleton:
         trusted: bool = False,
         untied: Collection[str] = (),
         traps: bool = False,
+        here: bool = False,
         known: KeyValueBytes | None = None,
     ) -> None:
         """Build the model of a config, quantized as `precision` says.
@@ -74,6 +75,8 @@ class Skeleton:
             trusted: Whether its own code may run.
             untied: Weights that transformers ties in a new model of this family, and that the file has of their own.
             traps: Whether it will compute on a CPU with bfloat16 units, where bitsandbytes cannot multiply all layers.
+            here: Whether its devices are on this machine, where transformers can tell if they compute what a file holds
+                quantized.
             known: What its keys and values take, from a skeleton that computes in the same dtype.
         """
         plain: Any = copy.deepcopy(config)
@@ -103,7 +106,7 @@ class Skeleton:
         if traps and getattr(precision.quantization, "load_in_4bit", False):
             precision = dataclasses.replace(precision, quantization=self._without_traps(precision.quantization))
         self.precision = precision
-        self.quantizer = self._quantize(quantization, precision)
+        self.quantizer = self._quantize(quantization, precision, here=here)
 
     def _without_traps(self, quantization: Any) -> Any:
         """Leave out what bitsandbytes' 4-bit kernel for bfloat16 processors cannot multiply.
@@ -120,7 +123,7 @@ class Skeleton:
             quantization.llm_int8_skip_modules = [*own, *awkward]
         return quantization
 
-    def _quantize(self, saved: Any, precision: Precision) -> Any:
+    def _quantize(self, saved: Any, precision: Precision, *, here: bool) -> Any:
         """Put quantized modules in, as the checkpoint or the precision has them; return transformers' quantizer."""
         wanted = precision.quantization or saved
         if wanted is None or _method(wanted) == "gguf":
@@ -129,6 +132,13 @@ class Skeleton:
 
         pre_quantized = saved is not None
         quantizer: Any = AutoHfQuantizer.from_config(copy.deepcopy(wanted), pre_quantized=pre_quantized)
+        if here and pre_quantized:
+            quantizer.validate_environment(device_map=None, weights_only=True)
+            if getattr(quantizer.quantization_config, "dequantize", False):
+                word = str(precision.dtype).removeprefix("torch.")
+                reason = f"the file's {precision.name} is widened as it is read: no device here computes it"
+                self.precision = dataclasses.replace(precision, name=word, reason=reason)
+                return None
         quantizer.preprocess_model(
             model=self.model, dtype=precision.dtype, device_map=None, checkpoint_files=None, use_kernels=False
         )

@@ -250,7 +250,17 @@ def reading(what: str) -> Iterator[None]:
         raise WeightsError(msg) from error
 
 
-_READING = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, struct.error)
+_READING = (
+    OSError,
+    ArithmeticError,
+    AssertionError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+)
 """What the libraries below raise when a file is not what they take it for."""
 
 EXTRAS = {
