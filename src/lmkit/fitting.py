@@ -113,6 +113,8 @@ def lay_out(skeleton: Skeleton, placed: Placement, *, beside: int = 0) -> Layout
         device_map = _flat(where, skeleton)
     if len(set(device_map.values())) == 1:
         device_map = where = {"": next(iter(device_map.values()))}
+    if "" not in where and (own := [name for name in skeleton.own() if name in where]):
+        where = {**where, "": where[own[0]]}  # accelerate gives weights of the model itself places by their own names
     parts = [
         ModulePlan(part.name, placed_at(part.name, where), ", ".join(part.dtypes), part.bytes)
         for part in skeleton.parts()
@@ -141,10 +143,7 @@ def _flat(device_map: Mapping[str, str], skeleton: Skeleton) -> dict[str, str]:
 
 
 def placed_at(name: str, device_map: Mapping[str, str]) -> str:
-    """Return the device that a map sends a module to: by its own name, or the longest one above it.
-
-    accelerate gives weights of the model itself devices by their own names; these count as the first device's.
-    """
+    """Return the device that a map sends a module to: by its own name, or the longest one above it."""
     names = [one for one in device_map if not one or name == one or name.startswith(f"{one}.")]
     return device_map[max(names, key=len)] if names else next(iter(device_map.values()))
 

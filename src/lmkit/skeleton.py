@@ -183,6 +183,11 @@ class Skeleton:
         """Name the blocks, between which a model may be divided."""
         return whole_modules(self.model)[1]
 
+    def own(self) -> list[str]:
+        """Name the weights and buffers of the model itself, which are in no module below it."""
+        model = self.model
+        return [name for name, _ in (*model.named_parameters(recurse=False), *model.named_buffers(recurse=False))]
+
     def reads_only(self, block: str) -> bool:
         """Say whether a block is the encoder's, which keeps no keys and values."""
         return bool(self.model.config.is_encoder_decoder) and "encoder" in block.split(".")
