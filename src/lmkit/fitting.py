@@ -135,9 +135,7 @@ def _flat(device_map: Mapping[str, str], skeleton: Skeleton) -> dict[str, str]:
         inside = f"{name}." if name else ""
         names = [name]
         if any(other != name and other.startswith(inside) for other in homes):  # weights beside the parts below
-            module = skeleton.model.get_submodule(name)
-            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-            names = [f"{inside}{leaf}" for leaf, _ in own]
+            names = [f"{inside}{leaf}" for leaf in skeleton.own(name)]
         flat |= dict.fromkeys(names, placed_at(name, device_map))
     return flat
 

@@ -125,14 +125,12 @@ def make_plan(
     placed = resolve_placement(wish.devices, machine, absent=absent)
     kind = placed.device_type
     chosen = resolve_precision(wish.precision, found.dtype, kind, bfloat16=machine.bfloat16(kind), packed=found.packed)
-    check_tokenizer(source)
-    if (source.folder / "generation_config.json").is_file() and not source.gguf_file:
-        read_json(source.folder / "generation_config.json")  # transformers goes on without a broken one
+    _check_beside(source)
     here = all(name in machine.devices for name in placed.max_memory)
     skeleton = _skeleton(wish, found, chosen, traps=kind == "cpu" and machine.bfloat16("cpu"), here=here)
     chosen = skeleton.precision
-    packed, added = _packed(skeleton, kind), _adapters_bytes(wish, skeleton)
-    layout = lay_out(skeleton, placed, beside=_beside(wish, skeleton, kind))
+    added = _adapters_bytes(wish, skeleton)
+    layout = lay_out(skeleton, placed, beside=added + _beside(skeleton, kind))
     if kind != "cpu" and "cpu" in placed.max_memory and layout.main == "cpu":
         without = replace(wish, devices=_without_accelerators(placed))
         plan, config = make_plan(without, source, tensors, machine, absent=absent)
@@ -143,6 +141,7 @@ def make_plan(
         short += f". {_instead(wish, found, placed, machine, skeleton=skeleton, layout=layout)}"
     else:
         short = _undividable(layout, skeleton)
+    packed = _packed(skeleton, kind) and "cpu" in layout.bytes_per_device
     reasons = {
         "precision": chosen.reason,
         "devices": placed.reason,
@@ -163,7 +162,7 @@ def make_plan(
         placement=placed,
         device_map=layout.device_map,
         modules=layout.modules,
-        kernels="packed" if packed and "cpu" in layout.bytes_per_device else "torch",
+        kernels="packed" if packed else "torch",
         key_values=skeleton.key_values,
         context_length=context_length(found.config),
         fits=short is None,
@@ -229,11 +228,17 @@ def _packed(skeleton: Skeleton, kind: str) -> bool:
     return kind == "cpu" and half and packs() and skeleton.quantizer is None
 
 
-def _beside(wish: Wish, skeleton: Skeleton, kind: str) -> int:
-    """Return what is needed beside the weights: for buffers, adapters, and layers that are held twice."""
-    twice = skeleton.twice_bytes if _packed(skeleton, kind) else 0
+def _beside(skeleton: Skeleton, kind: str) -> int:
+    """Return what a model needs beside its weights: for buffers, and for layers that are held twice."""
     buffers: int = skeleton.buffers_bytes
-    return buffers + _adapters_bytes(wish, skeleton) + twice
+    return buffers + (skeleton.twice_bytes if _packed(skeleton, kind) else 0)
+
+
+def _check_beside(source: Source) -> None:
+    """Check the files beside the weights, of which transformers would go on without a broken one."""
+    check_tokenizer(source)
+    if (source.folder / "generation_config.json").is_file() and not source.gguf_file:
+        read_json(source.folder / "generation_config.json")
 
 
 def _reserved(wish: Wish, skeleton: Skeleton) -> int:
@@ -301,7 +306,7 @@ def _instead(
         other = resolve_precision(word, found.dtype, kind, bfloat16=native, packed=found.packed)
         known = skeleton.key_values if other.dtype is skeleton.precision.dtype else None
         smaller = _skeleton(wish, found, other, traps=kind == "cpu" and native, known=known)
-        tried = lay_out(smaller, placed, beside=_beside(wish, smaller, kind))
+        tried = lay_out(smaller, placed, beside=_adapters_bytes(wish, smaller) + _beside(smaller, kind))
         total = sum(module.bytes for module in tried.modules)
         if total < own and on_devices(tried) and _undividable(tried, smaller) is None:
             tokens = longest(smaller.key_values, tried, most)

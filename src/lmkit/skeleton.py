@@ -183,10 +183,10 @@ class Skeleton:
         """Name the blocks, between which a model may be divided."""
         return whole_modules(self.model)[1]
 
-    def own(self) -> list[str]:
-        """Name the weights and buffers of the model itself, which are in no module below it."""
-        model = self.model
-        return [name for name, _ in (*model.named_parameters(recurse=False), *model.named_buffers(recurse=False))]
+    def own(self, name: str = "") -> list[str]:
+        """Name the weights and buffers of a module, the model by default, which are in no module below it."""
+        module = self.model.get_submodule(name)
+        return [leaf for leaf, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
 
     def reads_only(self, block: str) -> bool:
         """Say whether a block is the encoder's, which keeps no keys and values."""
