@@ -1,7 +1,8 @@
-"""Workloads of precision: K, quality; L, one stream; M, 32 rows; N, loading; O, a model of a billion parameters."""
+"""Workloads of precision: K and P, quality; L, one stream; M, 32 rows; N, loading; O, a billion parameters."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import math
@@ -61,6 +62,39 @@ def perplexity(bench: Bench) -> Report:
         GRID,
     ]
     return report
+
+
+def grids(bench: Bench) -> Report:
+    """P: perplexity of other ways to round to 4 bits, the linear layers alone, in bfloat16."""
+    import torch
+
+    tokens = bench.tokenizer(_data.documentation())["input_ids"][:TEXT_TOKENS]
+    report = Report("P")
+    for group, offset in ((32, True), (64, True), (32, False)):
+        model: Any = copy.deepcopy(bench.model)
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                module.weight.data = _rounded(module.weight.data.float(), group, offset=offset).bfloat16()
+        way = f"groups of {group}, {'a scale and an offset' if offset else 'a scale alone'}"
+        report.findings.append(Finding("P", f"perplexity, {way}", f"{_perplexity(model, tokens):.3f}", "", ""))
+    report.notes.append(GRID)
+    return report
+
+
+def _rounded(weight: Any, group: int, *, offset: bool) -> Any:
+    """Round groups of a row's weights to 16 levels, evenly between the least and the greatest, or around 0."""
+    import torch
+
+    groups = weight.view(len(weight), -1, group)
+    if offset:
+        least, greatest = groups.aminmax(dim=-1, keepdim=True)
+        scale = ((greatest - least) / 15).clamp(min=1e-8)
+        rounded = ((groups - least) / scale).round() * scale + least
+    else:
+        farthest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))  # keeps its sign: it becomes level -8
+        scale = torch.where(farthest == 0, 1e-8, farthest / -8)
+        rounded = (groups / scale).round().clamp(-8, 7) * scale
+    return rounded.view_as(weight)
 
 
 def _perplexity(model: Any, tokens: list[int]) -> float:

@@ -52,6 +52,7 @@ WORKLOADS: dict[str, tuple[Callable[[Bench], Report], str | None]] = {
     "M": (_precisions.rows, None),
     "N": (_precisions.loading, None),
     "O": (_precisions.billion, "llama"),
+    "P": (_precisions.grids, None),
 }
 """Each workload, and which peer it is compared with."""
 

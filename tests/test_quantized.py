@@ -91,7 +91,6 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
 
-    monkeypatch.setattr(torch, "_weight_int8pack_mm", absent)
     for name in ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu"):
         monkeypatch.setattr(torch.ops.aten, name, absent)
     forget()
@@ -478,8 +477,8 @@ def test_a_kernel_that_computes_something_else_is_not_used(kind: Any) -> None:
     """A kernel of another torch that gives other results is as good as none."""
     with pytest.MonkeyPatch.context() as patch:
         wrong = lambda rows, weight, *_: torch.zeros(len(rows), len(weight))  # noqa: E731
-        patch.setattr(torch, "_weight_int8pack_mm", wrong)
-        patch.setattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu", wrong)
+        for name in ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu"):
+            patch.setattr(torch.ops.aten, name, wrong)
         for value in vars(quantized).values():
             if hasattr(value, "cache_clear"):
                 patch.setattr(quantized, value.__name__, value.__wrapped__)
