@@ -40,10 +40,13 @@ if TYPE_CHECKING:
     from lmkit.precision import Precision
     from lmkit.results import (
         Candidate,
+        Choice,
         Completion,
         EngineStats,
         Generation,
         MaskSlot,
+        Ranking,
+        Score,
         Segment,
         TextChunk,
         Timing,
@@ -69,8 +72,8 @@ _MODULES = {
     "plans": "LoadPlan",
     "precision": "Precision",
     "results": (
-        "Candidate Completion EngineStats Generation MaskSlot Segment TextChunk Timing TokenLogprob "
-        "Translation Unmasking"
+        "Candidate Choice Completion EngineStats Generation MaskSlot Ranking Score Segment TextChunk Timing "
+        "TokenLogprob Translation Unmasking"
     ),
     "keyvalues": "KeyValueBytes",
     "translator": "TranslationOptions Translator",
@@ -82,6 +85,7 @@ __all__ = [
     "Beam",
     "Candidate",
     "Chat",
+    "Choice",
     "Completion",
     "EngineError",
     "EngineStats",
@@ -107,7 +111,9 @@ __all__ = [
     "PlacementError",
     "Precision",
     "PrecisionError",
+    "Ranking",
     "Sample",
+    "Score",
     "Segment",
     "TextChunk",
     "Timing",
