@@ -30,6 +30,7 @@ class Prepared:
         source: The source language, as the checkpoint writes it.
         target: The target language, as the checkpoint writes it.
         preset: What else the preset asks for, such as `num_beams`.
+        prefix: What stands before the source inside `text`: T5's words, Marian's or MADLAD's tag with its space.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Prepared:
     source: str | None = None
     target: str | None = None
     preset: Mapping[str, Any] = field(default_factory=dict)
+    prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,8 @@ class Languages:
         values = dict(self.presets[preset])
         pair = _PAIR.fullmatch(preset)
         source, target = pair.groups() if pair else (None, None)
-        return Prepared(str(values.pop("prefix", None) or "") + text, source=source, target=target, preset=values)
+        prefix = str(values.pop("prefix", None) or "")
+        return Prepared(prefix + text, source=source, target=target, preset=values, prefix=prefix)
 
     def _codes(self, text: str, source: str | None, target: str | None) -> Prepared:
         source, target = self._code("source", source), self._code("target", target)
@@ -117,14 +120,14 @@ class Languages:
         return language
 
     def _tagged(self, text: str, source: str | None, target: str | None) -> Prepared:
-        given = re.match(r"\s*>>([^<>]+)<<", text)
+        given = re.match(r"\s*>>([^<>]+)<<\s*", text)
         if target is None and given is not None:
-            return Prepared(text, source=source, target=self._code("target", given[1]))
+            return Prepared(text, source=source, target=self._code("target", given[1]), prefix=given[0])
         code = self._code("target", target)
         if given is not None:
             msg = f"the text begins with {given[0].strip()!r}, and target={target!r} was given too: leave one out."
             raise LanguageError(msg)
-        return Prepared(f">>{code}<< {text}", source=source, target=code)
+        return Prepared(f">>{code}<< {text}", source=source, target=code, prefix=f">>{code}<< ")
 
     def _prefixed(self, text: str, source: str | None, target: str | None) -> Prepared:
         if source is None and target is None:
@@ -137,7 +140,7 @@ class Languages:
             raise LanguageError(msg)
         values = dict(self.presets[name])
         prefix = str(values.pop("prefix", None) or "")
-        return Prepared(prefix + text, source=codes[0], target=codes[1], preset=values)
+        return Prepared(prefix + text, source=codes[0], target=codes[1], preset=values, prefix=prefix)
 
 
 _PAIR = re.compile(r"translation_(\w+)_to_(\w+)")
