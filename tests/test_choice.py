@@ -73,8 +73,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ({}, 0),
         ({"suppress_tokens": [3]}, 0),
         ({"bad_words_ids": [[3]], "min_new_tokens": 2}, 0),
-        ({"forced_eos_token_id": 2}, 1),
-        ({"forced_bos_token_id": 5, "forced_eos_token_id": 2}, 2),
+        ({"forced_eos_token_id": 2}, 0),
+        ({"forced_bos_token_id": 5, "forced_eos_token_id": 2}, 0),
         ({"repetition_penalty": 1.1}, TOKENS),
     ],
     ids=str,
@@ -82,7 +82,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_processors_are_asked_when_it_matters(
     own: dict[str, Any], asked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row whose likeliest token may stand is not copied and steered; one that another token is forced on is."""
+    """A row whose likeliest token may stand, or that a token is forced on, is not copied and steered."""
     text = texts("t5")[0]
     unused = {"eos_token_id": 3, "pad_token_id": 0, "bad_words_ids": None, "forced_eos_token_id": None, "min_length": 0}
     where = checkpoints.configured("t5", tmp_path / "t5", **unused | own)
@@ -92,6 +92,20 @@ def test_processors_are_asked_when_it_matters(
         result = loaded(text, max_new_tokens=TOKENS)
     assert result.generated_tokens == TOKENS
     assert sum(rows) == asked
+
+
+def test_rows_of_other_budgets_are_forced_to_end_at_their_own(tmp_path: Path) -> None:
+    """A batch whose rows may not take the likeliest token ends each row with the forced token at its own budget."""
+    text = texts("t5")[0]
+    first = checkpoints.generated("t5", [text], max_new_tokens=1)[0][0]
+    own: dict[str, Any] = {"forced_eos_token_id": 2, "eos_token_id": 2, "pad_token_id": 0, "suppress_tokens": [first]}
+    where = checkpoints.configured("t5", tmp_path / "t5", **own)
+    with checkpoints.fresh("t5", where) as loaded:
+        budgets = [3, 5, 4]
+        results = loaded([text] * 3, max_new_tokens=budgets)
+        alone = [loaded(text, max_new_tokens=budget) for budget in budgets]
+    assert [result.token_ids for result in results] == [result.token_ids for result in alone]
+    assert [result.generated_tokens for result in results] == budgets
 
 
 def test_a_forbidden_token_is_asked_about_only_where_it_is_the_likeliest(

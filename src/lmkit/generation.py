@@ -208,7 +208,7 @@ def build_config(
         max_new_tokens: The row's budget, after what the context leaves.
         forced_bos_token_id: The token a translation must begin with, for families that want one.
     """
-    config = copy.deepcopy(checkpoint)
+    config = copy.copy(checkpoint)  # attributes are replaced below, and no list in one is written to
     mode = options.mode
     sample = mode if isinstance(mode, Sample) else Sample()
     beam = mode if isinstance(mode, Beam) else None

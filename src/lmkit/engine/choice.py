@@ -49,11 +49,14 @@ FORBIDS: Mapping[str, Callable[[Any], Iterable[int]]] = {
 }
 """transformers' processors that do nothing but forbid tokens at some steps, and which ones at the most."""
 
-FORCES: Mapping[str, Callable[[Any], int]] = {
-    "ForcedBOSTokenLogitsProcessor": lambda _one: 1,
-    "ForcedEOSTokenLogitsProcessor": lambda one: int(one.max_length) - 1,
+FORCES: Mapping[str, Callable[[Any], tuple[int, int]]] = {
+    "ForcedBOSTokenLogitsProcessor": lambda one: (1, int(one.bos_token_id)),
+    "ForcedEOSTokenLogitsProcessor": lambda one: (int(one.max_length) - 1, int(one.eos_token_id.min())),
 }
-"""Those that put a token of their own, and behind how many tokens they do."""
+"""Those that put a token of their own: behind how many tokens they do, and which. The later one wins."""
+
+MOST_KNOWN = 64
+"""How many different configs' processors are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class Steering:
         ordered: Whether they must have equally many tokens for that.
         sampled: Whether the token is drawn.
         forbidden: The tokens that a greedy row may not take at some steps, if its processors only forbid and force.
-        forced: Behind how many tokens they force one.
+        forced: Behind how many tokens they force one, and which.
     """
 
     processors: LogitsProcessorList
@@ -74,16 +77,17 @@ class Steering:
     ordered: bool
     sampled: bool
     forbidden: frozenset[int] | None
-    forced: frozenset[int]
+    forced: Mapping[int, int]
 
     @property
     def plain(self) -> bool:
         """Whether the likeliest token is the one to take."""
         return not self.processors and not self.sampled
 
-    def stands(self, token_id: int, length: int) -> bool:
-        """Say whether the likeliest token after `length` tokens is the choice, whatever becomes of the others."""
-        return self.forbidden is not None and token_id not in self.forbidden and length not in self.forced
+    def settled(self, likeliest: int, length: int) -> int | None:
+        """Return the choice after `length` tokens, if no scores are needed to tell it from the likeliest token."""
+        token_id = self.forced.get(length, likeliest)
+        return token_id if self.forbidden is not None and token_id not in self.forbidden else None
 
 
 class Chooser:
@@ -99,6 +103,7 @@ class Chooser:
         self._model = model
         self._codec = codec
         self._start = decoder_start
+        self._known: dict[object, Steering] = {}
 
     def choose(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
         """Give each row its next token, or its error.
@@ -115,7 +120,10 @@ class Chooser:
         groups: dict[object, list[int]] = {}
         for place, row in enumerate(rows):
             steering = self.steering(row)
-            if not usable[place] or steering.plain or steering.stands(best[place], self._length(row)):
+            if not usable[place] or steering.plain:
+                continue
+            if (settled := steering.settled(best[place], self._length(row))) is not None:
+                chosen[place] = settled
                 continue
             length = len(row.token_ids) if steering.ordered else 0
             groups.setdefault((steering.key, length), []).append(place)
@@ -134,22 +142,33 @@ class Chooser:
     def steering(self, row: Row) -> Steering:
         """Return what reshapes the row's scores, built as `generate` does, from the row's resolved config."""
         if row.steering is None:
-            processors, config = self._build(row), row.request.config
-            names = [type(one).__name__ for one in processors]
-            ordered = not READS_NO_ORDER.issuperset(names)
-            # Some begin to count at the prompt's end; those that do not are the same for all lengths.
-            told = config.to_diff_dict() | {"max_new_tokens": 0, "max_length": 0}
-            prompt = len(row.request.input_ids) if ordered and self._start is None else 0
-            key: object = repr((sorted(told.items()), prompt))
-            if any(name.startswith("Encoder") for name in names):
-                key = id(row)  # these hold the row's own source
-            named = list(zip(names, processors, strict=True))
-            forbidden = None
-            if not config.do_sample and all(name in FORBIDS or name in FORCES for name in names):
-                forbidden = frozenset(t for name, one in named if name in FORBIDS for t in FORBIDS[name](one))
-            forced = frozenset(FORCES[name](one) for name, one in named if name in FORCES)
-            row.steering = Steering(processors, key, ordered, config.do_sample, forbidden, forced)
+            config = row.request.config
+            last = 0 if config.forced_eos_token_id is None else config.max_length
+            key = repr(sorted((config.to_diff_dict() | {"max_new_tokens": 0, "max_length": last}).items()))
+            row.steering = self._known.get(key) or self._new_steering(row, key)
         return row.steering
+
+    def _new_steering(self, row: Row, key: object) -> Steering:
+        """Build what reshapes a row's scores; what serves all rows of an equal config is kept."""
+        processors, config = self._build(row), row.request.config
+        names = [type(one).__name__ for one in processors]
+        ordered = not READS_NO_ORDER.issuperset(names)
+        named = list(zip(names, processors, strict=True))
+        forbidden = None
+        if not config.do_sample and all(name in FORBIDS or name in FORCES for name in names):
+            forbidden = frozenset(t for name, one in named if name in FORBIDS for t in FORBIDS[name](one))
+        forced = dict(FORCES[name](one) for name, one in named if name in FORCES)
+        shared = self._start is not None or not ordered
+        if any(name.startswith("Encoder") for name in names):
+            key, shared = id(row), False  # these hold the row's own source
+        elif not shared:
+            key = key, len(row.request.input_ids)  # some begin to count at the prompt's end
+        steering = Steering(processors, key, ordered, config.do_sample, forbidden, forced)
+        if shared:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = steering
+        return steering
 
     def _length(self, row: Row) -> int:
         """Count the tokens that processors are given: of the prompt, or the token that begins an answer."""
@@ -158,7 +177,7 @@ class Chooser:
     def _build(self, row: Row) -> LogitsProcessorList:
         model, request = self._model, row.request
         # generate() fills these in on a copy of the config, and its builder reads them from there.
-        config = copy.deepcopy(request.config)
+        config = copy.copy(request.config)
         model._prepare_special_tokens(config, True, device="cpu", batch_size=1)  # noqa: SLF001, FBT003
         source = torch.tensor([request.input_ids], device="cpu")
         processors: LogitsProcessorList = model._get_logits_processor(  # noqa: SLF001 - the only builder there is

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 __all__ = ["EncodedDecoder"]
 
+WORTH_A_PASS = {"cpu": 128}
+"""How many tokens of padding are worth another pass of the encoder: on 2 cores a pass through 6 layers costs as much
+as it takes to read them. 64 sentences of 12 to 80 tokens took 0.66 s together, a third of the whole translation, and
+0.28 s in passes of similar lengths."""
+
+WORTH_ELSEWHERE = 4096
+
 
 class EncodedDecoder(Decoder):
     """lmkit's own batch of an encoder-decoder: rows that start together, and answers of one length."""
@@ -42,9 +49,7 @@ class EncodedDecoder(Decoder):
 
     def fill(self, columns: int) -> torch.Tensor | None:  # noqa: ARG002 - an encoder reads a source at once
         """Encode the sources and read the beginnings of the answers."""
-        self._encoded = self._model.get_encoder()(
-            input_ids=self._token_ids, attention_mask=self._mask, return_dict=True
-        )
+        self._encoded = self._encode()
         return self._forward([[self._start, *row.token_ids] for row in self.rows])
 
     def step(self) -> torch.Tensor:
@@ -68,6 +73,25 @@ class EncodedDecoder(Decoder):
         self._mask = self._mask[:rows]
         self._encoded.last_hidden_state = self._encoded.last_hidden_state[:rows]
 
+    def _encode(self) -> Any:
+        """Read the sources, in passes of similar lengths; return what the encoder does, padded."""
+        encoder = self._model.get_encoder()
+        lengths = [len(row.request.input_ids) for row in self.rows]
+        passes = similar(lengths, WORTH_A_PASS.get(self._device.type, WORTH_ELSEWHERE))
+        if len(passes) == 1:
+            return encoder(input_ids=self._token_ids, attention_mask=self._mask, return_dict=True)
+        whole: Any = None
+        for rows in passes:
+            width = lengths[rows[0]]
+            part = encoder(
+                input_ids=self._token_ids[rows, :width], attention_mask=self._mask[rows, :width], return_dict=True
+            )
+            states = part.last_hidden_state
+            if whole is None:
+                whole = type(part)(last_hidden_state=states.new_zeros(*self._token_ids.shape, states.shape[-1]))
+            whole.last_hidden_state[rows, : states.shape[1]] = states
+        return whole
+
     def _forward(self, token_ids: list[list[int]]) -> torch.Tensor:
         outputs = self._model(
             encoder_outputs=self._encoded,
@@ -79,3 +103,21 @@ class EncodedDecoder(Decoder):
         )
         logits: torch.Tensor = outputs.logits[:, -1]
         return logits
+
+
+def similar(lengths: Sequence[int], worth: int) -> list[list[int]]:
+    """Divide rows into groups of similar lengths, the longest row of each first.
+
+    Args:
+        lengths: Of the rows, in tokens.
+        worth: How many tokens of padding are worth a group of their own.
+    """
+    groups: list[list[int]] = []
+    wasted = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        wasted += lengths[groups[-1][0]] - lengths[row] if groups else worth + 1
+        if wasted > worth:
+            groups.append([])
+            wasted = 0
+        groups[-1].append(row)
+    return groups
