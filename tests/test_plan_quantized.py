@@ -18,7 +18,6 @@ from lmkit.errors import PlacementError, PrecisionError
 from lmkit.machine import Device, Machine
 from lmkit.planning import check_fits
 from machines import CPU, GIB, MPS, OLD_CUDA, TWO_CUDA, planned
-from test_quantized import known
 from test_quantizer import by_hand, quantized, wide
 
 hf: Any = transformers
@@ -221,15 +220,38 @@ def test_a_config_may_allow_parts_elsewhere(place: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
-def test_parts_that_are_allowed_on_the_cpu_are_wide(precision: str, request: pytest.FixtureRequest) -> None:
-    """What bitsandbytes leaves on the CPU is not quantized, and takes what it takes in the plain model."""
-    known(request, "parts on the CPU are counted as quantized, and transformers does not quantize them")
+@pytest.mark.parametrize("place", BESIDE)
+def test_parts_that_are_allowed_elsewhere_are_wide(precision: str, place: str) -> None:
+    """What bitsandbytes leaves on the CPU or a disk is not quantized, and takes what it takes in the plain model."""
     config = BitsAndBytesConfig(**SETTINGS[precision], llm_int8_enable_fp32_cpu_offload=True)
-    found = plan("llama", config, devices=BESIDE["cpu"])
-    wide_plan = plan("llama", "bfloat16", devices=BESIDE["cpu"])
+    found = plan("llama", config, devices=BESIDE[place])
+    wide_plan = plan("llama", "bfloat16", devices=BESIDE[place])
     sizes, wide_sizes = ({module.name: module.bytes for module in one.modules} for one in (found, wide_plan))
     assert sizes["model.layers.1"] == wide_sizes["model.layers.1"]
+    assert sizes["model.layers.0"] == {m.name: m.bytes for m in plan("llama", config).modules}["model.layers.0"]
     assert sizes["model.layers.0"] < wide_sizes["model.layers.0"]
+    assert {m.name: m.dtype for m in found.modules}["model.layers.1"] == "bfloat16"
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_wide_parts_have_to_fit_the_cpu(precision: str) -> None:
+    """A CPU that has room for the parts quantized, and not for them as they will be, does not fit."""
+    config = BitsAndBytesConfig(**SETTINGS[precision], llm_int8_enable_fp32_cpu_offload=True)
+    block = {m.name: m.bytes for m in plan("llama", "bfloat16").modules}["model.layers.1"]
+    where: Any = BESIDE["cpu"].device_map
+    tight, roomy = (lmkit.Placement(where, {"cuda:0": "24GiB", "cpu": room}) for room in (block - 1, block))
+    assert not plan("llama", config, devices=tight).fits
+    assert plan("llama", config, devices=roomy).fits
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_a_config_that_allows_parts_on_the_cpu_leaves_a_model_there_wide(precision: str) -> None:
+    """On the CPU alone, such a config quantizes nothing, and the plan says so as plain transformers does."""
+    config = BitsAndBytesConfig(**SETTINGS[precision], llm_int8_enable_fp32_cpu_offload=True)
+    model = hf.AutoModelForCausalLM.from_pretrained(
+        checkpoint("llama"), quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+    assert plan("llama", config, CPU, "cpu").weights_bytes == weights_only(model)
 
 
 @pytest.mark.parametrize("word", ["int8", "int4", "nf4"])

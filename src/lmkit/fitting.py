@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lmkit.errors import PlacementError, listed, nearest
@@ -115,16 +115,24 @@ def lay_out(skeleton: Skeleton, placed: Placement, *, beside: int = 0) -> Layout
         device_map = where = {"": next(iter(device_map.values()))}
     if "" not in where and (own := [name for name in skeleton.own() if name in where]):
         where = {**where, "": where[own[0]]}  # accelerate gives weights of the model itself places by their own names
-    parts = [
-        ModulePlan(part.name, placed_at(part.name, where), ", ".join(part.dtypes), part.bytes)
-        for part in skeleton.parts()
-    ]
     main = computing(device_map.values())
     blocks = [name for name in skeleton.blocks() if not skeleton.reads_only(name)]
     # What is offloaded is computed by the main device, which keeps its keys and values.
     counts = Counter(_computes(placed_at(name, where), main) for name in blocks) or Counter([main])
     shares = {name: count / counts.total() for name, count in counts.items()}
-    return Layout(device_map, tuple(parts), limits, beside, shares)
+    return Layout(device_map, _placed(skeleton, where), limits, beside, shares)
+
+
+def measured_again(layout: Layout, skeleton: Skeleton) -> Layout:
+    """Return a layout with the same places, and what the parts of another skeleton take there."""
+    return replace(layout, modules=_placed(skeleton, {module.name: module.device for module in layout.modules}))
+
+
+def _placed(skeleton: Skeleton, where: Mapping[str, str]) -> tuple[ModulePlan, ...]:
+    return tuple(
+        ModulePlan(part.name, placed_at(part.name, where), ", ".join(part.dtypes), part.bytes)
+        for part in skeleton.parts()
+    )
 
 
 def _flat(device_map: Mapping[str, str], skeleton: Skeleton) -> dict[str, str]:

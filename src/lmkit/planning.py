@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lmkit.adapters import check_base
 from lmkit.configs import context_length, packing, read_config
 from lmkit.errors import PlacementError, listed
-from lmkit.fitting import Layout, lay_out, longest, offload, on_devices, shortage, size
+from lmkit.fitting import Layout, lay_out, longest, measured_again, offload, on_devices, shortage, size
 from lmkit.packing import packs
 from lmkit.placement import Placement, resolve_placement
 from lmkit.plans import LoadPlan
@@ -127,7 +128,8 @@ def make_plan(
     chosen = resolve_precision(wish.precision, found.dtype, kind, bfloat16=machine.bfloat16(kind), packed=found.packed)
     _check_beside(source)
     here = all(name in machine.devices for name in placed.max_memory)
-    skeleton = _skeleton(wish, found, chosen, traps=kind == "cpu" and machine.bfloat16("cpu"), here=here)
+    built: Any = functools.partial(_skeleton, traps=kind == "cpu" and machine.bfloat16("cpu"), here=here)
+    skeleton: Skeleton = built(wish, found, chosen)
     chosen = skeleton.precision
     added = _adapters_bytes(wish, skeleton)
     layout = lay_out(skeleton, placed, beside=added + _beside(skeleton, kind))
@@ -136,6 +138,9 @@ def make_plan(
         plan, config = make_plan(without, source, tensors, machine, absent=absent)
         told = "no accelerator has room for a part, so that the CPU holds and computes all of it"
         return replace(plan, reasons={**plan.reasons, "offload": plan.reasons.get("offload", told)}), config
+    if _left_wide(skeleton, layout):
+        skeleton = built(wish, found, chosen, known=skeleton.key_values, device_map=layout.device_map)
+        layout = measured_again(layout, skeleton)
     short = shortage(layout, placed, chosen.name, _reserved(wish, skeleton))
     if short is not None:
         short += f". {_instead(wish, found, placed, machine, skeleton=skeleton, layout=layout)}"
@@ -199,6 +204,7 @@ def _skeleton(
     traps: bool = False,
     here: bool = False,
     known: KeyValueBytes | None = None,
+    device_map: Mapping[str, str] | None = None,
 ) -> Skeleton:
     """Build the model without memory."""
     with reading(f"the config of {found.source.name!r}"):
@@ -211,6 +217,7 @@ def _skeleton(
             traps=traps,
             here=here,
             known=known,
+            device_map=device_map,
         )
 
 
@@ -265,6 +272,13 @@ def _undividable(layout: Layout, skeleton: Skeleton) -> str | None:
         f"bitsandbytes wants all parts on accelerators, and some would be on {listed(beside)}. Name larger or more "
         "accelerators, or pass a BitsAndBytesConfig with llm_int8_enable_fp32_cpu_offload=True."
     )
+
+
+def _left_wide(skeleton: Skeleton, layout: Layout) -> bool:
+    """Say whether a config of bitsandbytes allows parts beside an accelerator, which transformers does not quantize."""
+    settings: Any = getattr(skeleton.quantizer, "quantization_config", None)
+    allowed = getattr(settings, "llm_int8_enable_fp32_cpu_offload", False)
+    return bool(allowed and {module.device for module in layout.modules} & {"cpu", "disk"})
 
 
 def _widened(found: Found, skeleton: Skeleton) -> str | None:

@@ -65,6 +65,7 @@ class Skeleton:
         traps: bool = False,
         here: bool = False,
         known: KeyValueBytes | None = None,
+        device_map: Mapping[str, str] | None = None,
     ) -> None:
         """Build the model of a config, quantized as `precision` says.
 
@@ -78,6 +79,7 @@ class Skeleton:
             here: Whether its devices are on this machine, where transformers can tell if they compute what a file holds
                 quantized.
             known: What its keys and values take, from a skeleton that computes in the same dtype.
+            device_map: Where its parts will be, for quantizers that leave some of them wide for it.
         """
         plain: Any = copy.deepcopy(config)
         quantization = getattr(config, "quantization_config", None)
@@ -106,7 +108,7 @@ class Skeleton:
         if traps and getattr(precision.quantization, "load_in_4bit", False):
             precision = dataclasses.replace(precision, quantization=self._without_traps(precision.quantization))
         self.precision = precision
-        self.quantizer = self._quantize(quantization, precision, here=here)
+        self.quantizer = self._quantize(quantization, precision, here=here, device_map=device_map)
 
     def _without_traps(self, quantization: Any) -> Any:
         """Leave out what bitsandbytes' 4-bit kernel for bfloat16 processors cannot multiply.
@@ -123,7 +125,9 @@ class Skeleton:
             quantization.llm_int8_skip_modules = [*own, *awkward]
         return quantization
 
-    def _quantize(self, saved: Any, precision: Precision, *, here: bool) -> Any:
+    def _quantize(
+        self, saved: Any, precision: Precision, *, here: bool, device_map: Mapping[str, str] | None = None
+    ) -> Any:
         """Put quantized modules in, as the checkpoint or the precision has them; return transformers' quantizer."""
         wanted = precision.quantization or saved
         if wanted is None or _method(wanted) == "gguf":
@@ -140,7 +144,7 @@ class Skeleton:
                 self.precision = dataclasses.replace(precision, name=word, reason=reason)
                 return None
         quantizer.preprocess_model(
-            model=self.model, dtype=precision.dtype, device_map=None, checkpoint_files=None, use_kernels=False
+            model=self.model, dtype=precision.dtype, device_map=device_map, checkpoint_files=None, use_kernels=False
         )
         return quantizer
 
