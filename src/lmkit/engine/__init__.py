@@ -6,5 +6,6 @@ The wrappers know the names below, and nothing of batches, caches or processors.
 from lmkit.engine.engine import Engine
 from lmkit.engine.masks import MaskScorer
 from lmkit.engine.request import Outcome, Request, Update
+from lmkit.engine.scores import Reading, Scored, Scorer
 
-__all__ = ["Engine", "MaskScorer", "Outcome", "Request", "Update"]
+__all__ = ["Engine", "MaskScorer", "Outcome", "Reading", "Request", "Scored", "Scorer", "Update"]
