@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lmkit.engine import Outcome
     from lmkit.errors import LmkitError
-    from lmkit.results import TextChunk
+    from lmkit.results import TextChunk, Timing
     from lmkit.rows import PerRow
 
 __all__ = ["Chat", "Generator", "GeneratorOptions", "Message"]
@@ -204,7 +204,7 @@ class Generator(Writer[Generation]):
         keep = None if context is None else max(context - chosen.max_new_tokens, context // 2)
         token_ids, cut = fit(token_ids, limit, keep=keep, around=around, truncate=chosen.truncate, row=row)
         room = chosen.max_new_tokens if context is None else context - len(token_ids)
-        return Job(self._request(chosen, token_ids, room=room), prompt, cut, row)
+        return Job((self._request(chosen, token_ids, room=room),), prompt, cut, row)
 
     def _beginning(self, row: int) -> list[int]:
         """Return what stands for an empty prompt: the token that texts begin with."""
@@ -214,14 +214,14 @@ class Generator(Writer[Generation]):
             raise OptionError(msg)
         return [int(config.bos_token_id)]
 
-    def _result(self, job: Job, outcome: Outcome) -> Generation:
+    def _result(self, job: Job, outcomes: Sequence[Outcome], timing: Timing) -> Generation:
         return Generation(
             prompt=job.text,
-            completions=outcome.completions,
-            prompt_tokens=len(job.request.input_ids),
-            seed=job.request.seed,
+            completions=outcomes[0].completions,
+            prompt_tokens=len(job.requests[0].input_ids),
+            seed=job.requests[0].seed,
             truncated=job.truncated,
-            timing=outcome.timing,
+            timing=timing,
         )
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "Ranking",
     "Score",
     "Segment",
+    "SegmentNote",
     "TextChunk",
     "Timing",
     "TokenLogprob",
@@ -33,6 +34,18 @@ __all__ = [
 
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "cancelled"]
 """Why a row ended: its end token, a stop string, its budget of tokens, or its caller."""
+
+SegmentNote: TypeAlias = Literal["copied", "inserted", "length", "prefix", "removed", "repaired", "split", "unmatched"]
+"""What there is to know of a segment.
+
+- `"copied"`: not translated but taken over: white space, line ends, list markers, parts without letters or digits.
+- `"prefix"`: a tag at the beginning of the source, which told the model its language and is not in the text.
+- `"split"`: less than a sentence, since the sentence is longer than the model takes.
+- `"length"`: the model ran out of `max_new_tokens`, so the end may be missing.
+- `"repaired"`, `"inserted"`, `"removed"`: something to `keep` had been changed, was missing and has been put in where
+  it is likely to belong, or had come too often.
+- `"unmatched"`: the patterns to `keep` do not match in the text what they match in the source.
+"""
 
 
 class Result:
@@ -213,17 +226,21 @@ class EngineStats(Result):
 class Segment(Result):
     """A piece of a document and of its translation, in characters, ends exclusive.
 
+    The segments of a result cover every character of the source and of the text once, in order.
+
     Attributes:
         source_start: Where the piece begins in the source.
         source_end: Where it ends in the source.
         start: Where its translation begins in `text`.
         end: Where its translation ends in `text`.
+        notes: What there is to know of it; mostly nothing.
     """
 
     source_start: int
     source_end: int
     start: int
     end: int
+    notes: tuple[SegmentNote, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +251,7 @@ class Translation(Generation):
         source: The text as given.
         source_language: The checkpoint's code of the source language, where it has one.
         target_language: The checkpoint's code of the target language, where it has one.
-        segments: Which part of the source became which part of the text.
+        segments: Which part of the source became which part of the text (of the first completion).
     """
 
     source: str
@@ -350,12 +367,15 @@ class Score(Result):
         tokens: The text of each scored token, in order.
         token_ids: Their places in the vocabulary.
         token_logprobs: Natural logarithm of the model's probability of each.
+        greedy: Whether each is the likeliest in its place, so that greedy decoding would write them; None of a
+            masked model's score.
     """
 
     text: str
     tokens: tuple[str, ...]
     token_ids: tuple[int, ...]
     token_logprobs: tuple[float, ...]
+    greedy: bool | None = None
 
     @property
     def logprob(self) -> float:

@@ -13,7 +13,7 @@ T = TypeVar("T")
 PerRow: TypeAlias = T | Sequence[T | None]
 """One value for all rows of a call, or a sequence with one per row, where None means not given."""
 
-LISTS = frozenset({"stop", "suppress_tokens", "targets"})
+LISTS = frozenset({"keep", "stop", "suppress_tokens", "targets"})
 """The options that are lists themselves: one list for all rows, or a list of lists."""
 
 _ELSEWHERE = {

@@ -2,38 +2,60 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
+from lmkit.documents import Piece, Size, between, kept, pieces
 from lmkit.encoding import fit
 from lmkit.generation import GENERATION_OPTIONS, GenerationOptions
 from lmkit.languages import Languages, Prepared, languages_of
-from lmkit.results import Segment, Translation
+from lmkit.results import Translation
+from lmkit.translating import (
+    PIECE_TOKENS,
+    TranslationJob,
+    from_preset,
+    handling,
+    of_piece,
+    packed,
+    translation,
+    warn_of,
+)
 from lmkit.wrapper import Loaded, rows_of, text_of
-from lmkit.writing import Job, Writer
+from lmkit.writing import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 
     from typing_extensions import Unpack
 
-    from lmkit.engine import Outcome
+    from lmkit.documents import Split
+    from lmkit.engine import Outcome, Request
     from lmkit.errors import LmkitError
     from lmkit.generation import Options
-    from lmkit.results import TextChunk
+    from lmkit.results import TextChunk, Timing
+    from lmkit.rows import PerRow
 
 __all__ = ["TranslationOptions", "Translator"]
 
 
 class TranslationOptions(GenerationOptions, total=False):
-    """The options of every call that translates: those of generation, and which languages.
+    """The options of every call that translates: those of generation, which languages, and how to treat a document.
 
-    `source` and `target` are languages as the checkpoint writes them (see `Translator.languages`);
-    `preset` is a name from `Translator.presets`, such as `"summarization"`.
+    `source` and `target` are languages: a code, as the checkpoint writes it (see `Translator.languages`) or any other,
+    or a name. `source="detect"` finds the source, by the extra `detect`.
+    `preset` is a name from `Translator.presets`, such as `"summarization"`. `split` says what is translated by itself:
+    each `"sentence"`, each `"paragraph"` as far as it fits, or the text as it is (`"none"`); left out, it is
+    `"paragraph"` where a text goes from one language to another, else `"none"`. `keep` is a list of regular
+    expressions, and of the names `"urls"`, `"emails"`, `"tags"`, `"printf"` and `"icu"`: what matches comes out as it
+    went in.
     """
 
     source: str | Sequence[str]
     target: str | Sequence[str]
     preset: str | Sequence[str]
+    split: PerRow[Split]
+    keep: str | Sequence[str] | Sequence[Sequence[str] | None]
 
 
 class Translator(Writer[Translation]):
@@ -47,17 +69,22 @@ class Translator(Writer[Translation]):
     All options are those of `TranslationOptions`.
     """
 
-    _accepted: ClassVar[frozenset[str]] = GENERATION_OPTIONS | {"source", "target", "preset"}
+    _accepted: ClassVar[frozenset[str]] = GENERATION_OPTIONS | {"source", "target", "preset", "split", "keep"}
 
     def __init__(self, loaded: Loaded) -> None:
         """Take over a loaded model; `lmkit.load` calls this."""
         super().__init__(loaded)
-        self._languages: Languages = languages_of(loaded.tokenizer, loaded.model.config)
+        model = loaded.model
+        self._warned: set[str] = set()
+        self._languages: Languages = languages_of(loaded.tokenizer, model.config, model.generation_config)
 
     @property
-    def languages(self) -> tuple[str, ...]:
-        """The languages the checkpoint speaks, as it writes them; empty where it is not told any."""
-        return tuple(self._languages.codes)
+    def languages(self) -> Mapping[str, str]:
+        """The languages the checkpoint speaks: its codes, each with its English name; empty where it has none.
+
+        Of a Marian checkpoint with several targets, these are the targets. Reading a name needs the extra `translate`.
+        """
+        return self._languages.names
 
     @property
     def presets(self) -> tuple[str, ...]:
@@ -83,7 +110,7 @@ class Translator(Writer[Translation]):
             One result for a text, a list of the same length and order for a list.
 
         Raises:
-            LanguageError: A language is missing or not one the checkpoint speaks.
+            LanguageError: A language is missing, not one the checkpoint speaks, or not to be detected.
             OptionError: An option is unknown, not accepted, or contradicts another.
             InputTooLongError: A text is longer than the encoder takes and `truncate` is not given.
             EngineError: The model was closed, or a row failed; its `results` hold the other rows.
@@ -151,25 +178,75 @@ class Translator(Writer[Translation]):
         return self._astream(rows_of(texts)[0], options)
 
     def _check(self, options: dict[str, Any]) -> None:
-        self._told("", options)
+        handling(options)
+        self._told(None, options)
 
-    def _told(self, given: str, options: dict[str, Any]) -> tuple[Prepared, Options]:
-        """Write a text as the family wants it, and check the options beside the languages."""
+    def _told(self, given: str | None, options: dict[str, Any]) -> tuple[Prepared, Options]:
+        """Write a text as the family wants it, and check the options beside the languages; None only checks."""
         options = {name: value for name, value in options.items() if value is not None}
         words = {name: options.pop(name, None) for name in ("source", "target", "preset")}
         prepared = self._languages.prepare(given, **words)
-        return prepared, self._options(from_preset(prepared, options) | options)
+        warn_of(prepared.preset, self._warned)
+        return prepared, self._options(from_preset(prepared.preset, options) | options)
 
-    def _job(self, given: Any, options: dict[str, Any], row: int) -> Job:
+    def _job(self, given: Any, options: dict[str, Any], row: int) -> TranslationJob:
         given = text_of(given, row)
+        split, keep = handling(options)
         prepared, chosen = self._told(given, options)
+        if split is None:
+            split = "paragraph" if self._translates(prepared) and chosen.truncate is None else "none"
+        start = 0 if split == "none" else len(given) - len(prepared.text) + len(prepared.prefix)  # behind a tag
+        spans = kept(given, keep, start)
+        if split == "none":
+            found, (requests, cut) = [Piece(0, len(given))], self._undivided(prepared, chosen, row)
+        else:
+            bounded = options.get("max_new_tokens") is not None or bool(prepared.preset.get("max_length"))
+            encode = functools.cache(lambda piece: self._encode(replace(prepared, text=prepared.prefix + piece))[0])
+            size = self._size(encode, chosen.max_new_tokens if bounded else None)
+            found = pieces(given, size, split=split, language=prepared.source, kept=spans, start=start)
+            sources = [encode(given[piece.start : piece.end]) for piece in found]
+            each = [of_piece(chosen, number, 0 if bounded else len(ids)) for number, ids in enumerate(sources)]
+            requests, cut = tuple(map(functools.partial(self._asked, prepared), each, sources)), False
+        return TranslationJob(
+            requests=requests,
+            text=prepared.text,
+            truncated=cut,
+            row=row,
+            between=between(given, found, start),
+            source=given,
+            languages=(prepared.source, prepared.target),
+            pieces=tuple(found),
+            start=start,
+            keep=keep,
+            kept=tuple(spans),
+            copies=chosen.num_return_sequences,
+            seed=chosen.seed,
+        )
+
+    def _translates(self, prepared: Prepared) -> bool:
+        """Whether a row goes from one language to another, so that its parts can be translated by themselves."""
+        named = prepared.source is not None or prepared.target is not None
+        return named or self._opened.model.config.model_type == "marian"
+
+    def _undivided(self, prepared: Prepared, chosen: Options, row: int) -> tuple[tuple[Request, ...], bool]:
+        """Make the request of a text that is taken as it is, and say whether it was cut."""
         token_ids, around = self._encode(prepared)
+        token_ids, cut = fit(token_ids, self._plan.context_length, around=around, truncate=chosen.truncate, row=row)
+        return (self._asked(prepared, chosen, token_ids),), cut
+
+    def _size(self, encode: Callable[[str], list[int]], max_new_tokens: int | None) -> Size:
+        """Say how long a piece may be: what the encoder takes, and what leaves the answer room."""
         context = self._plan.context_length
-        token_ids, cut = fit(token_ids, context, around=around, truncate=chosen.truncate, row=row)
+        most = PIECE_TOKENS if context is None else context
+        budgets = [max_new_tokens, None if context is None else context - 1]
+        budget = min((number for number in budgets if number is not None), default=None)
+        return Size(lambda piece: len(encode(piece)), most, packed(most, budget))
+
+    def _asked(self, prepared: Prepared, chosen: Options, token_ids: Sequence[int]) -> Request:
+        context = self._plan.context_length
         # The decoder has as many places as the encoder; its start token takes one.
         room = chosen.max_new_tokens if context is None else context - 1
-        request = self._request(chosen, token_ids, room=room, forced_bos_token_id=prepared.forced_bos_token_id)
-        return Job(request, prepared.text, cut, row, given, prepared.source, prepared.target)
+        return self._request(chosen, token_ids, room=room, forced_bos_token_id=prepared.forced_bos_token_id)
 
     def _encode(self, prepared: Prepared) -> tuple[list[int], tuple[int, int]]:
         """Encode a text, and say how many special tokens stand around it."""
@@ -181,37 +258,5 @@ class Translator(Writer[Translation]):
             len(prepared.after),
         )
 
-    def _result(self, job: Job, outcome: Outcome) -> Translation:
-        best = outcome.completions[0].text
-        return Translation(
-            prompt=job.text,
-            completions=outcome.completions,
-            prompt_tokens=len(job.request.input_ids),
-            seed=job.request.seed,
-            truncated=job.truncated,
-            timing=outcome.timing,
-            source=job.source,
-            source_language=job.source_language,
-            target_language=job.target_language,
-            segments=(Segment(0, len(job.source), 0, len(best)),),
-        )
-
-
-def from_preset(prepared: Prepared, given: dict[str, Any]) -> dict[str, Any]:
-    """Read the options a preset asks for; what the caller gives for the mode or the length wins.
-
-    A preset's `max_length` and `min_length` count the decoder's start token.
-    """
-    preset = prepared.preset
-    options: dict[str, Any] = {}
-    if preset.get("max_length") and "max_new_tokens" not in given:
-        options["max_new_tokens"] = max(int(preset["max_length"]) - 1, 1)
-    if preset.get("min_length") and not {"max_new_tokens", "min_new_tokens"} & given.keys():
-        options["min_new_tokens"] = max(int(preset["min_length"]) - 1, 0)
-    if preset.get("no_repeat_ngram_size"):
-        options["no_repeat_ngram_size"] = preset["no_repeat_ngram_size"]
-    chosen = {"mode", "sample", "temperature", "top_p", "top_k", "min_p", "num_beams"}
-    if (preset.get("num_beams") or 1) > 1 and not chosen & given.keys():
-        beams = ("num_beams", "length_penalty", "early_stopping")
-        options |= {name: preset[name] for name in beams if preset.get(name) is not None}
-    return options
+    def _result(self, job: TranslationJob, outcomes: Sequence[Outcome], timing: Timing) -> Translation:
+        return translation(job, outcomes, timing)

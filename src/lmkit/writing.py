@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import time
 from abc import abstractmethod
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmkit.engine import Engine, Request
 from lmkit.errors import EngineError, WeightsError
 from lmkit.generation import REPLACED, Options, Sample, build_config
-from lmkit.results import Generation
+from lmkit.results import Generation, Timing
 from lmkit.wrapper import Loaded, News, Wrapper
 
 if TYPE_CHECKING:
@@ -32,22 +34,91 @@ class Job:
     """A row on its way to the engine, with what its result will say.
 
     Attributes:
-        request: What the engine is asked for.
+        requests: What the engine is asked for: one request, or one for each piece of a document, or none.
         text: What the model reads, as text.
         truncated: Whether the text was cut.
         row: Its number in the call.
-        source: A translation's text as given.
-        source_language: A translation's source, as the checkpoint's code.
-        target_language: A translation's target, as the checkpoint's code.
+        between: What stands in the answer before, between and behind what the requests give.
     """
 
-    request: Request
+    requests: tuple[Request, ...]
     text: str
     truncated: bool
     row: int = 0
-    source: str = ""
-    source_language: str | None = None
-    target_language: str | None = None
+    between: tuple[str, ...] = ("", "")
+
+    @property
+    def grows(self) -> bool:
+        """Whether an answer can be shown while it grows."""
+        return True
+
+    def shown(self, number: int, text: str) -> str:
+        """Return what of a request's answer is shown once it has ended."""
+        del number
+        return text
+
+
+class Parts:
+    """A row while its requests run: they end in any order, and its text comes out in order.
+
+    Attributes:
+        job: The row.
+        index: Its number in the run.
+        outcomes: What its requests ended with.
+        failed: Whether one of them failed, so that the row has been reported.
+    """
+
+    def __init__(self, job: Job, index: int) -> None:
+        """Begin with what stands before the first answer."""
+        self.job = job
+        self.index = index
+        self.outcomes: list[Outcome | None] = [None] * len(job.requests)
+        self.failed = False
+        self._texts = [*[""] * len(job.requests), ""]
+        self._texts[0] = job.between[0]
+        self._first = 0
+        self._ends = [0.0] * len(job.requests)
+
+    def take(self, number: int, update: Update) -> str:
+        """Take in news of a request, and return what can be shown of the row by now."""
+        outcome = self.outcomes[number] = update.outcome
+        if self.job.grows:
+            self._texts[number] += update.text
+        elif outcome is not None:
+            self._texts[number] += self.job.shown(number, outcome.completions[0].text)
+        if outcome is not None:
+            self._texts[number + 1] = self.job.between[number + 1] + self._texts[number + 1]
+            self._ends[number] = time.perf_counter()
+        return self.release()
+
+    def release(self) -> str:
+        """Return the text up to the first request that runs, as far as it was not returned before."""
+        first, last = self._first, len(self.outcomes)
+        self._first = next((n for n in range(first, last) if self.outcomes[n] is None), last)
+        text = "".join(self._texts[first : self._first + 1])
+        self._texts[first : self._first + 1] = [""] * (self._first + 1 - first)
+        return text
+
+    @property
+    def ended(self) -> list[Outcome] | None:
+        """What all requests ended with; None while one of them runs."""
+        if self._first < len(self.outcomes):
+            return None
+        return [outcome for outcome in self.outcomes if outcome is not None]
+
+    def timing(self) -> Timing:
+        """Say what the row took: of several requests, from the first one's start to the last one's end."""
+        timings = [outcome.timing for outcome in self.outcomes if outcome is not None]
+        if len(timings) == 1:
+            return timings[0]
+        starts = [end - timing.seconds for end, timing in zip(self._ends, timings, strict=True)]
+        start = min(starts, default=0.0)
+        seconds = max(self._ends, default=0.0) - start
+        first = min(
+            (at + timing.seconds_to_first_token for at, timing in zip(starts, timings, strict=True)), default=start
+        )
+        tokens = sum(timing.seconds * timing.tokens_per_second for timing in timings)
+        return Timing(seconds, first - start, tokens / seconds if seconds else 0.0)
 
 
 class Writer(Wrapper[Job, ResultT]):
@@ -118,27 +189,44 @@ class Writer(Wrapper[Job, ResultT]):
         lazy: bool = False,
         cancelled: threading.Event | None = None,
     ) -> Iterator[News[ResultT] | None]:
-        taken: dict[int, Job] = {}
+        taken: dict[int, tuple[Parts, int]] = {}
+        empty: deque[Parts] = deque()
 
         def requests() -> Iterator[Request | None]:
-            numbers = itertools.count()
+            numbers, rows = itertools.count(), itertools.count()
             for job in jobs:
-                if job is not None:
-                    taken[next(numbers)] = job
-                yield None if job is None else job.request
+                if job is None:
+                    yield None
+                    continue
+                parts = Parts(job, next(rows))
+                if not job.requests:
+                    empty.append(parts)
+                for part, request in enumerate(job.requests):
+                    taken[next(numbers)] = parts, part
+                    yield request
 
         run = self._opened_engine.run(requests(), stream=stream, lazy=lazy, cancelled=cancelled)
         with contextlib.closing(run):  # type: ignore[type-var]  # a generator
-            for update in run:
+            for update in itertools.chain(run, [None]):
+                while empty:
+                    yield self._told_of(parts := empty.popleft(), parts.release())
                 yield None if update is None else self._news(update, taken)
 
-    def _news(self, update: Update, taken: dict[int, Job]) -> News[ResultT]:
-        if update.outcome is None and update.error is None:
-            return News(update.index, update.text)
-        job = taken.pop(update.index)
-        result = None if update.outcome is None else self._result(job, update.outcome)
-        error = None if update.error is None else failure(update.error, job.row)
-        return News(update.index, update.text, result, error)
+    def _news(self, update: Update, taken: dict[int, tuple[Parts, int]]) -> News[ResultT] | None:
+        """Tell of the row that an update belongs to, if there is something to tell."""
+        ended = update.outcome is not None or update.error is not None
+        parts, number = taken.pop(update.index) if ended else taken[update.index]
+        if parts.failed:
+            return None
+        if update.error is not None:
+            parts.failed = True
+            return News(parts.index, update.text, error=failure(update.error, parts.job.row))
+        return self._told_of(parts, parts.take(number, update))
+
+    def _told_of(self, parts: Parts, text: str) -> News[ResultT] | None:
+        if (outcomes := parts.ended) is not None:
+            return News(parts.index, text, self._result(parts.job, outcomes, parts.timing()))
+        return News(parts.index, text) if text else None
 
     @property
     def _opened_engine(self) -> Engine:
@@ -153,8 +241,8 @@ class Writer(Wrapper[Job, ResultT]):
         return self._opened_engine.stats()
 
     @abstractmethod
-    def _result(self, job: Job, outcome: Outcome) -> ResultT:
-        """Describe a row that ended."""
+    def _result(self, job: Any, outcomes: Sequence[Outcome], timing: Timing) -> ResultT:
+        """Describe a row whose requests have all ended."""
 
 
 def decoder_start(model: Any) -> int:

@@ -1,0 +1,244 @@
+"""What must come out as it went in: placeholders found, and put right where a model changed them."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING
+
+import regex
+
+from lmkit.errors import OptionError, listed, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lmkit.documents.pieces import Span
+    from lmkit.results import SegmentNote
+
+__all__ = ["READY", "kept", "patterns", "restored"]
+
+READY = {
+    "emails": r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+",
+    "icu": r"\{\s*\w(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}",
+    "printf": (
+        r"%(?:%|(?:\d+\$|\(\w+\))?[-+#0]*(?:\d+|\*)?(?:\.(?:\d+|\*))?(?:hh?|ll?|[Lqjzt])?[diouxXeEfFgGaAcspnr@](?!\w))"
+    ),
+    "tags": r"</?[A-Za-z][\w:.-]*(?:\s(?:\"[^\"]*\"|'[^']*'|[^<>\"'])*)?/?>|<!--.*?-->|&(?:#\d+|#[xX][\da-fA-F]+|\w+);",
+    "urls": r"(?:(?:https?|ftp)://|www\.)[^\s<>\"'`。，、！？）」』]*[^\s<>\"'`。，、！？）」』.,;:!?)\]}»”’]",
+}
+"""Ready patterns by name: addresses; ICU fields such as `{count, plural, …}` and those of `str.format`, as a whole;
+conversions of printf and Python's `%(name)s`; tags, comments and entities of HTML and XML."""
+
+
+def patterns(keep: object) -> tuple[re.Pattern[str], ...]:
+    """Compile what `keep=` holds: regular expressions, and names from `READY`.
+
+    Raises:
+        OptionError: It is not a list of strings, or one is no regular expression.
+    """
+    given = [keep] if isinstance(keep, str) else keep or ()
+    if not isinstance(given, Sequence) or not all(isinstance(item, str) and item for item in given):
+        msg = f"keep={keep!r} is not accepted: keep takes regular expressions, or names among {listed(READY)}."
+        raise OptionError(msg)
+    return _compiled(tuple(given))
+
+
+@lru_cache(maxsize=64)
+def _compiled(given: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
+    found = []
+    for item in given:
+        try:
+            found.append(re.compile(READY.get(item, item)))
+        except re.error as error:
+            msg = f"keep has {item!r}, which is no regular expression: {error}.{nearest(item, READY)}"
+            raise OptionError(msg) from error
+    return tuple(found)
+
+
+def kept(text: str, found_by: Sequence[re.Pattern[str]], start: int = 0) -> list[Span]:
+    """Return the spans that match, in order; those that overlap are one."""
+    spans: list[Span] = []
+    for begin, end in sorted(found.span() for pattern in found_by for found in pattern.finditer(text, start)):
+        if spans and begin < spans[-1][1]:
+            spans[-1] = spans[-1][0], max(end, spans[-1][1])
+        elif begin < end:
+            spans.append((begin, end))
+    return spans
+
+
+def restored(
+    source: str, spans: Sequence[Span], text: str, found_by: Sequence[re.Pattern[str]]
+) -> tuple[str, tuple[SegmentNote, ...]]:
+    """Put right in a translation what its source keeps.
+
+    Each placeholder is looked for as it is; then changed in spaces, case, quotes, widths or escapes; then as another
+    match of the patterns, which the source lacks. One that is nowhere is put in at its place in proportion, at the
+    border of a word, and copies that are too many are taken out.
+
+    Args:
+        source: The piece that was translated.
+        spans: What it keeps, in order, without overlap.
+        text: Its translation.
+        found_by: The patterns.
+
+    Returns:
+        The text, and what was done: `"repaired"`, `"inserted"`, `"removed"`; `"unmatched"` if the patterns still do
+        not find in it what they find in the source.
+    """
+    wanted = [source[start:end] for start, end in spans]
+    work = _Restoring(source, spans, wanted, text, found_by)
+    if [text[start:end] for start, end in work.free] != wanted:
+        work.find()
+        work.remove()
+        work.insert()
+        if Counter(work.text[start:end] for start, end in kept(work.text, found_by)) != Counter(wanted):
+            work.notes["unmatched"] = None
+    return work.text, tuple(work.notes)
+
+
+class _Restoring:
+    """A translation while its placeholders are put right.
+
+    Attributes:
+        text: The translation so far.
+        free: Matches in it that stand for no placeholder yet.
+        notes: What was done, as a set in order.
+    """
+
+    def __init__(
+        self, source: str, spans: Sequence[Span], wanted: list[str], text: str, found_by: Sequence[re.Pattern[str]]
+    ) -> None:
+        self.text = text
+        self.free = kept(text, found_by)
+        self.notes: dict[SegmentNote, None] = {}
+        self._source, self._spans, self._wanted, self._found_by = source, spans, wanted, found_by
+        self._places: list[Span | None] = [None] * len(wanted)
+
+    def find(self) -> None:
+        """Find the placeholders that are there, whole or changed, and write them as in the source."""
+        for number, word in enumerate(self._wanted):
+            self._places[number] = self._taken(partial(operator.eq, word))
+        for find in (self._changed, self._another):
+            for number, word in enumerate(self._wanted):
+                if self._places[number] is None:
+                    self._places[number] = find(word)
+                    self._write(number)
+
+    def remove(self) -> None:
+        """Take out copies that are too many, each with the white space on one side of it."""
+        while (span := self._taken(self._wanted.__contains__)) is not None:
+            start, end = span
+            if self.text[:start].endswith((" ", "\N{NO-BREAK SPACE}")) or not start:
+                start, end = max(start - 1, 0), end + (not start and self.text[end : end + 1].isspace())
+            self._replace(start, end, "")
+            self.notes["removed"] = None
+
+    def insert(self) -> None:
+        """Put in what is missing."""
+        for number, word in enumerate(self._wanted):
+            if self._places[number] is not None:
+                continue
+            at = self._at(number)
+            start, end = self._spans[number]
+            left = _gap(self.text[:at][-1:], word[0], self._source[:start][-1:])
+            right = _gap(self.text[at : at + 1], word[-1], self._source[end : end + 1])
+            self._replace(at, at, left + word + right)
+            self._places[number] = at + len(left), at + len(left + word)
+            self.notes["inserted"] = None
+
+    def _taken(self, fits: Callable[[str], bool]) -> Span | None:
+        """Take the first free match whose text fits."""
+        found = next((span for span in self.free if fits(self.text[slice(*span)])), None)
+        if found is not None:
+            self.free.remove(found)
+        return found
+
+    def _another(self, word: str) -> Span | None:
+        """Take a match of the placeholder's own pattern that the source does not have."""
+        kind = self._kind(word)
+        return self._taken(lambda text: text not in self._wanted and self._kind(text) == kind)
+
+    def _changed(self, word: str) -> Span | None:
+        """Find a placeholder that was changed, where no other one is."""
+        taken = [span for span in self._places if span is not None]
+        for found in _variants(word).finditer(self.text):
+            start, end = found.span()
+            if not any(start < stop and begin < end for begin, stop in taken):
+                self.free = [span for span in self.free if span[1] <= start or end <= span[0]]
+                return start, end
+        return None
+
+    def _kind(self, word: str) -> int | None:
+        return next((n for n, pattern in enumerate(self._found_by) if pattern.search(word)), None)
+
+    def _write(self, number: int) -> None:
+        """Write a placeholder as the source has it over what was found for it."""
+        place, word = self._places[number], self._wanted[number]
+        if place is not None and self.text[slice(*place)] != word:
+            self._replace(*place, word)
+            self._places[number] = place[0], place[0] + len(word)
+            self.notes["repaired"] = None
+
+    def _replace(self, start: int, end: int, word: str) -> None:
+        """Replace a part of the text; places behind it move."""
+        shift = len(word) - (end - start)
+        self.text = self.text[:start] + word + self.text[end:]
+        self._places = [span and _moved(span, end, shift) for span in self._places]
+        self.free = [_moved(span, end, shift) for span in self.free]
+
+    def _at(self, number: int) -> int:
+        """Return the border of a word nearest to where a placeholder would be in proportion to its neighbours."""
+        before = [(self._spans[n][1], place[1]) for n, place in enumerate(self._places[:number]) if place]
+        after = [(self._spans[n][0], place[0]) for n, place in enumerate(self._places) if n > number and place]
+        (from_source, low), (to_source, high) = (
+            before[-1] if before else (0, 0),
+            after[0] if after else (len(self._source), len(self.text)),
+        )
+        if low > high:  # the model turned them round
+            from_source, low, to_source, high = 0, 0, len(self._source), len(self.text)
+        part = (sum(self._spans[number]) / 2 - from_source) / max(to_source - from_source, 1)
+        borders = {found.start() for found in re.finditer(r"\s+", self.text)} or {
+            found.start() for found in regex.finditer(r"\X", self.text)
+        }
+        taken = [place for place in (*self._places, *self.free) if place]
+        open_ = [
+            at
+            for at in (borders | {0, low, high, len(self.text)})
+            if low <= at <= high and not any(begin < at < end for begin, end in taken)
+        ]
+        return min(open_, key=lambda at: (abs(at - low - part * (high - low)), at))
+
+
+def _gap(beside: str, edge: str, in_source: str) -> str:
+    """Return the space between a placeholder that is put in and what it comes to stand beside."""
+    if not beside or beside.isspace():
+        return ""
+    return " " if in_source.isspace() or (beside.isalnum() and edge.isalnum()) else ""
+
+
+def _moved(span: Span, end: int, shift: int) -> Span:
+    return (span[0] + shift, span[1] + shift) if span[0] >= end else span
+
+
+_ALIKE = {"'": "'‘’‛`´", '"': '"“”„‟«»', "-": "-‐‑‒–—−", ".": ".。．", "%": "%٪", "<": "<‹", ">": ">›"}
+_ESCAPES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", '"': "&quot;", "'": "&#39;"}
+_TO_FULL_WIDTH = 0xFEE0
+
+
+@lru_cache(maxsize=1024)
+def _variants(word: str) -> re.Pattern[str]:
+    """Match what models make of a placeholder: other spaces, case, quotes, widths, and escapes."""
+    parts = []
+    for letter in word:
+        if letter.isspace():
+            continue
+        alike = _ALIKE.get(letter, letter) + (chr(ord(letter) + _TO_FULL_WIDTH) if "!" <= letter <= "~" else "")
+        one = "[" + "".join(map(re.escape, alike)) + "]"
+        one = f"(?:{one}|{re.escape(_ESCAPES[letter])})" if letter in _ESCAPES else one
+        parts.append(one if letter.isalnum() else rf"\\?{one}")
+    first, last = (r"(?<!\w)" if word[0].isalnum() else ""), (r"(?!\w)" if word[-1].isalnum() else "")
+    return re.compile(first + r"\s*".join(parts) + last, re.IGNORECASE)
