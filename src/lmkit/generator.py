@@ -9,7 +9,8 @@ from lmkit.encoding import fit
 from lmkit.errors import OptionError
 from lmkit.generation import GENERATION_OPTIONS, GenerationOptions
 from lmkit.results import Generation
-from lmkit.wrapper import rows_of
+from lmkit.scoring import alone, answered, check_normalize, choices_of, continued, made, pairs
+from lmkit.wrapper import rows_of, text_of
 from lmkit.writing import Job, Writer
 
 if TYPE_CHECKING:
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 
     from lmkit.engine import Outcome
     from lmkit.errors import LmkitError
-    from lmkit.results import TextChunk, Timing
+    from lmkit.results import Ranking, Score, TextChunk, Timing
     from lmkit.rows import PerRow
+    from lmkit.scoring import Item, Normalize
 
 __all__ = ["Chat", "Generator", "GeneratorOptions", "Message"]
 
@@ -174,6 +176,120 @@ class Generator(Writer[Generation]):
     def astream(self, prompts: str | Chat | Prompts, **options: Unpack[GeneratorOptions]) -> AsyncIterator[TextChunk]:
         """Do as `stream` does, for asyncio."""
         return self._astream(prompts_of(prompts)[0], options)
+
+    @overload
+    def score(  # type: ignore[overload-overlap]  # a str is an iterable of str too: it comes first
+        self, prompt: str, continuation: None = None
+    ) -> Score: ...
+    @overload
+    def score(self, prompt: Iterable[str], continuation: None = None) -> list[Score]: ...
+    @overload
+    def score(  # type: ignore[overload-overlap]
+        self, prompt: str | Chat, continuation: str
+    ) -> Score: ...
+    @overload
+    def score(self, prompt: str | Chat | Prompts, continuation: str | Iterable[str]) -> list[Score]: ...
+    def score(
+        self, prompt: str | Chat | Prompts, continuation: str | Iterable[str] | None = None
+    ) -> Score | list[Score]:
+        """Say how likely the model finds a text, or the continuation of a prompt.
+
+        A text is scored behind the BOS where the tokenizer puts one there; where it puts none, its first token is not
+        scored, for there is nothing before it. An empty prompt is the token that texts begin with. No end token is
+        added: to score the end as well, write it, such as `"Paris.<|im_end|>"`.
+
+        Prompt and continuation are encoded as one text. The prompt's tokens are those that it has in common with the
+        prompt alone, so a token with characters of both belongs to the continuation, and so do spaces before its first
+        word. Behind a chat, the continuation is what the assistant answers.
+
+        Args:
+            prompt: A text or a chat, or an iterable of them; alone, what is scored.
+            continuation: What is scored behind it, one for each prompt, or one for all. Several may have one prompt.
+
+        Returns:
+            One score for a text or a pair, a list of the same length and order for lists.
+
+        Raises:
+            OptionError: There are not as many continuations as prompts, or there is no token to score.
+            InputTooLongError: A text is longer than the model takes; it is not scored in parts.
+            EngineError: The model was closed, or a row failed; its `results` hold the other rows.
+        """
+        self._opened  # noqa: B018 - a closed wrapper refuses here
+        if continuation is None:
+            rows, single = rows_of(prompt)
+            items = [self._item(text, *alone(self._codec, text_of(text, row)), row) for row, text in enumerate(rows)]
+        else:
+            rows, one = prompts_of(prompt)
+            given, single = pairs(rows, continuation, single=one)
+            items = [self._behind(before, [text], row)[0] for row, (before, text) in enumerate(given)]
+        scores = self._scores.score(items)
+        return scores[0] if single else scores
+
+    @overload
+    def rank(  # type: ignore[overload-overlap]  # a str is an iterable of str too: it comes first
+        self, prompt: str | Chat, choices: Iterable[str], *, normalize: Normalize = "none", neutral: str = ""
+    ) -> Ranking: ...
+    @overload
+    def rank(
+        self,
+        prompt: Prompts,
+        choices: Iterable[str] | Iterable[Iterable[str]],
+        *,
+        normalize: Normalize = "none",
+        neutral: str = "",
+    ) -> list[Ranking]: ...
+    def rank(
+        self,
+        prompt: str | Chat | Prompts,
+        choices: Iterable[str] | Iterable[Iterable[str]],
+        *,
+        normalize: Normalize = "none",
+        neutral: str = "",
+    ) -> Ranking | list[Ranking]:
+        """Put continuations of a prompt in the order in which the model finds them likely.
+
+        The prompt is read once for all its choices; for what belongs to a choice, see `score`.
+
+        Args:
+            prompt: A text or a chat, or an iterable of them.
+            choices: The continuations; for several prompts a list for each, or one list for all.
+            normalize: How log-probabilities are made comparable: `"none"`, per token (`"tokens"`), per UTF-8 byte
+                (`"bytes"`), or less what the choice has without the prompt (`"prior"`; Holtzman et al., "Surface Form
+                Competition", 2021).
+            neutral: What stands in the prompt's place for `"prior"`, such as `"Answer:"`.
+
+        Raises:
+            OptionError: `normalize` is another word, there are no choices, or not as many lists as prompts.
+            InputTooLongError: A prompt with a choice is longer than the model takes.
+            EngineError: The model was closed, or a row failed; its `results` hold the other rows.
+        """
+        self._opened  # noqa: B018 - a closed wrapper refuses here
+        check_normalize(normalize)
+        rows, single = prompts_of(prompt)
+        lists = choices_of(choices, len(rows), single=single)
+        items = [self._behind(before, texts, row) for row, (before, texts) in enumerate(zip(rows, lists, strict=True))]
+        texts = list(dict.fromkeys(text for row in lists for text in row)) if normalize == "prior" else []
+        try:
+            priors = self._behind(neutral, texts, 0)
+        except OptionError as error:
+            msg = f"normalize='prior' scores the choices behind neutral={neutral!r}: {error} Here that is neutral=."
+            raise OptionError(msg) from error
+        rankings = self._scores.rank(items, normalize, priors)
+        return rankings[0] if single else rankings
+
+    def _behind(self, prompt: Any, texts: Sequence[str], row: int) -> list[Item]:
+        """Make what is scored of continuations of a prompt."""
+        texts = [text_of(text, row, "a continuation") for text in texts]
+        if isinstance(prompt, str):
+            found = continued(self._codec, prompt, texts)
+        else:
+            found = answered(self._codec, self._codec.encode_chat(chat_of(prompt, row))[1], texts)
+        return [self._item(text, *tokens, row) for text, tokens in zip(texts, found, strict=True)]
+
+    def _item(self, text: str, token_ids: list[int], start: int, row: int) -> Item:
+        if not start:
+            token_ids, start = self._beginning(row) + token_ids, 1
+        return made(text, token_ids, start, row=row, limit=self._plan.context_length)
 
     def _check(self, options: dict[str, Any]) -> None:
         options.pop("template", None)

@@ -15,6 +15,7 @@ from lmkit.engine import Engine, Request
 from lmkit.errors import EngineError, WeightsError
 from lmkit.generation import REPLACED, Options, Sample, build_config
 from lmkit.results import Generation, Timing
+from lmkit.scoring import Scores
 from lmkit.wrapper import Loaded, News, Wrapper
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ class Writer(Wrapper[Job, ResultT]):
             # generate() fills what a config leaves open from the model's own, so it has to be gone from there.
             setattr(model.generation_config, name, None)
         self._start = decoder_start(model) if model.config.is_encoder_decoder else None
+        self._scores = Scores(model, self._codec)
         self._engine: Engine | None = Engine(
             model,
             self._codec,
@@ -146,6 +148,7 @@ class Writer(Wrapper[Job, ResultT]):
         if self._engine is not None:
             self._engine.close()
         self._engine = None
+        self._scores.close()
         super().close()
 
     def _request(
