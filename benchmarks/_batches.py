@@ -1,4 +1,4 @@
-"""Workloads of many rows: A, chat prompts; B, ragged budgets; J, an encoder-decoder."""
+"""Workloads of many rows: A, chat prompts; B, ragged budgets; J, U and V, an encoder-decoder."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ RAGGED_SIZES = (32, 64)
 PEER_ROWS = 256
 """How many rows vLLM may run at a time: as many as there are in a call."""
 
-SOURCES, FORCED = 64, 32
-WORDS = (4, 8, 12, 24)
+SOURCES, FEW_SOURCES, FORCED, BEAMS = 64, 16, 32, 4
+SHORTEST, LONGEST = 5, 60
+WORDS = (1, 2, 4, 6, 8, 11, 14, 17, 20)
 KINDS = ("int8", "bfloat16", "float32")
 
 
@@ -79,31 +80,72 @@ def lmkit_sides(bench: Bench, chats: Sequence[Any], prompts: Sequence[Sequence[i
 
 
 def encoder_decoder(bench: Bench) -> Report:
-    """J: 64 sentences through a Marian-size model of random weights, 32 new tokens each."""
+    """J: 64 sentences of 5 to 60 tokens through a Marian-size model of random weights, 32 new tokens each."""
+    report = translation(bench, "J", SOURCES, (1.5, 0.8))
+    translator = load("seq2seq", _models.marian(bench.folder), "int8")
+    texts = sentences(translator, SOURCES)
+    sources = [list(translator.tokenizer(text)["input_ids"]) for text in texts]
+    ours = lmkit_side(translator, texts, sources, "lmkit, int8", **forced(1))
+    peers = contenders(ctranslate2_sides(bench, sources))
+    if peers:
+        again = measured(bench, "J", [ours, *peers], warm=[ours])
+        again.faster(ours.name, best(peers, again.runs), 1.0)
+        report.findings += again.findings
+    translator.close()
+    return report
+
+
+def beams(bench: Bench) -> Report:
+    """U: the same sentences, searched with 4 beams."""
+    return translation(bench, "U", SOURCES, (2.2, 1.1), beams=BEAMS)
+
+
+def few_sentences(bench: Bench) -> Report:
+    """V: 16 of the sentences."""
+    return translation(bench, "V", FEW_SOURCES, (1.6, None))
+
+
+def translation(
+    bench: Bench, workload: str, count: int, targets: tuple[float, float | None], *, beams: int = 1
+) -> Report:
+    """Translate sentences with lmkit, with `generate` on sorted batches and with CTranslate2."""
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
     folder = _models.marian(bench.folder)
     translator = load("seq2seq", folder)
-    texts = [text for seed in range(SOURCES // len(WORDS)) for text in cut(seed)]
+    texts = sentences(translator, count)
     sources: list[list[int]] = [list(translator.tokenizer(text)["input_ids"]) for text in texts]
-    ours = lmkit_side(translator, texts, sources, max_new_tokens=FORCED, min_new_tokens=FORCED)
+    ours = lmkit_side(translator, texts, sources, **forced(beams))
     model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.bfloat16)
-    static = contenders(static_sides(model, sources, [FORCED] * SOURCES, min_new_tokens=FORCED))
-    peers = contenders(ctranslate2_sides(bench, sources))
-    report = measured(bench, "J", [ours, *static, *peers], warm=[ours])
+    options = {"num_beams": beams} if beams > 1 else {}
+    static = contenders(static_sides(model, sources, [FORCED] * count, min_new_tokens=FORCED, **options))
+    peers = contenders(ctranslate2_sides(bench, sources, beams)) if targets[1] else []
+    report = measured(bench, workload, [ours, *static, *peers], warm=[ours])
     report.notes.append(f"sources of {min(map(len, sources))} to {max(map(len, sources))} tokens")
-    report.faster(ours.name, best(static, report.runs), 1.5)
+    report.faster(ours.name, best(static, report.runs), targets[0])
     if peers:
-        report.faster(ours.name, best(peers, report.runs))
+        report.faster(ours.name, best(peers, report.runs), targets[1])
     translator.close()
     return report
 
 
-def cut(seed: int) -> list[str]:
-    """Return texts of a few words to two sentences."""
-    words = " ".join(_data.sentences(2, seed)).split()
-    return [" ".join(words[:count]) for count in WORDS]
+def forced(beams: int) -> dict[str, int]:
+    """Ask lmkit for as many tokens as every side writes."""
+    return {"max_new_tokens": FORCED, "min_new_tokens": FORCED} | ({"num_beams": beams} if beams > 1 else {})
+
+
+def sentences(translator: Any, count: int) -> list[str]:
+    """Return texts of one word to half a sentence, in tokens from 5 to 60."""
+    found: list[str] = []
+    for seed in range(count):
+        words = " ".join(_data.sentences(2, seed)).split()
+        for size in WORDS:
+            text = " ".join(words[:size])
+            if SHORTEST <= len(translator.tokenizer(text)["input_ids"]) <= LONGEST:
+                found.append(text)
+    step = len(found) // count
+    return found[: step * count : step]
 
 
 def vllm_side(bench: Bench, prompts: Sequence[Sequence[int]], budgets: Sequence[int], *, forced: bool) -> list[Side]:
@@ -112,7 +154,7 @@ def vllm_side(bench: Bench, prompts: Sequence[Sequence[int]], budgets: Sequence[
     return [] if peer is None else [peer.side(prompts, budgets, "vLLM", forced=forced)]
 
 
-def ctranslate2_sides(bench: Bench, sources: Sequence[Sequence[int]]) -> list[Side]:
+def ctranslate2_sides(bench: Bench, sources: Sequence[Sequence[int]], beams: int = 1) -> list[Side]:
     """Give CTranslate2 the same token ids: each kind of weights, one worker of all cores or one per core."""
     cores = os.cpu_count() or 1
     workers = [(1, cores), (cores, 1)]
@@ -123,7 +165,7 @@ def ctranslate2_sides(bench: Bench, sources: Sequence[Sequence[int]]) -> list[Si
         return []
     # bfloat16 is not among them where the processor has no fast way for CTranslate2's kernels.
     return [
-        peer.side(sources, [FORCED] * SOURCES, f"CTranslate2 {setting}", setting=setting)
+        peer.side(sources, [FORCED] * len(sources), f"CTranslate2 {setting}", setting=setting, beams=beams)
         for setting in peer.facts["settings"]
     ]
 

@@ -79,9 +79,8 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], budgets: Sequence[int
     mask = torch.tensor(
         [[0] * len(gap) + [1] * len(row) if decoder_only else [1] * len(row) + [0] * len(gap) for gap, row in rows]
     )
-    output = model.generate(
-        ids, attention_mask=mask, max_new_tokens=max(budgets), do_sample=False, num_beams=1, **options
-    )
+    settings = {"max_new_tokens": max(budgets), "do_sample": False, "num_beams": 1} | options
+    output = model.generate(ids, attention_mask=mask, **settings)
     new = output[:, longest if decoder_only else 1 :].tolist()
     return [useful(row, end, budget) for row, budget in zip(new, budgets, strict=True)]
 

@@ -53,6 +53,8 @@ WORKLOADS: dict[str, tuple[Callable[[Bench], Report], str | None]] = {
     "N": (_precisions.loading, None),
     "O": (_precisions.billion, "llama"),
     "P": (_precisions.grids, None),
+    "U": (_batches.beams, "ctranslate2"),
+    "V": (_batches.few_sentences, None),
 }
 """Each workload, and which peer it is compared with."""
 

@@ -27,7 +27,7 @@ def row(prompt: int, answer: int = 10, name: str = "") -> Any:
     """Make a row of so many tokens."""
     config = SimpleNamespace(max_new_tokens=answer)
     ids = (0,) * prompt
-    return SimpleNamespace(request=SimpleNamespace(input_ids=ids, config=config), input_ids=ids, name=name)
+    return SimpleNamespace(request=SimpleNamespace(input_ids=ids, config=config), input_ids=ids, name=name, width=1)
 
 
 class Caller(SimpleNamespace):

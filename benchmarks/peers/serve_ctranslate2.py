@@ -1,4 +1,4 @@
-"""CTranslate2: a Marian checkpoint, converted; source texts as token ids, greedy."""
+"""CTranslate2: a Marian checkpoint, converted; source texts as token ids, greedy or with beams."""
 
 import json
 import time
@@ -31,7 +31,7 @@ def start(settings: Job) -> tuple[Answer, dict[str, Any]]:
         begun = time.perf_counter()
         results = translator.translate_batch(
             sources,
-            beam_size=1,
+            beam_size=job["beams"],
             min_decoding_length=budget,
             max_decoding_length=budget,
             max_batch_size=-(-len(sources) // workers),  # one batch for each worker

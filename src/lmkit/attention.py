@@ -15,7 +15,7 @@ import torch
 from lmkit.packing import packs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 __all__ = ["attend", "put_on"]
 
@@ -63,7 +63,8 @@ def attend(
     Args:
         module: The attention layer.
         query: *Shape:* `(rows, heads, tokens, size)`.
-        key: *Shape:* `(rows, groups, columns, size)`, where `groups` divides `heads`.
+        key: *Shape:* `(rows, groups, columns, size)`, where `groups` divides `heads`. For one token, `rows` may be a
+            part of the query's: those that lie side by side then share a row of keys.
         value: The same, or of another size.
         attention_mask: What each token sees. *Shape:* `(rows, 1, tokens, columns)`, bool, or added to the scores.
         scaling: What the scores are multiplied with; None is one over the root of `size`.
@@ -74,33 +75,60 @@ def attend(
         The attended values. *Shape:* `(rows, tokens, heads, size)`; and None, for the weights.
     """
     rows, heads, tokens, size = query.shape
-    groups, columns = key.shape[1:3]
-    alone = tokens == 1 and key.device.type == "cpu" and key.shape[0] == rows
+    sources, groups = key.shape[:2]
+    width = rows // sources
+    alone = tokens == 1 and key.device.type == "cpu"
     unusual = kwargs.get("dropout") or any(kwargs.get(name) for name in ("softcap", "output_attentions", "cache"))
     products = rows * groups >= WORTH and query.dtype is torch.bfloat16 and packs()
-    if not alone or unusual or (position_bias is not None and not products):
+    if width == 1 and (not alone or unusual or (position_bias is not None and not products)):
         kwargs |= {"scaling": scaling, "position_bias": position_bias}
         attended, _ = _sdpa()(module, query, key, value, attention_mask, **kwargs)
         return attended, None
-    # Heads that share a key as so many tokens of one head: nothing is copied for each of them.
-    grouped = query.reshape(rows, groups, heads // groups, size)
-    if not products:
-        attend_torch = torch.nn.functional.scaled_dot_product_attention
-        attended = attend_torch(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-        return attended.reshape(rows, 1, heads, -1), None
-    shape = (-1, groups, heads // groups, columns)
-    # Keys on the left: the kernel would copy a right operand into an order of its own, and keys are the larger one.
-    scored = key @ grouped.transpose(2, 3)
-    scores = scored.transpose(2, 3).float() * (size**-0.5 if scaling is None else scaling)
-    if position_bias is not None:
-        scores += position_bias.view(shape)
+    # Heads and rows that share a key as so many tokens of one head: nothing is copied for each of them.
+    together = width * (heads // groups)
+    grouped = query.reshape(sources, width, groups, -1, size).transpose(1, 2).reshape(sources, groups, together, size)
     if attention_mask is not None:
-        if attention_mask.dtype is torch.bool:
-            scores.masked_fill_(~attention_mask, -torch.inf)
+        attention_mask = attention_mask[::width]
+    bias = None if position_bias is None else _shared(position_bias, width, (groups, heads // groups))
+    kernel = _products if products else _torch_kernel
+    attended = kernel((grouped, key, value), attention_mask, bias, size**-0.5 if scaling is None else scaling)
+    apart = attended.view(sources, groups, width, -1, value.shape[-1])
+    return apart.transpose(1, 2).reshape(rows, 1, heads, -1), None
+
+
+def _shared(bias: torch.Tensor, width: int, heads: tuple[int, int]) -> torch.Tensor:
+    """Lay a bias out as queries are that share a key. *Shape:* `(1 or sources, groups, tokens, columns)`."""
+    columns = bias.shape[-1]
+    each = bias.expand(width, -1, -1, -1) if len(bias) == 1 else bias
+    return each.reshape(-1, width, *heads, columns).transpose(1, 2).reshape(-1, heads[0], width * heads[1], columns)
+
+
+def _torch_kernel(
+    states: Sequence[torch.Tensor], mask: torch.Tensor | None, bias: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Attend with torch's own kernel. *Shape:* of query, key and value as in `attend`, all tokens see the same."""
+    if bias is not None and mask is not None:
+        mask = bias.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else bias + mask
+    added = bias if mask is None else mask
+    return torch.nn.functional.scaled_dot_product_attention(*states, attn_mask=added, scale=scaling)
+
+
+def _products(
+    states: Sequence[torch.Tensor], mask: torch.Tensor | None, bias: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Attend with two matrix products."""
+    query, key, value = states
+    # Keys on the left: the kernel would copy a right operand into an order of its own, and keys are the larger one.
+    scored = key @ query.transpose(2, 3)
+    scores = scored.transpose(2, 3).float() * scaling
+    if bias is not None:
+        scores += bias
+    if mask is not None:
+        if mask.dtype is torch.bool:
+            scores.masked_fill_(~mask, -torch.inf)
         else:
-            scores += attention_mask
-    attended = scores.softmax(-1).to(value.dtype) @ value
-    return attended.view(rows, 1, heads, -1), None
+            scores += mask
+    return scores.softmax(-1).to(value.dtype) @ value
 
 
 @functools.cache

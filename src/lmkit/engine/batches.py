@@ -6,13 +6,15 @@ import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from lmkit.engine.beams import search, together
+from lmkit.engine import beams
+from lmkit.engine.beamed import BeamDecoder
 from lmkit.engine.cache import KeyValues
 from lmkit.engine.cached import CachedDecoder
 from lmkit.engine.choice import Chooser
 from lmkit.engine.decoders import Decoder, drives, pads
 from lmkit.engine.encoded import EncodedDecoder
 from lmkit.engine.failures import no_memory, out_of_memory, step_failed
+from lmkit.engine.generated import search, together
 from lmkit.engine.lookup import guess
 from lmkit.engine.prefixes import SHORTEST, PrefixStore
 from lmkit.engine.prepared import PreparedDecoder
@@ -50,6 +52,7 @@ class Batches:
         tickets: Whose rows to run; guarded by the lock.
         room: Whether rows that wait may have room that they had not before.
         closed: Whether no more work is to be done.
+        searches: Whether beam searches are rows like others; else generate() runs them.
         scheduler: What chooses among the rows that wait.
     """
 
@@ -75,6 +78,7 @@ class Batches:
         )
         self._drives = drives(model)
         self._joins = self._drives and start is None
+        self.searches = self._drives and start is not None
         self._pads = pads(model)
         takes_apart = self._joins and KeyValues(model.config.get_text_config(decoder=True)).plain
         self._prefixes = PrefixStore(prefix_bytes if takes_apart else 0)
@@ -241,7 +245,8 @@ class Batches:
             cached = CachedDecoder(self._model, rows, self._pad, known, self._compiled)
             decoder, reused = cast("Decoder", cached), cached.reused
         elif self._drives and self._start is not None:
-            decoder = EncodedDecoder(self._model, rows, self._pad, self._start)
+            kind: Any = BeamDecoder if rows[0].width > 1 else EncodedDecoder
+            decoder = kind(self._model, rows, self._pad, self._start)
         else:
             decoder = PreparedDecoder(self._model, rows, self._pad, self._start)
         self._counts["reused_tokens"] += reused
@@ -251,7 +256,7 @@ class Batches:
     def _alike(self, row: Row) -> object:
         """Return what rows must have in common to share a batch."""
         if self._start is not None:
-            return len(row.token_ids)
+            return len(row.token_ids), row.width, row.candidates
         return None if self._pads else len(row.input_ids)
 
     def _sharing(self, rows: list[Row]) -> list[Row]:
@@ -322,7 +327,10 @@ class Batches:
         self._look(decoder, taken)
 
     def _choose(self, decoder: Decoder, logits: torch.Tensor) -> None:
-        self._chooser.choose(decoder.rows, logits)
+        if isinstance(decoder, BeamDecoder):
+            beams.choose(self._chooser, decoder.searches, logits)
+        else:
+            self._chooser.choose(decoder.rows, logits)
         self._look(decoder, len(decoder.rows))
 
     def _look(self, decoder: Decoder, tokens: int) -> None:
@@ -347,7 +355,7 @@ class Batches:
                 self._prefixes.put(token_ids, taken)
 
     def _search(self) -> None:
-        """Run a group of beam searches, which generate() does for us."""
+        """Run a group of beam searches that generate() does for us."""
         ticket = next((ticket for ticket in self.tickets if ticket.searches), None)
         if ticket is None:
             return

@@ -1,102 +1,152 @@
-"""Beam search, which lmkit leaves to generate()."""
+"""Beam search of encoder-decoders: the hypotheses of transformers' `_beam_search`, row by row.
+
+A row's beams lie in slots. The first child of a beam stays in its slot, so that keys and values are copied only
+where a beam has several children.
+"""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from lmkit._quiet import without_warnings
-from lmkit.engine.decoders import input_device, padded
-from lmkit.engine.request import Outcome
-from lmkit.engine.row import end_tokens, timing
+from lmkit.engine.choice import NO_CHOICE, NO_SCORES
+from lmkit.engine.row import Row, end_tokens, timing
 from lmkit.engine.text import TextFeed
-from lmkit.results import Completion, FinishReason
+from lmkit.errors import EngineError
+from lmkit.results import Completion
 
 if TYPE_CHECKING:
-    import threading
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from lmkit.encoding import Codec
+    from lmkit.engine.choice import Chooser
     from lmkit.engine.request import Request
+    from lmkit.engine.ticket import Ticket
+    from lmkit.results import FinishReason, Timing
 
-__all__ = ["search", "together"]
+__all__ = ["Search", "choose", "described"]
+
+UNBORN = -1e9
+"""The score of beams that only repeat the first one, until its continuations take their places."""
+
+ROWS_AT_A_TIME = 8
+"""How many rows of scores are widened to float32 together: they stay in the processor's cache."""
+
+STEERED_AT_A_TIME = 16
+"""How many searches' scores go through processors together, as float32."""
 
 
-BEAMS_PER_CALL = 32
-"""How many beams, over all requests, one call of generate() carries."""
+class Search(Row):
+    """A row that follows several continuations at a time, of which the best win.
 
-
-def together(searches: Mapping[int, Request], *, any_length: bool) -> list[int]:
-    """Choose requests, by their places, that one call of generate() can run together: those like the first.
-
-    Args:
-        searches: The requests that wait, by their places.
-        any_length: Whether the model takes rows of different lengths.
+    Attributes:
+        width: How many continuations, `num_beams`.
+        candidates: How many of the next ones are looked at, so that enough are left that have not ended.
+        beams: The tokens of each slot's continuation.
+        scores: Their log-probabilities.
+        moves: Which slots' keys and values are to be copied into which, `(to, from)`, before the next step.
     """
 
-    def key(request: Request) -> tuple[str, int]:
-        return request.config.to_json_string(use_diff=False), 0 if any_length else len(request.input_ids)
+    def __init__(self, request: Request, ticket: Ticket, index: int, codec: Codec) -> None:
+        """Prepare the search; nothing is computed yet."""
+        super().__init__(request, ticket, index, 0, codec)
+        config = request.config
+        self.width = int(config.num_beams)
+        self.candidates = max(2, 1 + len(self._ends)) * self.width
+        self._codec = codec
+        self._penalty = 1.0 if config.length_penalty is None else float(config.length_penalty)
+        self._budget = int(config.max_new_tokens or 1)
+        self.begin()
 
-    first = next(iter(searches.values()))
-    places = [place for place, request in searches.items() if key(request) == key(first)]
-    return places[: max(1, BEAMS_PER_CALL // first.config.num_beams)]
+    def begin(self) -> None:
+        """Forget all steps: they are made again when a batch is."""
+        self.beams: list[list[int]] = [[] for _ in range(self.width)]
+        self.scores = [0.0, *[UNBORN] * (self.width - 1)]
+        self.moves: list[tuple[int, int]] = []
+        self._finished: list[tuple[float, list[int]]] = []
+
+    def advance(self, candidates: Sequence[tuple[float, int, int]]) -> None:
+        """Take the likeliest next continuations, and decide whether the search has ended.
+
+        Args:
+            candidates: The log-probability of each, its slot and its new token; the best first.
+        """
+        length = len(self.beams[0]) + 1
+        over = length >= self._budget
+        going = [one for one in candidates if not over and one[2] not in self._ends][: self.width]
+        for score, slot, token_id in candidates[: self.width]:  # the others are there only to go on with
+            if over or token_id in self._ends:
+                self._finished.append((score / length**self._penalty, [*self.beams[slot], token_id]))
+        self._finished = sorted(self._finished, key=lambda one: -one[0])[: self.width]
+        self._last = self._first = time.perf_counter() - self._started
+        if over or not self._improves(going[0][0] if going else UNBORN, length):
+            self._end()
+        else:
+            self._place(going)
+
+    def _improves(self, best: float, length: int) -> bool:
+        """Say whether a running beam could still be among the best, as transformers guesses it."""
+        if len(self._finished) < self.width:
+            return best > UNBORN
+        stopping = self.request.config.early_stopping
+        longest = self._budget if stopping == "never" and self._penalty > 0 else length
+        return stopping is not True and best / longest**self._penalty > self._finished[-1][0]
+
+    def _place(self, going: Sequence[tuple[float, int, int]]) -> None:
+        """Give each continuation a slot: its parent's, if no better one has it."""
+        placed: dict[int, tuple[float, int, int]] = {}
+        later = [one for one in going if placed.setdefault(one[1], one) is not one]
+        holes = [slot for slot in range(self.width) if slot not in placed]
+        self.moves = [(hole, one[1]) for hole, one in zip(holes, later, strict=False)]
+        placed |= dict(zip(holes, later, strict=False))
+        filled = [placed.get(slot, (UNBORN, slot, going[0][2])) for slot in range(self.width)]
+        self.scores = [score for score, _, _ in filled]
+        self.beams = [[*self.beams[slot], token_id] for _, slot, token_id in filled]
+
+    def _end(self) -> None:
+        best = self._finished[0][1]
+        self.token_ids = best
+        self.finish_reason = "eos" if best[-1] in self._ends else "length"
+
+    def cancel(self) -> None:
+        """End the search where it is, with the best that was found."""
+        if not self.done:
+            length = max(len(self.beams[0]), 1)
+            running = zip((score / length**self._penalty for score in self.scores), self.beams, strict=True)
+            self._finished = sorted([*self._finished, *running], key=lambda one: -one[0])[: self.width]
+            self.token_ids, self.finish_reason = self._finished[0][1], "cancelled"
+
+    def release(self) -> str:
+        """Return the text once it is known, which is at the end."""
+        return self.completions()[0].text if self.done and self.error is None else ""
+
+    def completions(self) -> tuple[Completion, ...]:
+        """Describe the best continuations, as many as were asked for."""
+        wanted = self._finished[: self.request.config.num_return_sequences or 1]
+        cancelled = self.finish_reason == "cancelled"
+        return tuple(
+            described(self.request, token_ids, score, self._codec, cancelled=cancelled) for score, token_ids in wanted
+        )
+
+    def timing(self) -> Timing:
+        """Say what the row took."""
+        return timing(self._last, self._first, len(self.token_ids))
 
 
-def search(
-    model: Any,
-    requests: Sequence[Request],
-    pad: int,
-    codec: Codec,
-    cancelled: threading.Event,
-) -> list[Outcome]:
-    """Run requests of one config together and describe what each of them won.
-
-    Args:
-        model: The transformers model.
-        requests: Requests that may run `together`.
-        pad: The token that fills short rows; the mask hides it.
-        codec: The model's tokenizer.
-        cancelled: Ends the search at its next step when set.
-    """
-    encodes = model.config.is_encoder_decoder
-    started = time.perf_counter()
-    sources = [request.input_ids for request in requests]
-    token_ids, mask = padded(sources, pad, input_device(model), left=not encodes)
-    options: dict[str, Any] = {
-        "generation_config": requests[0].config,
-        "return_dict_in_generate": True,
-        "output_scores": True,
-        "stopping_criteria": [
-            lambda token_ids, _scores: torch.full_like(token_ids[:, 0], cancelled.is_set(), dtype=torch.bool)
-        ],
-    }
-    with without_warnings():
-        found = model.generate(inputs=token_ids, attention_mask=mask, **options)
-    seconds = time.perf_counter() - started
-    skip = 1 if encodes else token_ids.shape[1]
-    count = len(found.sequences) // len(requests)
-    completions = [
-        _completion(requests[number // count], sequence.tolist()[skip:], float(score), codec)
-        for number, (sequence, score) in enumerate(zip(found.sequences, found.sequences_scores, strict=True))
-    ]
-    return [_outcome(completions[start : start + count], seconds) for start in range(0, len(completions), count)]
-
-
-def _outcome(completions: list[Completion], seconds: float) -> Outcome:
-    tokens = max(completion.generated_tokens for completion in completions)
-    return Outcome(tuple(completions), timing(seconds, seconds, tokens))
-
-
-def _completion(request: Request, token_ids: list[int], score: float, codec: Codec) -> Completion:
+def described(
+    request: Request, token_ids: list[int], score: float, codec: Codec, *, cancelled: bool = False
+) -> Completion:
     """Cut a beam at its end token, and its text before a stop string."""
     ends = end_tokens(request)
     length = next((n for n, token_id in enumerate(token_ids) if token_id in ends), None)
     reason: FinishReason = "length" if length is None else "eos"
+    if cancelled and length is None:
+        reason = "cancelled"
     visible = token_ids[:length]
     feed = TextFeed(codec, request.stop)
-    feed.read(visible)
+    feed.read(visible, final=True)
     return Completion(
         text=feed.text,
         token_ids=tuple(visible),
@@ -104,5 +154,68 @@ def _completion(request: Request, token_ids: list[int], score: float, codec: Cod
         finish_reason="stop" if feed.stop_reason is not None else reason,
         stop_reason=feed.stop_reason,
         logprobs=None,
-        generated_tokens=len(visible) + (reason == "eos"),
+        generated_tokens=len(visible) + (length is not None),
     )
+
+
+def choose(chooser: Chooser, rows: Sequence[Search], logits: torch.Tensor) -> None:
+    """Give each search its next continuations, or its error.
+
+    Args:
+        chooser: What builds processors.
+        rows: Searches of one width and number of candidates, at the same step.
+        logits: The model's scores. *Shape:* `(rows * width, vocabulary)`.
+    """
+    width, step = rows[0].width, len(rows[0].beams[0]) + 1
+    running = torch.tensor([row.scores for row in rows], dtype=torch.float32)
+    # The likeliest of each beam are enough, if no processor has a say in them: nothing else is normalized or sorted.
+    highest, token_ids = logits.topk(min(rows[0].candidates, logits.shape[-1]))
+    usable = (highest[:, 0] > -torch.inf).view(-1, width).all(-1).tolist()
+    total = torch.cat([part.float().logsumexp(-1) for part in torch.split(logits, ROWS_AT_A_TIME)])
+    logprobs = (highest.float() - total[:, None]).cpu().view(len(rows), width, -1)
+    token_ids = token_ids.cpu().view(len(rows), width, -1)
+    found = _best(logprobs, running, rows[0].candidates, token_ids)
+    steered: dict[object, list[int]] = {}
+    for place, row in enumerate(rows):
+        steering = chooser.steering(row)
+        if not usable[place]:
+            row.error = EngineError(NO_SCORES.format(step=step))
+        elif steering.plain or steering.leaves(token_ids[place].flatten().tolist(), step):
+            row.advance(found[place])
+        else:
+            steered.setdefault(steering.key, []).append(place)
+    for places in steered.values():
+        for start in range(0, len(places), STEERED_AT_A_TIME):
+            part = places[start : start + STEERED_AT_A_TIME]
+            scores = logits.view(len(rows), width, -1)[part].flatten(0, 1)
+            _steer(chooser, [rows[place] for place in part], scores, running[part])
+
+
+def _steer(chooser: Chooser, rows: Sequence[Search], logits: torch.Tensor, running: torch.Tensor) -> None:
+    """Choose among all continuations, as the rows' processors leave them."""
+    scores = logits.to("cpu", torch.float32).log_softmax(-1)
+    scores = chooser.processed(rows[0], [beam for row in rows for beam in row.beams], scores)
+    shaped = scores.view(len(rows), -1, scores.shape[-1])
+    for row, candidates in zip(rows, _best(shaped, running, rows[0].candidates), strict=True):
+        if candidates[0][0] == -torch.inf:
+            row.error = EngineError(NO_CHOICE.format(step=len(row.beams[0]) + 1))
+        else:
+            row.advance(candidates)
+
+
+def _best(
+    logprobs: torch.Tensor, running: torch.Tensor, count: int, token_ids: torch.Tensor | None = None
+) -> list[list[tuple[float, int, int]]]:
+    """Find the best continuations of each row: their log-probability, their slot, their token.
+
+    Args:
+        logprobs: *Shape:* `(rows, width, some)`.
+        running: Of the beams so far. *Shape:* `(rows, width)`.
+        count: How many.
+        token_ids: Which tokens these are, of the same shape; by default all of the vocabulary.
+    """
+    every = (logprobs + running[..., None]).flatten(1)
+    best, places = every.topk(min(count, every.shape[-1]))
+    tokens = places % logprobs.shape[-1] if token_ids is None else token_ids.flatten(1).gather(1, places)
+    slots = places // logprobs.shape[-1]
+    return [list(zip(*row, strict=True)) for row in zip(best.tolist(), slots.tolist(), tokens.tolist(), strict=True)]

@@ -123,6 +123,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
         self.end -= abs(tokens_to_remove)
         self._live()
 
+    def repeat(self, width: int) -> None:
+        """Write each row `width` times, side by side."""
+        self._buffers = tuple(buffer[: self.rows].repeat_interleave(width, 0) for buffer in self._buffers)
+        self.rows *= width
+        self._live()
+
     def keep(self, holes: Sequence[int], movers: Sequence[int], rows: int) -> None:
         """Go on with `rows` rows, after moving the rows `movers` into the places `holes`."""
         if holes:
@@ -221,6 +227,20 @@ class KeyValues:
         for layer in self.layers:
             layer.crop(-columns)
 
+    def repeat(self, width: int) -> None:
+        """Write each row `width` times, side by side."""
+        for layer in self._filled:
+            if isinstance(layer, GrowingLayer):
+                layer.repeat(width)
+            else:
+                repeat(layer, width)
+
+    def copy(self, places: Sequence[int], rows: Sequence[int]) -> None:
+        """Copy rows into the places of others."""
+        for layer in self._filled:
+            for part in (layer.keys, layer.values):
+                part[places] = part[rows]
+
     def keep(self, holes: Sequence[int], movers: Sequence[int], rows: int) -> None:
         """Go on with `rows` rows, after moving the rows `movers` into the places `holes`."""
         for layer in self._filled:
@@ -246,6 +266,11 @@ def shrink(layer: Any, holes: Sequence[int], movers: Sequence[int], rows: int) -
         if holes:
             part[holes] = part[movers]
     layer.keys, layer.values = layer.keys[:rows], layer.values[:rows]
+
+
+def repeat(layer: Any, width: int) -> None:
+    """Do in one of transformers' layers what `GrowingLayer.repeat` does."""
+    layer.keys, layer.values = (part.repeat_interleave(width, 0) for part in (layer.keys, layer.values))
 
 
 def _widen(layer: Any, columns: int) -> None:

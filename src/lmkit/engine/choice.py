@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lmkit.encoding import Codec
     from lmkit.engine.row import Row
 
-__all__ = ["Chooser", "Steering"]
+__all__ = ["NO_CHOICE", "NO_SCORES", "Chooser", "Steering"]
 
 READS_NO_ORDER = frozenset(
     [
@@ -79,6 +79,10 @@ class Steering:
     forbidden: frozenset[int] | None
     forced: Mapping[int, int]
 
+    def leaves(self, token_ids: Iterable[int], length: int) -> bool:
+        """Say whether the scores of these tokens stand after `length` tokens."""
+        return self.forbidden is not None and length not in self.forced and self.forbidden.isdisjoint(token_ids)
+
     @property
     def plain(self) -> bool:
         """Whether the likeliest token is the one to take."""
@@ -133,9 +137,9 @@ class Chooser:
         for place, row in enumerate(rows):
             token_id = chosen[place]
             if not usable[place]:
-                row.error = EngineError(_NO_SCORES.format(step=len(row.token_ids) + 1))
+                row.error = EngineError(NO_SCORES.format(step=len(row.token_ids) + 1))
             elif token_id is None:
-                row.error = EngineError(_NO_CHOICE.format(step=len(row.token_ids) + 1))
+                row.error = EngineError(NO_CHOICE.format(step=len(row.token_ids) + 1))
             else:
                 row.accept(token_id, self._logprob(row, token_id, logits[place]))
 
@@ -192,11 +196,9 @@ class Chooser:
     def _steered(self, rows: Sequence[Row], logits: torch.Tensor) -> list[int | None]:
         """Choose among the scores that the rows' options leave; None if they leave a row none to draw from."""
         steering = self.steering(rows[0])
-        sofar = [[*(row.request.input_ids if self._start is None else (self._start,)), *row.token_ids] for row in rows]
-        width = max(map(len, sofar))
-        token_ids: Any = torch.tensor([[row[0]] * (width - len(row)) + row for row in sofar], device="cpu")
+        sofar = [[*(row.request.input_ids if self._start is None else ()), *row.token_ids] for row in rows]
         # Processors write into the scores they are given, and `logits` is still needed for logprobs.
-        scores = steering.processors(token_ids, logits.to("cpu", torch.float32, copy=True))
+        scores = self.processed(rows[0], sofar, logits.to("cpu", torch.float32, copy=True))
         if not steering.sampled:
             return list(scores.argmax(-1).tolist())
         # Inversion of the cumulative distribution: one number of the row's own stream per token.
@@ -206,6 +208,19 @@ class Chooser:
         drawn = torch.searchsorted(cumulative, uniform * total, right=True)[:, 0].tolist()
         possible = torch.isfinite(total[:, 0]).tolist()
         return [token_id if fine else None for token_id, fine in zip(drawn, possible, strict=True)]
+
+    def processed(self, row: Row, sofar: Sequence[Sequence[int]], scores: torch.Tensor) -> torch.Tensor:
+        """Put scores through a row's processors, which may write into them.
+
+        Args:
+            row: One of those the scores belong to.
+            sofar: The tokens before each, without the one that begins an answer.
+            scores: *Shape:* `(len(sofar), vocabulary)`, float32, on the CPU.
+        """
+        rows = [[*(() if self._start is None else (self._start,)), *token_ids] for token_ids in sofar]
+        width = max(map(len, rows))
+        token_ids: Any = torch.tensor([[row[0]] * (width - len(row)) + row for row in rows], device="cpu")
+        return self.steering(row).processors(token_ids, scores)
 
     def _logprob(self, row: Row, token_id: int, logits: torch.Tensor) -> TokenLogprob | None:
         count = row.request.logprobs
@@ -222,12 +237,12 @@ class Chooser:
         return self._codec.token(token_id), token_id, float(values[token_id])
 
 
-_NO_CHOICE = (
+NO_CHOICE = (
     "the options leave no token to draw at token {step}: suppress fewer tokens, or drop one of the "
     "options that forbid them."
 )
 
-_NO_SCORES = (
+NO_SCORES = (
     "the model gave no finite score at token {step}, so there is nothing to choose from. "
     "This is usual where half precision overflows: load with precision='float32' or 'bfloat16'."
 )

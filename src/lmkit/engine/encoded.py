@@ -25,7 +25,15 @@ WORTH_ELSEWHERE = 4096
 
 
 class EncodedDecoder(Decoder):
-    """lmkit's own batch of an encoder-decoder: rows that start together, and answers of one length."""
+    """lmkit's own batch of an encoder-decoder: rows that start together, and answers of one length.
+
+    Attributes:
+        width: How many answers a row has, side by side.
+        shares: Whether these share the source's keys and values.
+    """
+
+    width = 1
+    shares = True
 
     def __init__(self, model: Any, rows: Sequence[Row], pad: int, start: int) -> None:
         """Lay out the sources, padded on the right; answers begin with the token `start`."""
@@ -39,18 +47,26 @@ class EncodedDecoder(Decoder):
         self._encoded: Any = None
         self._own = KeyValues(model.config.get_text_config(decoder=True))
         self._own.expect(max(row.remaining for row in rows))
-        self._cache: Any = EncoderDecoderCache(self._own.cache, DynamicCache())
+        self._across: Any = DynamicCache()
+        self._cache: Any = EncoderDecoderCache(self._own.cache, self._across)
 
     @property
     def nbytes(self) -> int:
         """How many bytes the keys and values hold, those of the sources too."""
-        across = [layer for layer in self._cache.cross_attention_cache.layers if layer.is_initialized]
+        across = [layer for layer in self._across.layers if layer.is_initialized]
         return self._own.nbytes + sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in across)
 
     def fill(self, columns: int) -> torch.Tensor | None:  # noqa: ARG002 - an encoder reads a source at once
         """Encode the sources and read the beginnings of the answers."""
         self._encoded = self._encode()
-        return self._forward([[self._start, *row.token_ids] for row in self.rows])
+        logits = self._forward([[self._start, *row.token_ids] for row in self.rows])
+        self._forget()
+        return logits
+
+    def _forget(self) -> None:
+        """Keep only the shape of the encoder's states, which is all that is asked of them once their keys are there."""
+        states = self._encoded.last_hidden_state
+        self._encoded.last_hidden_state = states[:1].expand(len(self._mask), -1, -1)
 
     def step(self) -> torch.Tensor:
         """Read the newest tokens."""
@@ -63,15 +79,20 @@ class EncodedDecoder(Decoder):
         rows = len(self.rows)
         if rows in (0, count):
             return
-        self._own.keep(holes, movers, rows)
-        for layer in self._cache.cross_attention_cache.layers:
+        once = holes, movers, rows
+        each = self._spread(holes), self._spread(movers), rows * self.width
+        self._own.keep(*each)
+        for layer in self._across.layers:
             if layer.is_initialized:
-                shrink(layer, holes, movers, rows)
-        for part in (self._mask, self._encoded.last_hidden_state):
-            if holes:
-                part[holes] = part[movers]
-        self._mask = self._mask[:rows]
-        self._encoded.last_hidden_state = self._encoded.last_hidden_state[:rows]
+                shrink(layer, *(once if self.shares else each))
+        if holes:
+            self._mask[each[0]] = self._mask[each[1]]
+        self._mask = self._mask[: each[2]]
+        self._forget()
+
+    def _spread(self, rows: Sequence[int]) -> list[int]:
+        """Return the places of all answers of some rows."""
+        return [row * self.width + answer for row in rows for answer in range(self.width)]
 
     def _encode(self) -> Any:
         """Read the sources, in passes of similar lengths; return what the encoder does, padded."""

@@ -16,6 +16,7 @@ import torch
 from lmkit._openmp import release_pool
 from lmkit._quiet import quiet
 from lmkit.engine.batches import CLOSED, Batches
+from lmkit.engine.beams import Search
 from lmkit.engine.compiled import CompiledStep
 from lmkit.engine.row import Row
 from lmkit.engine.ticket import Ticket
@@ -125,13 +126,16 @@ class Engine:
                 break
             found.append(request)
         with self._lock:
-            rows = [
-                Row(request, ticket, place, copy, self._codec)
-                for place, request in enumerate(found, ticket.added)
-                if request.config.num_beams == 1
-                for copy in range(request.copies)
-            ]
-            ticket.add(found, rows)
+            rows: list[Row] = []
+            searches: dict[int, Request] = {}
+            for place, request in enumerate(found, ticket.added):
+                if request.config.num_beams == 1:
+                    rows += [Row(request, ticket, place, copy, self._codec) for copy in range(request.copies)]
+                elif self._batches.searches:
+                    rows.append(Search(request, ticket, place, self._codec))
+                else:
+                    searches[place] = request
+            ticket.add(rows, searches)
             if ticket not in self._batches.tickets:
                 self._batches.tickets.append(ticket)
             self._batches.room = True

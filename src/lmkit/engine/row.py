@@ -35,7 +35,12 @@ class Row:
         steering: What reshapes its scores, once built.
         told: Whether its caller knows that it ended.
         shared: Whether other rows wait for what it reads first.
+        width: How many answers it follows at a time.
+        candidates: How many next tokens a search of several answers looks at.
     """
+
+    width = 1
+    candidates = 1
 
     def __init__(self, request: Request, ticket: Ticket, index: int, copy: int, codec: Codec) -> None:
         """Prepare the row; nothing is computed yet."""
@@ -113,10 +118,10 @@ class Row:
         """Return the text that can be shown since the last time."""
         return self._feed.release(final=self.done)
 
-    def completion(self) -> Completion:
-        """Describe the ended row."""
+    def completions(self) -> tuple[Completion, ...]:
+        """Describe what an ended row has written."""
         assert self.finish_reason is not None  # noqa: S101 - callers ask only rows that ended
-        return Completion(
+        completion = Completion(
             text=self._feed.text,
             token_ids=tuple(self.visible_ids),
             score=None,
@@ -125,6 +130,7 @@ class Row:
             logprobs=tuple(self.logprobs) if self.request.logprobs is not None else None,
             generated_tokens=len(self.token_ids),
         )
+        return (completion,)
 
     def timing(self) -> Timing:
         """Say what the row took."""

@@ -120,7 +120,7 @@ class Scheduler:
 
 
 def _tokens(row: Row) -> int:
-    return len(row.request.input_ids) + (row.request.config.max_new_tokens or 1)
+    return len(row.request.input_ids) + row.width * (row.request.config.max_new_tokens or 1)
 
 
 def _short(row: Row, longest: Row) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lmkit.engine.request import Outcome, Update
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lmkit.engine.request import Request
     from lmkit.engine.row import Row
@@ -25,7 +25,7 @@ class Ticket:
         stream: Whether news of text are wanted, not only of ends.
         lazy: Whether requests may follow.
         waiting: Rows that are not in a batch, those that need the most work at the end.
-        searches: Requests for beams, by their places.
+        searches: Requests for beams that generate() runs, by their places.
         news: What the caller has not read yet.
         running: How many rows are in batches.
         ready: Tells the caller that there are news, or that it may run the engine.
@@ -63,13 +63,12 @@ class Ticket:
         """How many requests have not ended."""
         return self._open
 
-    def add(self, requests: Sequence[Request], rows: Sequence[Row]) -> None:
-        """Take in requests and the rows of those that are not searches."""
-        for place, request in enumerate(requests, self.added):
-            if request.config.num_beams > 1:
-                self.searches[place] = request
-        self.added += len(requests)
-        self._open += len(requests)
+    def add(self, rows: Sequence[Row], searches: Mapping[int, Request]) -> None:
+        """Take in requests: the rows of some, and others as searches for generate()."""
+        count = len({row.index for row in rows}) + len(searches)
+        self.searches |= searches
+        self.added += count
+        self._open += count
         self.waiting += rows
         self.waiting.sort(key=lambda row: len(row.request.input_ids) + row.remaining)
 
@@ -106,4 +105,5 @@ def _end(copies: list[Row]) -> Update:
         return Update(first.index, error=failed)
     ordered = sorted(copies, key=lambda row: row.copy)
     slowest = max((row.timing() for row in copies), key=lambda timing: timing.seconds)
-    return Update(first.index, outcome=Outcome(tuple(row.completion() for row in ordered), slowest))
+    completions = tuple(completion for row in ordered for completion in row.completions())
+    return Update(first.index, outcome=Outcome(completions, slowest))
