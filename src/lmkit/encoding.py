@@ -39,6 +39,12 @@ class Codec:
             return token_ids[1:]
         return token_ids
 
+    def encode_target(self, text: str) -> list[int]:
+        """Return the token ids of an answer, which some encoder-decoders write with another vocabulary."""
+        with self._lock:
+            token_ids: list[int] = self.tokenizer(text_target=text, verbose=False)["input_ids"]
+        return token_ids
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> tuple[str, list[int]]:
         """Write a chat as the checkpoint's template does; control tokens inside messages stay plain text.
 

@@ -268,9 +268,10 @@ class Generator(Writer[Generation]):
         rows, single = prompts_of(prompt)
         lists = choices_of(choices, len(rows), single=single)
         items = [self._behind(before, texts, row) for row, (before, texts) in enumerate(zip(rows, lists, strict=True))]
-        texts = list(dict.fromkeys(text for row in lists for text in row)) if normalize == "prior" else []
         try:
-            priors = self._behind(neutral, texts, 0)
+            priors = [
+                self._behind(neutral, texts, row) for row, texts in enumerate(lists if normalize == "prior" else ())
+            ]
         except OptionError as error:
             msg = f"normalize='prior' scores the choices behind neutral={neutral!r}: {error} Here that is neutral=."
             raise OptionError(msg) from error

@@ -9,7 +9,7 @@ from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
 
 from lmkit.encoding import fit
-from lmkit.engine import Reading, Scored, Scorer
+from lmkit.engine import CLOSED, Reading, Scored, Scorer
 from lmkit.errors import EngineError, OptionError, listed, nearest
 from lmkit.results import Choice, Ranking, Score
 from lmkit.wrapper import rows_of, text_of
@@ -31,6 +31,7 @@ __all__ = [
     "made",
     "pairs",
     "ranking",
+    "target",
 ]
 
 T = TypeVar("T")
@@ -58,41 +59,45 @@ class Scores:
     def __init__(self, model: Any, codec: Codec) -> None:
         """Serve `model`."""
         self._codec = codec
-        self._scorer = Scorer(model, codec.tokenizer.pad_token_id or 0)
+        self._scorer: Scorer | None = Scorer(model, codec.tokenizer.pad_token_id or 0)
 
     def close(self) -> None:
-        """Refuse further work."""
-        self._scorer.close()
+        """Refuse further work, and let go of the model."""
+        if self._scorer is not None:
+            self._scorer.close()
+        self._scorer = None
 
     def score(self, items: Sequence[Item]) -> list[Score]:
         """Score texts together; an error of one is raised after the others ended, and carries their scores."""
         return _whole(self._scored(items))
 
     def rank(
-        self, choices: Sequence[Sequence[Item]], normalize: Normalize, priors: Sequence[Item] = ()
+        self, choices: Sequence[Sequence[Item]], normalize: Normalize, priors: Sequence[Sequence[Item]] = ()
     ) -> list[Ranking]:
         """Rank the choices of each row; what they share is read once.
 
         Args:
             choices: The choices of each row.
             normalize: See `Normalize`.
-            priors: For `"prior"`: each text among them behind a prompt that says nothing.
+            priors: For `"prior"`: the same choices behind what says nothing.
         """
-        found = iter(self._scored([*priors, *(item for row in choices for item in row)]))
-        without = {prior.text: next(found) for prior in priors}
+        found = iter(self._scored([item for row in (*choices, *priors) for item in row]))
+        scores, without = ([list(islice(found, len(row))) for row in rows] for rows in (choices, priors))
         rankings: list[Ranking | EngineError] = []
-        for row in choices:
-            texts = [item.text for item in row]
-            scores, before = list(islice(found, len(row))), [without[text] for text in texts] if priors else []
-            failed = next((score for score in (*scores, *before) if isinstance(score, EngineError)), None)
-            rankings.append(failed or ranking(texts, scores, normalize, before))  # type: ignore[arg-type]
+        for number, (row, own) in enumerate(zip(choices, scores, strict=True)):
+            before = without[number] if without else []
+            failed = next((score for score in (*own, *before) if isinstance(score, EngineError)), None)
+            rankings.append(failed or ranking([item.text for item in row], own, normalize, before))  # type: ignore[arg-type]
         return _whole(rankings)
 
     def _scored(self, items: Sequence[Item]) -> list[Score | EngineError]:
-        found = self._scorer.score([item.reading for item in items])
+        if (scorer := self._scorer) is None:
+            raise EngineError(CLOSED)
+        readings = list(dict.fromkeys(item.reading for item in items))
+        scored = dict(zip(readings, scorer.score(readings), strict=True))
         ids = {token_id for item in items for token_id in item.reading.token_ids[item.reading.start :]}
         texts = {token_id: self._codec.token(token_id) for token_id in ids}
-        return [_score(item, scored, texts) for item, scored in zip(items, found, strict=True)]
+        return [_score(item, scored[item.reading], texts) for item in items]
 
 
 def _score(item: Item, scored: Scored | EngineError, texts: Mapping[int, str]) -> Score | EngineError:
@@ -161,6 +166,29 @@ def answered(codec: Codec, prompt: list[int], texts: Iterable[str]) -> list[tupl
         return [([*prompt, *codec.encode(text, special=False)], len(prompt)) for text in texts]
     divided = [_divided(last, codec.encode(end + text, special=False)) for text in texts]
     return [(before + token_ids, cut + start) for token_ids, start in divided]
+
+
+def target(codec: Codec, text: str, start: int, forced: int | None, *, coded: bool) -> tuple[list[int], int]:
+    """Return the tokens that a decoder reads of an answer, and the first that is scored; the end token is the last.
+
+    What a decoder is told stands before the answer and is not scored: its start token, a language or another token that
+    every answer is forced to begin with, or those that the tokenizer begins texts with.
+
+    Args:
+        codec: The tokenizer.
+        text: The answer.
+        start: The token that answers begin with.
+        forced: The token that answers are forced to begin with.
+        coded: Whether languages are tokens, which the tokenizer puts around a text as it is set; they are left out.
+    """
+    if coded:
+        before, body = [], [*codec.encode(text, special=False), codec.tokenizer.eos_token_id]
+    else:
+        whole, (first, last) = codec.encode_target(text), codec.around
+        before, body = whole[:first], whole[first:] if last else [*whole[first:], codec.tokenizer.eos_token_id]
+    if forced is not None:
+        before = [] if forced == start else [forced]  # some checkpoints of mBART start with the language at once
+    return [start, *before, *body], 1 + len(before)
 
 
 def _encoded(codec: Codec, text: str) -> list[int]:

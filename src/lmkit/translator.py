@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, overload
 
 from lmkit.documents import Piece, Size, between, kept, pieces
 from lmkit.encoding import fit
 from lmkit.generation import GENERATION_OPTIONS, GenerationOptions
 from lmkit.languages import Languages, Prepared, languages_of
 from lmkit.results import Translation
+from lmkit.rows import split as per_row
+from lmkit.scoring import check_normalize, choices_of, made, pairs, target
 from lmkit.translating import (
     PIECE_TOKENS,
     TranslationJob,
@@ -33,8 +35,9 @@ if TYPE_CHECKING:
     from lmkit.engine import Outcome, Request
     from lmkit.errors import LmkitError
     from lmkit.generation import Options
-    from lmkit.results import TextChunk, Timing
+    from lmkit.results import Ranking, Score, TextChunk, Timing
     from lmkit.rows import PerRow
+    from lmkit.scoring import Item, Normalize
 
 __all__ = ["TranslationOptions", "Translator"]
 
@@ -56,6 +59,17 @@ class TranslationOptions(GenerationOptions, total=False):
     preset: str | Sequence[str]
     split: PerRow[Split]
     keep: str | Sequence[str] | Sequence[Sequence[str] | None]
+
+
+class Told(TypedDict, total=False):
+    """What `score` and `rank` take to say what a translation is one of: see `TranslationOptions`."""
+
+    source: str | Sequence[str]
+    target: str | Sequence[str]
+    preset: str | Sequence[str]
+
+
+_TOLD = frozenset(Told.__annotations__)
 
 
 class Translator(Writer[Translation]):
@@ -260,3 +274,108 @@ class Translator(Writer[Translation]):
 
     def _result(self, job: TranslationJob, outcomes: Sequence[Outcome], timing: Timing) -> Translation:
         return translation(job, outcomes, timing)
+
+    @overload
+    def score(  # type: ignore[overload-overlap]  # a str is an iterable of str too: it comes first
+        self, text: str, translation: str, **told: Unpack[Told]
+    ) -> Score: ...
+    @overload
+    def score(
+        self, text: str | Iterable[str], translation: str | Iterable[str], **told: Unpack[Told]
+    ) -> list[Score]: ...
+    def score(
+        self, text: str | Iterable[str], translation: str | Iterable[str], **told: Unpack[Told]
+    ) -> Score | list[Score]:
+        """Say how likely the model finds a translation of a text, or another answer to it.
+
+        The end token behind the translation is scored, as in training: without it a translation of half of the text
+        would be the likelier one. What the decoder is told is not: its start token, and the language, or another token
+        that all its answers are forced to begin with. The text is taken as it is, not by sentences.
+
+        Args:
+            text: A text, or an iterable of texts, as a call takes them.
+            translation: What is scored, one for each text, or one for all. Several may have one text.
+            **told: `source`, `target` and `preset` as for a call; each is one value, or a list with one per pair.
+
+        Returns:
+            One score for a pair, a list of the same length and order for lists.
+
+        Raises:
+            LanguageError: A language is missing, or not one the checkpoint speaks.
+            OptionError: There are not as many translations as texts.
+            InputTooLongError: A text or a translation is longer than the model takes.
+            EngineError: The model was closed, or a row failed; its `results` hold the other rows.
+        """
+        self._opened  # noqa: B018 - a closed wrapper refuses here
+        rows, one = rows_of(text)
+        given, single = pairs(rows, translation, single=one)
+        words = per_row(told, len(given), _TOLD)
+        items = [self._answers(before, [answer], words[row], row)[0] for row, (before, answer) in enumerate(given)]
+        scores = self._scores.score(items)
+        return scores[0] if single else scores
+
+    @overload
+    def rank(  # type: ignore[overload-overlap]  # a str is an iterable of str too: it comes first
+        self, text: str, translations: Iterable[str], *, normalize: Normalize = "none", **told: Unpack[Told]
+    ) -> Ranking: ...
+    @overload
+    def rank(
+        self,
+        text: Iterable[str],
+        translations: Iterable[str] | Iterable[Iterable[str]],
+        *,
+        normalize: Normalize = "none",
+        **told: Unpack[Told],
+    ) -> list[Ranking]: ...
+    def rank(
+        self,
+        text: str | Iterable[str],
+        translations: Iterable[str] | Iterable[Iterable[str]],
+        *,
+        normalize: Normalize = "none",
+        **told: Unpack[Told],
+    ) -> Ranking | list[Ranking]:
+        """Put translations of a text in the order in which the model finds them likely.
+
+        The encoder reads the text once for all of them; for what is scored, see `score`.
+
+        Args:
+            text: A text, or an iterable of texts.
+            translations: For several texts a list for each, or one list for all.
+            normalize: How log-probabilities are made comparable: `"none"`, per token (`"tokens"`), per UTF-8 byte
+                (`"bytes"`), or less what the translation has as one of an empty text (`"prior"`).
+            **told: `source`, `target` and `preset` as for a call; each is one value, or a list with one per text.
+
+        Raises:
+            OptionError: `normalize` is another word, there are no translations, or not as many lists as texts.
+            LanguageError: A language is missing, or not one the checkpoint speaks.
+            InputTooLongError: A text or a translation is longer than the model takes.
+            EngineError: The model was closed, or a row failed; its `results` hold the other rows.
+        """
+        self._opened  # noqa: B018 - a closed wrapper refuses here
+        check_normalize(normalize)
+        rows, single = rows_of(text)
+        lists = choices_of(translations, len(rows), single=single)
+        words = per_row(told, len(rows), _TOLD)
+        given = list(zip(rows, lists, words, strict=True))
+        items = [self._answers(*one, row) for row, one in enumerate(given)]
+        given = given if normalize == "prior" else []
+        priors = [self._answers(*one, row, empty=True) for row, one in enumerate(given)]
+        rankings = self._scores.rank(items, normalize, priors)
+        return rankings[0] if single else rankings
+
+    def _answers(
+        self, text: Any, answers: Sequence[str], told: Mapping[str, Any], row: int, *, empty: bool = False
+    ) -> list[Item]:
+        """Make what is scored of answers to a text, or of the same answers to an empty one."""
+        prepared = self._languages.prepare(text_of(text, row), **{name: told.get(name) for name in _TOLD})
+        prepared = replace(prepared, text=prepared.prefix) if empty else prepared
+        limit = self._plan.context_length
+        source, _ = fit(self._encode(prepared)[0], limit, row=row, advice="shorten it, or score parts of it")
+        forced, coded = prepared.forced_bos_token_id, prepared.before is not None
+        forced = self._checkpoint_config.forced_bos_token_id if forced is None else forced
+        assert self._start is not None  # noqa: S101 - of causal models alone
+        found = [target(self._codec, text_of(one, row), self._start, forced, coded=coded) for one in answers]
+        return [
+            made(one, *tokens, row=row, limit=limit, source=source) for one, tokens in zip(answers, found, strict=True)
+        ]
