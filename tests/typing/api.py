@@ -73,7 +73,7 @@ def translate() -> None:
     assert_type(result.segments, tuple[lmkit.Segment, ...])
     assert_type(translator(["a", "b"], target=["de", "fr"], source="en"), list[lmkit.Translation])
     assert_type(translator("A long text.", preset="summarization"), lmkit.Translation)
-    assert_type(translator.languages, tuple[str, ...])
+    assert_type(translator.languages, Mapping[str, str])
     assert_type(translator.presets, tuple[str, ...])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections import Counter
@@ -87,6 +88,7 @@ class Resolver:
         self._plain = {_folded(code): code for code in reversed(self._codes)}
         self._found: dict[str, str | None] = dict(zip(self._codes, self._codes, strict=True))
         self._tags: dict[str, Language] = {}
+        self._names: dict[str, str] = {}
 
     def find(self, word: str) -> str | None:
         """Return the code that a word means here, None if there is none.
@@ -95,25 +97,33 @@ class Resolver:
             MissingExtraError: The word is not a code, and the library that knows others is not installed.
         """
         if word not in self._found:
-            token = _TOKEN.fullmatch(word.strip())
-            exact = self._plain.get(_folded(token[1] if token else word))
-            found = exact or self._nearest(_read(word))
+            plain = token[1] if (token := _TOKEN.fullmatch(word.strip())) else word
+            exact = self._plain.get(_folded(plain))
+            found = exact or self._named().get(_folded(plain)) or self._nearest(_read(plain))
             if len(self._found) > len(self._codes) + 10_000:  # words may come from outside
                 return found
             self._found[word] = found
         return self._found[word]
 
-    def _nearest(self, wanted: Language | None) -> str | None:
+    def _nearest(self, readings: list[Language]) -> str | None:
+        """Return the code nearest to the first reading of a word that the checkpoint has."""
         from langcodes import tag_distance
 
-        if wanted is None:
-            return None
-        same = [
-            (tag_distance(wanted, tag), tag.language != wanted.language, place, code)
-            for place, (code, tag) in enumerate(self._all().items())
-            if _base(tag) == _base(wanted) and _writes(tag, wanted)
-        ]
-        return min(same)[-1] if same else None
+        for wanted in readings:
+            same = [
+                (tag_distance(wanted, tag), tag.language != wanted.language, place, code)
+                for place, (code, tag) in enumerate(self._all().items())
+                if _base(tag) == _base(wanted) and _writes(tag, wanted)
+            ]
+            if same:
+                return min(same)[-1]
+        return None
+
+    def _named(self) -> dict[str, str]:
+        """Return the codes by the names that the checkpoint's list shows."""
+        if not self._names:
+            self._names = {_folded(name): code for code, name in reversed(named(self._codes).items())}
+        return self._names
 
     def _all(self) -> dict[str, Language]:
         if not self._tags:
@@ -123,25 +133,23 @@ class Resolver:
 
     def near(self, word: str) -> list[str]:
         """Return a few codes that the word may have meant: its relatives, then those that look like it."""
-        first = re.split(r"[_-]", word)[0].lower()
-        names: dict[str, str] = {}
+        first, looks_like = re.split(r"[_-]", word)[0].lower(), difflib.get_close_matches
         relatives: list[str] = []
-        try:
-            wanted = _read(word)
-            names = {name.lower(): code for code, name in named(self._codes).items()}
-        except MissingExtraError:
-            wanted = None
-        if wanted is not None:
-            from langcodes import tag_distance
-
-            tags = self._all()
-            relatives = [code for code, tag in tags.items() if _macro(tag) == _macro(wanted)]
-            relatives.sort(key=lambda code: tag_distance(wanted, tags[code]))
+        names: dict[str, str] = {}
+        with contextlib.suppress(MissingExtraError):
+            relatives, names = self._relatives(_read(word) or _read(first)), self._named()
         begun = [code for code in self._codes if first and code.lower().startswith(first)]
-        close = difflib.get_close_matches(word.lower(), {code.lower(): code for code in self._codes}, n=3)
-        close_names = [names[name] for name in difflib.get_close_matches(word.lower(), names, n=3, cutoff=0.75)]
-        looks = [code for code in self._codes if code.lower() in close] if not begun else []
-        return list(dict.fromkeys([*relatives, *begun, *looks, *close_names]))[:_NEAR]
+        close = [] if begun else looks_like(word, self._codes)
+        by_name = [names[name] for name in looks_like(_folded(word), names, cutoff=0.75)]
+        return list(dict.fromkeys([*relatives, *begun, *close, *by_name]))[:_NEAR]
+
+    def _relatives(self, readings: list[Language]) -> list[str]:
+        """Return the codes of the same ISO 639-3 macrolanguage, nearest first."""
+        from langcodes import tag_distance
+
+        macros = {_macro(wanted) for wanted in readings}
+        found = [(tag_distance(readings[0], tag), code) for code, tag in self._all().items() if _macro(tag) in macros]
+        return [code for _, code in sorted(found)]
 
 
 def named(codes: Iterable[str]) -> dict[str, str]:
@@ -164,11 +172,11 @@ def is_group(code: str) -> bool:
 
 def standard(which: str, word: str) -> str:
     """Return the standard tag of a language, for a checkpoint that does not say which ones it reads."""
-    tag = _read(word)
-    if tag is None:
+    readings = _read(word)
+    if not readings:
         msg = f"{which}={word!r} is not the code or the name of a language, such as 'fr' or 'French'."
         raise LanguageError(msg)
-    return str(tag)
+    return str(readings[0])
 
 
 def _name(tag: Language) -> str:
@@ -199,13 +207,13 @@ def _tag(code: str, *, plain: bool = False) -> Language | None:
 
 
 @cache
-def _library() -> Any:
-    """Return the names of languages in all languages, as a trie.
+def _library() -> tuple[Any, ...]:
+    """Return the names of languages as tries: those in all languages, and the English ones, which win no conflict.
 
     `langcodes.find` takes the longest name that a word begins with, so it reads "javascript" as Javanese.
     """
     try:
-        from langcodes import Language  # noqa: F401 - both packages are needed, one each for tags and names
+        import langcodes  # noqa: F401 - both packages are needed, one each for tags and names
         from language_data.names import load_trie
         from language_data.util import data_filename
     except ImportError as error:
@@ -214,30 +222,29 @@ def _library() -> Any:
             f'pip install "lmkit[translate]" ({error})'
         )
         raise MissingExtraError(msg) from error
-    return load_trie(data_filename("trie/und/name_to_language.marisa"))
+    return tuple(load_trie(data_filename(f"trie/{names}/name_to_language.marisa")) for names in ("und", "en"))
 
 
-def _read(word: str) -> Language | None:
-    """Read a code or a name, the code first."""
-    return _tag(word) or _by_name(_library(), word)
+def _read(word: str) -> list[Language]:
+    """Read a code or a name, the code first; a name may mean two languages."""
+    tag = _tag(word)
+    return [tag] if tag else _by_name(word)
 
 
-def _by_name(names: Any, word: str) -> Language | None:
+def _by_name(word: str) -> list[Language]:
     """Read a name, with a script or a region in parentheses, as in "Serbian (Latin)"."""
     from langcodes import Language
     from language_data.names import normalize_name
 
-    if (found := normalize_name(word)) in names:
-        return Language.get(names[found][0].decode())
-    parts = re.fullmatch(r"(.+?)\s*\((.+)\)\s*", word)
-    if parts is None or (language := _by_name(names, parts[1])) is None:
-        return None
-    for kind in ("script", "territory"):
-        try:
-            return language.update(Language.find_name(kind, parts[2], "en"))
-        except LookupError:
-            continue
-    return None
+    name = normalize_name(word)
+    if found := [Language.get(names[name][0].decode()) for names in _library() if name in names]:
+        return found
+    if parts := re.fullmatch(r"(.+?)\s*\((.+)\)\s*", word):
+        for kind in ("script", "territory"):
+            with contextlib.suppress(LookupError):
+                part = Language.find_name(kind, parts[2], "en")
+                return [language.update(part) for language in _by_name(parts[1])]
+    return []
 
 
 def _base(tag: Language) -> str | None:
