@@ -29,6 +29,7 @@ TEXT_TOKENS, WINDOW = 24 * 1024, 1024
 """How many tokens of text quality is measured on, in windows of this many."""
 
 ROWS, ROW_TOKENS = 32, 48
+OWN = ("int8", "int4")
 BEGINNING = "Once upon a time, there was a"
 
 
@@ -140,7 +141,7 @@ def one_stream(bench: Bench) -> Report:
 
 
 def rows(bench: Bench) -> Report:
-    """M: 32 rows of 48 tokens, int4 and bfloat16."""
+    """M: 32 rows of 48 tokens, quantized, with copies for many rows and without, and bfloat16."""
     chats = _data.steady_chats()[:ROWS]
     prompts = [_data.encode(bench.tokenizer, chat) for chat in chats]
     forced = {"max_new_tokens": ROW_TOKENS, "suppress_tokens": [bench.end]}
@@ -148,11 +149,16 @@ def rows(bench: Bench) -> Report:
         lmkit_side(load("causal", bench.checkpoint, word), chats, prompts, word, **forced)
         for word in ("bfloat16", "int8", "int4")
     ]
+    copied = {f"{word}, copies": load("causal", bench.checkpoint, word, wide_copy_bytes=2**30) for word in OWN}
+    sides += [lmkit_side(one, chats, prompts, name, **forced) for name, one in copied.items()]
     for side in sides:
         side.run()
     report = Report("M", runs=interleave(sides, bench.repeats))
-    report.faster("int4", "bfloat16", 0.9)
-    report.faster("int8", "bfloat16")
+    for word in OWN:
+        report.faster(word, "bfloat16")
+    for name, one in copied.items():
+        held = one.memory_bytes / 1e6
+        report.faster(name, "bfloat16", 0.9 if "4" in name else None, note=f"wide_copy_bytes, {held:.0f} MB in all")
     return report
 
 

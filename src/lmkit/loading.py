@@ -18,6 +18,7 @@ from lmkit._gguf import gguf_read_once
 from lmkit._openmp import release_pool
 from lmkit._quiet import quiet, without_warnings
 from lmkit.adapters import find_adapters, put_on
+from lmkit.copies import keep_copies
 from lmkit.errors import LmkitError, OptionError, UnknownOptionError, WeightsError, listed, nearest
 from lmkit.generator import Generator
 from lmkit.machine import accelerator, this_machine
@@ -31,13 +32,13 @@ from lmkit.weights import reading, tensors_of
 from lmkit.wrapper import Loaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedConfig
     from transformers.utils.quantization_config import QuantizationConfigMixin
     from typing_extensions import Unpack
 
-    from lmkit.adapters import AdapterArgument
+    from lmkit.adapters import Adapter, AdapterArgument
     from lmkit.placement import Devices
     from lmkit.plans import LoadPlan
     from lmkit.precision import PrecisionWord
@@ -68,6 +69,9 @@ class LoadOptions(TypedDict, total=False):
             all of them active.
         reserve_tokens: For how many tokens of one row keys and values must fit beside the weights; 0 if left out. What
             does not fit is a `PlacementError` of `load`, and `fits=False` in a plan.
+        wide_copy_bytes: How many bytes an `"int8"` or `"int4"` model on a CPU may take beside its weights, for bfloat16
+            copies of its layers with which prompts and batches of more than four rows are faster. They are made when
+            such rows first come, and given back by `close()`; 0 if left out.
         trust_remote_code: Run the Python code that comes with the checkpoint. It can do anything.
         compile: Compile the decode step of a `Generator`, for any number of rows. The first load of a model takes a
             minute longer, later ones about two seconds: the code is kept in the cache folder of lmkit.
@@ -84,6 +88,7 @@ class LoadOptions(TypedDict, total=False):
     reserve_tokens: int
     compile: bool
     prefix_cache_bytes: int
+    wide_copy_bytes: int
     trust_remote_code: bool
     allow_pickle: bool
 
@@ -160,7 +165,7 @@ def load(
         tensors = tensors_of(source, allow_pickle=wanted.pickle)
         with _reading_gguf(source):
             adapters = find_adapters(options.get("adapter"), hub)
-            wish = Wish(kind, precision, devices, options.get("reserve_tokens", 0), wanted.code, adapters)
+            wish = _wish((kind, precision, devices), adapters, options)
             decided, config = make_plan(wish, source, tensors, this_machine())
             check_fits(decided)
             tokenizer = _read_tokenizer(source, trusted=wanted.code)
@@ -168,6 +173,8 @@ def load(
         put_on(model, adapters)
         if decided.kernels == "packed":
             pack(model)
+        budget = options.get("wide_copy_bytes", 0)
+        copies = keep_copies(model, budget) if budget and decided.placement.device_type == "cpu" else None
         if decided.placement.device_type == "cpu":
             attention.put_on(model)
     _tell(decided)
@@ -176,7 +183,7 @@ def load(
     kept = options.get("prefix_cache_bytes", PREFIX_CACHE_BYTES)
     folder = compile_folder() if options.get("compile") else None
     with quiet(), without_warnings():  # a compiler talks
-        wrapper = _WRAPPERS[kind](Loaded(model, tokenizer, decided, reload, kept, folder))
+        wrapper = _WRAPPERS[kind](Loaded(model, tokenizer, decided, reload, kept, folder, copies))
     release_pool()
     return wrapper
 
@@ -213,7 +220,7 @@ def plan(
         source, tensors = find_headers(os.fspath(name), hub, wanted)
         adapters = find_adapters(options.get("adapter"), hub)
     with _one_at_a_time, quiet(), without_warnings():
-        wish = Wish(kind, precision, devices, options.get("reserve_tokens", 0), wanted.code, adapters)
+        wish = _wish((kind, precision, devices), adapters, options)
         with _reading_gguf(source):
             return make_plan(wish, source, tensors, this_machine(), absent=True)[0]
 
@@ -222,10 +229,11 @@ def _asked(task: TaskWord, name: str | os.PathLike[str], options: LoadOptions) -
     """Check the words and options of a call."""
     _check_options(options)
     kind = resolve_task(task, os.fspath(name))
-    reserved: Any = options.get("reserve_tokens", 0)
-    if not isinstance(reserved, int) or reserved < 0:
-        msg = f"reserve_tokens={reserved!r} is not accepted: pass a whole number of tokens, 0 or more."
-        raise OptionError(msg)
+    for option, unit in (("reserve_tokens", "tokens"), ("wide_copy_bytes", "bytes")):
+        number: Any = options.get(option, 0)
+        if not isinstance(number, int) or number < 0:
+            msg = f"{option}={number!r} is not accepted: pass a whole number of {unit}, 0 or more."
+            raise OptionError(msg)
     cache = options.get("cache_dir")
     hub = HubOptions(
         options.get("revision"),
@@ -234,6 +242,11 @@ def _asked(task: TaskWord, name: str | os.PathLike[str], options: LoadOptions) -
         options.get("local_files_only", False),
     )
     return kind, hub, Wanted(pickle=options.get("allow_pickle", False), code=options.get("trust_remote_code", False))
+
+
+def _wish(asked: tuple[Task, PrecisionArgument, Devices], adapters: Sequence[Adapter], options: LoadOptions) -> Wish:
+    reserved, copied = options.get("reserve_tokens", 0), options.get("wide_copy_bytes", 0)
+    return Wish(*asked, reserved, options.get("trust_remote_code", False), adapters, copied)
 
 
 def compile_folder() -> Path:

@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["PackedLinear", "let_go_of_file", "pack", "packs"]
+__all__ = ["PackedLinear", "let_go_of_file", "multiply_packed", "pack", "pack_weight", "packs"]
 
 
 class PackedLinear(torch.nn.Linear):
@@ -32,14 +32,11 @@ class PackedLinear(torch.nn.Linear):
         self.bias = linear.bias
         # In a tuple, so that it is not registered a second time.
         self._dense: tuple[Any, ...] = (linear.weight,) if tied else ()
-        self.packed = torch.nn.Buffer(_pack(linear.weight), persistent=False)
+        self.packed = torch.nn.Buffer(pack_weight(linear.weight), persistent=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
         """Multiply. *Shape:* `(…, in_features)` to `(…, out_features)`."""
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001 - torch has no public one
-            input, self.packed, self.bias, "none", [], ""
-        )
-        return product
+        return multiply_packed(input, self.packed, self.bias)
 
     @property
     def weight(self) -> torch.nn.Parameter:  # type: ignore[override]
@@ -59,13 +56,21 @@ class PackedLinear(torch.nn.Linear):
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Pack the weight again."""
-        packed = _pack(state["_buffers"]["packed"])
+        packed = pack_weight(state["_buffers"]["packed"])
         super().__setstate__({**state, "_buffers": {"packed": packed}})  # type: ignore[no-untyped-call]
 
 
-def _pack(weight: torch.Tensor) -> torch.Tensor:
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Bring a weight into the kernel's order. *Shape:* `(out_features, in_features)`."""
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)  # noqa: SLF001
     return packed
+
+
+def multiply_packed(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply by a packed weight. *Shape:* `(…, in_features)` to `(…, out_features)`."""
+    ops: Any = torch.ops.mkldnn  # torch has no public one
+    product: torch.Tensor = ops._linear_pointwise(rows, packed, bias, "none", [], "")  # noqa: SLF001
+    return product
 
 
 @functools.cache

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from lmkit.adapters import check_base
 from lmkit.configs import context_length, packing, read_config
+from lmkit.copies import copies_bytes
 from lmkit.errors import PlacementError, listed
 from lmkit.fitting import Layout, lay_out, longest, measured_again, offload, on_devices, shortage, size
 from lmkit.packing import packs
 from lmkit.placement import Placement, resolve_placement
 from lmkit.plans import LoadPlan
 from lmkit.precision import possible_words, resolve_precision
+from lmkit.quantized import KERNEL_ROWS
 from lmkit.skeleton import Skeleton
 from lmkit.tasks import check_task
 from lmkit.weights import check_tokenizer, read_json, reading
@@ -52,6 +54,7 @@ class Wish:
         reserve_tokens: For how many tokens of one row keys and values have to fit beside the weights.
         trust_remote_code: Whether the checkpoint's own code may run.
         adapters: What will be put on the model.
+        wide_copy_bytes: How many bytes quantized layers may take for wide copies.
     """
 
     task: Task
@@ -60,6 +63,7 @@ class Wish:
     reserve_tokens: int = 0
     trust_remote_code: bool = False
     adapters: Sequence[Adapter] = ()
+    wide_copy_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +136,8 @@ def make_plan(
     skeleton: Skeleton = built(wish, found, chosen)
     chosen = skeleton.precision
     added = _adapters_bytes(wish, skeleton)
-    layout = lay_out(skeleton, placed, beside=added + _beside(skeleton, kind))
+    copies = _copies_bytes(wish, skeleton, kind)
+    layout = lay_out(skeleton, placed, beside=added + copies + _beside(skeleton, kind))
     if kind != "cpu" and "cpu" in placed.max_memory and layout.main == "cpu":
         without = replace(wish, devices=_without_accelerators(placed))
         plan, config = make_plan(without, source, tensors, machine, absent=absent)
@@ -153,6 +158,7 @@ def make_plan(
         "format": _widened(found, skeleton),
         "quantized": _quantized(skeleton),
         "kernels": _kernels(skeleton) if packed else None,
+        "copies": _copies(wish, copies),
         "adapter": f"{size(added)} beside the model's own weights" if added else None,
         "offload": offload(layout, placed),
         "fits": short,
@@ -241,6 +247,19 @@ def _beside(skeleton: Skeleton, kind: str) -> int:
     return buffers + (skeleton.twice_bytes if _packed(skeleton, kind) else 0)
 
 
+def _copies_bytes(wish: Wish, skeleton: Skeleton, kind: str) -> int:
+    """Return what wide copies of lmkit's quantized layers may come to."""
+    return min(wish.wide_copy_bytes, copies_bytes(skeleton.model)) if wish.wide_copy_bytes and kind == "cpu" else 0
+
+
+def _copies(wish: Wish, copies: int) -> str | None:
+    if not wish.wide_copy_bytes:
+        return None
+    if not copies:
+        return "none: wide copies are for int8 and int4 on a CPU that computes bfloat16"
+    return f"up to {size(copies)} of bfloat16 copies, made when more than {KERNEL_ROWS} rows first come"
+
+
 def _check_beside(source: Source) -> None:
     """Check the files beside the weights, of which transformers would go on without a broken one."""
     check_tokenizer(source)
@@ -315,12 +334,15 @@ def _instead(
         return f"In {skeleton.precision.name}, up to {longest(skeleton.key_values, layout, most):,} tokens fit."
     own = sum(module.bytes for module in layout.modules)
     kind = placed.device_type
+    if (copies := _copies_bytes(wish, skeleton, kind)) and on_devices(replace(layout, beside=layout.beside - copies)):
+        return "Without wide_copy_bytes it would fit."
     native = machine.bfloat16(kind)
     for word in (word for word in NARROWER if word in possible_words(kind, found.packed)):
         other = resolve_precision(word, found.dtype, kind, bfloat16=native, packed=found.packed)
         known = skeleton.key_values if other.dtype is skeleton.precision.dtype else None
         smaller = _skeleton(wish, found, other, traps=kind == "cpu" and native, known=known)
-        tried = lay_out(smaller, placed, beside=_adapters_bytes(wish, smaller) + _beside(smaller, kind))
+        beside = _adapters_bytes(wish, smaller) + _copies_bytes(wish, smaller, kind) + _beside(smaller, kind)
+        tried = lay_out(smaller, placed, beside=beside)
         total = sum(module.bytes for module in tried.modules)
         if total < own and on_devices(tried) and _undividable(tried, smaller) is None:
             tokens = longest(smaller.key_values, tried, most)

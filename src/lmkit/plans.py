@@ -75,7 +75,7 @@ class LoadPlan(Result):
 
     @property
     def beside_bytes(self) -> int:
-        """What is held beside the weights: buffers that no file has, adapters, and layers that are held twice."""
+        """What is held beside the weights: buffers that no file has, adapters, layers held twice, wide copies."""
         return self._layout.beside
 
     @property

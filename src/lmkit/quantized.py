@@ -14,12 +14,16 @@ import torch
 from torch._subclasses import FakeTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = ["Int4Linear", "Int8Embedding", "Int8Linear", "QuantizedLinear", "TiedHead"]
 
 GROUP: Final = 32
 """How many weights of a row share a scale and an offset in 4 bits. Chosen by perplexity: docs/performance.md."""
+
+KERNEL_ROWS: Final = 4
+"""How many rows torch's kernels are better for than a product on a wide weight that is there already: with each four
+rows more they widen the weight once more. Measured on shapes of 576 x 1536 to 2048 x 8192."""
 
 BLOCK: Final = 2**20
 """How many weights are widened at once: 2 MiB in bfloat16, so that a core's cache holds them."""
@@ -38,12 +42,14 @@ class QuantizedLinear(torch.nn.Linear):
         transposed: Whether the checkpoint has the weight the other way round, as GPT-2 does.
         scales: What turns them into weights, in the dtype that is computed in.
         bias: Added to the product, or None.
+        copies: What multiplies more than `KERNEL_ROWS` rows by a wide copy of the weight, where it has room for one.
     """
 
     FEW: ClassVar[int]
     NAME: ClassVar[str]
 
     transposed = False
+    copies: Callable[[QuantizedLinear, torch.Tensor], torch.Tensor | None] | None = None
 
     scales: torch.nn.Parameter
     bias: torch.nn.Parameter | None  # type: ignore[assignment]
@@ -80,8 +86,13 @@ class QuantizedLinear(torch.nn.Linear):
             raise RuntimeError(msg)
         rows = input.reshape(-1, self.in_features)
         trained = rows.requires_grad and torch.is_grad_enabled()  # the kernels have no derivative
-        few = rows.shape[0] <= self.FEW and not trained and self._has_kernel(rows.dtype)
-        product = self._few(_aligned(rows.contiguous())) if few else self._many(rows)
+        copies = None if trained or rows.shape[0] <= KERNEL_ROWS or isinstance(rows, FakeTensor) else self.copies
+        if copies is not None and (wide := copies(self, rows)) is not None:
+            product = self._scaled(wide)
+        elif rows.shape[0] <= self.FEW and not trained and self._has_kernel(rows.dtype):
+            product = self._few(_aligned(rows.contiguous()))
+        else:
+            product = self._scaled(_joined([rows @ block for block in self.factors(rows.dtype)]))
         if self.bias is not None:
             product = product + self.bias
         return product.view(*input.shape[:-1], self.out_features)
@@ -92,8 +103,12 @@ class QuantizedLinear(torch.nn.Linear):
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def _many(self, rows: torch.Tensor) -> torch.Tensor:
-        return _joined([rows @ block for block in self.blocks(rows.dtype)])
+    def factors(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """Yield what many rows are multiplied by, before `_scaled`. *Shape:* as `blocks`."""
+        return self.blocks(dtype)
+
+    def _scaled(self, product: torch.Tensor) -> torch.Tensor:
+        return product
 
 
 def _joined(products: list[torch.Tensor]) -> torch.Tensor:
@@ -156,10 +171,12 @@ class Int8Linear(QuantizedLinear):
         product: torch.Tensor = ops._weight_int8pack_mm(rows, self.weight, self.scales)  # noqa: SLF001
         return product
 
-    def _many(self, rows: torch.Tensor) -> torch.Tensor:
-        if rows.dtype is torch.float16:  # where sums of whole numbers overflow
-            return super()._many(rows)
-        return _joined([rows @ part.to(rows.dtype).T for _, part in self._parts()]) * self.scales
+    def factors(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """Yield whole numbers, so that products are scaled and not weights, but for float16, where sums overflow."""
+        return self.blocks(dtype) if dtype is torch.float16 else (part.to(dtype).T for _, part in self._parts())
+
+    def _scaled(self, product: torch.Tensor) -> torch.Tensor:
+        return product if product.dtype is torch.float16 else product * self.scales
 
 
 class Int4Linear(QuantizedLinear):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lmkit.copies import Copies
     from lmkit.plans import LoadPlan
 
 __all__ = ["Loaded", "News", "OnError", "Wrapper"]
@@ -49,6 +50,7 @@ class Loaded:
     reload: Callable[[], object]
     prefix_cache_bytes: int = 0
     compile_folder: Path | None = None
+    copies: Copies | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +141,9 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
 
     @property
     def memory_bytes(self) -> int:
-        """How many bytes the weights and buffers hold, scales of quantized ones included."""
-        return sum(module.bytes for module in self.modules)
+        """How many bytes the weights and buffers hold, scales of quantized ones and their wide copies included."""
+        copies = self._opened.copies
+        return sum(module.bytes for module in self.modules) + (copies.held_bytes if copies else 0)
 
     @property
     def _opened(self) -> Loaded:
@@ -151,6 +154,8 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
 
     def close(self) -> None:
         """Give the memory back; work in flight ends with an `EngineError` at its next step, and holds it until then."""
+        if self._loaded is not None and self._loaded.copies is not None:
+            self._loaded.copies.release()
         self._loaded = None
 
     def __enter__(self) -> Self:
