@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -296,3 +297,27 @@ def test_a_t5_takes_names_too() -> None:
         "translate English to German: ",
         f"translate English to German: {TEXT}",
     )
+
+
+# Threads
+
+
+def test_targets_of_eight_threads_stay_apart() -> None:
+    """Eight threads that alternate targets on one number translator each get answers in their own language."""
+    folder = Path(__file__).parent.parent / "examples" / "checkpoints" / "numbers-m2m100"
+    expected = {"German": ("deu_Latn", "siebzehn"), "fr": ("fra_Latn", "dix-sept"), "spa": ("spa_Latn", "diecisiete")}
+    with lmkit.load("seq2seq", str(folder), "float32", "cpu") as translator:
+        ids = {code: translator.tokenizer.convert_tokens_to_ids(code) for code in translator.languages}
+
+        def translate(thread: int) -> list[tuple[str, Any]]:
+            words = [list(expected)[(thread + turn) % len(expected)] for turn in range(6)]
+            return [(word, translator("seventeen", source="en", target=word)) for word in words]
+
+        with ThreadPoolExecutor(8) as pool:
+            found = [pair for pairs in pool.map(translate, range(8)) for pair in pairs]
+        assert len(found) == 48
+        for word, result in found:
+            code, text = expected[word]
+            assert (result.target_language, result.token_ids[0], result.text) == (code, ids[code], text)
+        mixed = translator(["seventeen"] * 3, source="English", target=list(expected))
+        assert [result.text for result in mixed] == [text for _, text in expected.values()]
