@@ -200,9 +200,11 @@ class _Restoring:
         )
         if low > high:  # the model turned them round
             from_source, low, to_source, high = 0, 0, len(self._source), len(self.text)
-        part = (sum(self._spans[number]) / 2 - from_source) / max(to_source - from_source, 1)
-        borders = {found.start() for found in re.finditer(r"\s+", self.text)} or {
-            found.start() for found in regex.finditer(r"\X", self.text)
+        start, end = self._spans[number]
+        ahead, behind = start - from_source, to_source - end
+        part = ahead / (ahead + behind) if ahead + behind > 0 else 0.0
+        borders = {found.start() for found in _SPACES.finditer(self.text)} or {
+            found.start() for found in _BORDERS.finditer(self.text)
         }
         taken = [place for place in (*self._places, *self.free) if place]
         open_ = [
@@ -217,7 +219,13 @@ def _gap(beside: str, edge: str, in_source: str) -> str:
     """Return the space between a placeholder that is put in and what it comes to stand beside."""
     if not beside or beside.isspace():
         return ""
-    return " " if in_source.isspace() or (beside.isalnum() and edge.isalnum()) else ""
+    together = in_source and not in_source.isspace() and not (beside.isalnum() and edge.isalnum())
+    return "" if together else " "
+
+
+_SPACES = regex.compile(r"\s+")
+_BORDERS = regex.compile(r"(?w)\b")
+"""Borders of words by Unicode's rules, which has them between the letters of scripts without spaces, too."""
 
 
 def _moved(span: Span, end: int, shift: int) -> Span:

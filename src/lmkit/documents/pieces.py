@@ -63,7 +63,7 @@ write one space for it."""
 _MARKER = regex.compile(r"\s*\ufeff?(?:\s*(?:[-*+•‣◦·–—]|#{1,6}|>|\(?\d{1,3}[.)]|\(?[A-Za-z]\)|\[[ xX]\])(?=\s|\Z))*")
 """What a line of a list, a quotation or a heading may begin with."""
 
-_SPEAKS = regex.compile(r"[^\W_]")
+_SPEAKS = regex.compile(r"[\p{L}\p{N}]")
 _INNER = (
     regex.compile(r"(?<=\p{P})\s+|(?<=[、，；：。！？])"),  # clauses: punctuation, in most scripts with space behind it
     regex.compile(r"\s+"),  # words

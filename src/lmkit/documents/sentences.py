@@ -40,7 +40,7 @@ def sentence_ends(text: str, language: str | None) -> list[int]:
             'pip install "lmkit[translate]", or pass the sentences as a list with split="none".'
         )
         raise MissingExtraError(msg) from error
-    found = sentencex.segment(code, text)
+    found: list[str] = sentencex.segment(code, text)  # pyright: ignore[reportAttributeAccessIssue]  # it has no stubs
     # A splitter that lost a character would shift all that follows: then it is one sentence rather than a wrong one.
     return list(itertools.accumulate(map(len, found))) if "".join(found) == text else [len(text)]
 

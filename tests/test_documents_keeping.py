@@ -1,0 +1,167 @@
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lmkit
+from lmkit.documents import READY, kept, patterns, restored
+
+
+def matches(text: str, *keep: str) -> list[str]:
+    """Return what the patterns match in a text."""
+    return [text[start:end] for start, end in kept(text, patterns(keep))]
+
+
+def put_right(source: str, text: str, *keep: str) -> tuple[str, tuple[str, ...]]:
+    """Restore the placeholders of a translation."""
+    compiled = patterns(keep)
+    return restored(source, kept(source, compiled), text, compiled)
+
+
+# What is found
+
+
+@pytest.mark.parametrize(
+    "name, text, found",
+    [
+        ("urls", "See https://a.example/x?y=1&z#f, or (www.b.example/q).", ["https://a.example/x?y=1&z#f", "www.b.example/q"]),
+        ("urls", "詳細はhttps://a.example/日本。次", ["https://a.example/日本"]),
+        ("emails", "Write to jane.doe+x@mail.example.org.", ["jane.doe+x@mail.example.org"]),
+        ("tags", 'A <a href="x>y" b>link</a>, <br/> 2 < 3 &amp; <!-- no <b> -->', ['<a href="x>y" b>', "</a>", "<br/>", "&amp;", "<!-- no <b> -->"]),
+        ("printf", "%s of %5.2f, %1$s, %(name)s, %-10ld, 50% done, 100%% sure, 5 %cheap", ["%s", "%5.2f", "%1$s", "%(name)s", "%-10ld", "%%"]),
+        ("icu", "{name}, {0} and {n, plural, one {# item} other {{n} items}}; {} {!}", ["{name}", "{0}", "{n, plural, one {# item} other {{n} items}}"]),
+        ("icu", "{x:>10} {x.y[0]!r}", ["{x:>10}", "{x.y[0]!r}"]),
+    ],
+)  # fmt: skip
+def test_ready_patterns_find(name: str, text: str, found: list[str]) -> None:
+    """A ready pattern finds whole placeholders and nothing beside them."""
+    assert name in READY
+    assert matches(text, name) == found
+
+
+def test_matches_that_overlap_are_one() -> None:
+    """An address in a tag belongs to the tag; matches that only touch stay two."""
+    assert matches('<a href="https://a.example">', "urls", "tags") == ['<a href="https://a.example">']
+    assert matches("{a}{b}", "icu") == ["{a}", "{b}"]
+    assert matches("abcdef", "abcd", "cdef") == ["abcdef"]
+    assert matches("abc", "x*") == []
+
+
+@pytest.mark.parametrize(
+    "keep, words",
+    [
+        (["(["], "keep has '([', which is no regular expression: "),
+        (["{name}", "+"], "'+', which is no regular expression: nothing to repeat"),
+        ([3], "keep=[3] is not accepted"),
+        ([""], "keep takes regular expressions, or names among 'emails', 'icu', 'printf', 'tags', 'urls'"),
+        (True, "keep=True is not accepted"),
+    ],
+)
+def test_a_wrong_pattern_is_an_error(keep: Any, words: str) -> None:
+    """What is no pattern is an OptionError with the reason."""
+    with pytest.raises(lmkit.OptionError) as caught:
+        patterns(keep)
+    assert words in str(caught.value)
+    if "regular expression: " in words:
+        assert isinstance(caught.value.__cause__, re.error)
+
+
+# What is put right
+
+ALL = ("icu", "tags", "printf", "urls", "emails")
+
+
+@pytest.mark.parametrize("text", ["Bonjour {name} !", "{name}, bonjour", "{name}"])
+def test_what_is_whole_is_left_alone(text: str) -> None:
+    """A translation with its placeholders in any place is not touched, and nothing is noted."""
+    assert put_right("Hello {name}!", text, *ALL) == (text, ())
+    assert put_right("Hello {name}!", "Salut {name} !", *ALL) == ("Salut {name} !", ())
+
+
+@pytest.mark.parametrize(
+    "source, broken",
+    [
+        ("{name}", "{ name }"), ("{name}", "{Name}"), ("{name}", "｛name｝"), ("{name}", r"\{name\}"), ("{name}", "{nom}"),
+        ("</b>", "</ b>"), ("</b>", "< / B >"), ("</b>", "&lt;/b&gt;"), ("</b>", "‹/b›"), ('<a href="x">', "<a href = “x”>"),
+        ("%s", "% s"), ("%s", "％s"), ("%(n)d", "% (n) d"), ("&amp;", "& amp;"),
+        ("https://a.example/x", "https: / / a.example / x"), ("a@b.example", "a @ b.example"), ("{n:>3}", "{N: > 3}"),
+    ],
+)  # fmt: skip
+def test_a_changed_placeholder_is_repaired(source: str, broken: str) -> None:
+    """Spaces, case, quotes, widths, escapes and a translated name are put right, and `"repaired"` is noted."""
+    assert put_right(f"Yes {source} now.", f"Oui {broken} là.", *ALL) == (f"Oui {source} là.", ("repaired",))
+
+
+@pytest.mark.parametrize(
+    "source, text, expected",
+    [
+        ("Hello {name}.", "Bonjour.", "Bonjour {name}."),
+        ("{name} is here now", "est là maintenant", "{name} est là maintenant"),
+        ("Click <b>here</b> now", "Cliquez ici maintenant", "Cliquez <b> ici</b> maintenant"),
+        ("a {x} b {y} c", "a b {y} c", "a {x} b {y} c"),
+        ("{a}", "", "{a}"),
+        ("日本{x}語の", "漢字文字", "漢字{x}文字"),
+    ],
+)
+def test_a_missing_placeholder_is_put_in(source: str, text: str, expected: str) -> None:
+    """What is nowhere is put in at its proportional place, at the border of a word, and `"inserted"` is noted."""
+    assert put_right(source, text, *ALL) == (expected, ("inserted",))
+
+
+def test_copies_too_many_are_taken_out() -> None:
+    """A placeholder that comes too often is removed, its white space too, and `"removed"` is noted."""
+    assert put_right("Hi {a}", "Salut {a} {a} {a}", *ALL) == ("Salut {a}", ("removed",))
+    assert put_right("Hi {a} {a}", "Salut {a} {a} {a}!", *ALL) == ("Salut {a} {a}!", ("removed",))
+
+
+def test_what_the_model_made_up_stays_and_is_noted() -> None:
+    """A match that the source lacks is the model's text: it stays, and `"unmatched"` is noted."""
+    assert put_right("five {n}", "5 {n}", r"\d+", "icu") == ("5 {n}", ("unmatched",))
+    assert put_right("none", "no {n}", "icu") == ("no {n}", ("unmatched",))
+
+
+def test_a_short_match_is_not_seen_in_a_longer_word() -> None:
+    """A kept number is not taken to be there because another number has its digits."""
+    assert put_right("12 of them", "1234 là", r"\d+") == ("12 là", ("repaired",))
+    assert put_right("take 12", "prends a12b", r"\b\d+\b") == ("prends a12b 12", ("inserted",))
+
+
+words = st.sampled_from(["mot", "été", "字", "a.", "(b)", "—", "x,y"])
+holders = st.sampled_from(
+    ["{name}", "{0}", "<b>", "</b>", "%s", "%1$d", "https://a.example/x", "a@b.example", "{n, plural, one {# x}}"]
+)
+breaks = st.sampled_from(
+    [
+        lambda text: text, lambda _: "", str.upper, lambda text: text + text, lambda text: " ".join(text), lambda text: f"{text} {text}",
+        lambda text: text.replace("{", "\\{"), lambda text: text.replace("<", "&lt;").replace(">", "&gt;"), lambda text: text[1:], lambda text: text[:-1],
+    ]
+)  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.one_of(words, holders), max_size=8), st.data())
+def test_every_placeholder_comes_out_as_often_as_it_went_in(parts: list[str], data: st.DataObject) -> None:
+    """Whatever a model does to placeholders: those of the source are in the text, each as often as in the source."""
+    source = " ".join(parts)
+    compiled = patterns(ALL)
+    wanted = Counter(matches(source, *ALL))
+    broken = [data.draw(breaks)(part) if part in wanted else part for part in parts]
+    text, notes = restored(source, kept(source, compiled), " ".join(data.draw(st.permutations(broken))), compiled)
+    found = Counter(matches(text, *ALL))
+    assert {word: found[word] for word in wanted} == dict(wanted)
+    assert (found == wanted) == ("unmatched" not in notes)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(max_size=40),
+    st.text(max_size=40),
+    st.sampled_from([[r"\w+"], [r"[^a]"], ["."], [r"(?<=a).", "icu"], list(ALL)]),
+)
+def test_any_text_and_pattern_end_well(source: str, text: str, keep: list[str]) -> None:
+    """Odd patterns never fail; where they cannot be put right, that is noted."""
+    got, notes = put_right(source, text, *keep)
+    assert ("unmatched" in notes) == (Counter(matches(got, *keep)) != Counter(matches(source, *keep)))
