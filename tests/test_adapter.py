@@ -1,4 +1,5 @@
 import gc
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,10 +13,12 @@ from safetensors.torch import load_file
 
 import checkpoints
 import lmkit
+from lmkit.errors import PrecisionError
 from lmkit.quantized import Int4Linear, Int8Linear, QuantizedLinear
 
 hf: Any = transformers
 PROMPT = "The old sailor"
+SAVED = "adapter_model.safetensors"
 TARGETS = {"llama": ["q_proj", "v_proj"], "t5": ["q", "v"], "bert": ["query", "value"], "gpt2": ["c_attn"]}
 Make = Callable[..., Path]
 
@@ -56,6 +59,28 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 def adapter(make: Make) -> Path:
     """A LoRA adapter for the tiny Llama."""
     return make("llama")
+
+
+@pytest.fixture(scope="module")
+def replacing(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make an adapter that replaces whole modules beside its LoRA weights."""
+
+    def make(name: str, *modules: str) -> Path:
+        folder = tmp_path_factory.mktemp("replacing")
+        plain = checkpoints.plain(checkpoints.FAMILIES[name].task, checkpoints.folder(name))[0]
+        options: Any = {"modules_to_save": list(modules), "fan_in_fan_out": name == "gpt2"}
+        config = LoraConfig(r=2, target_modules=TARGETS[name], init_lora_weights=False, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's, about tied weights
+            model: Any = get_peft_model(plain, config)
+        with torch.no_grad():
+            for path, weight in model.named_parameters():
+                if "modules_to_save" in path:
+                    weight.mul_(1.5)
+        model.save_pretrained(folder)
+        return folder
+
+    return make
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -264,3 +289,46 @@ def test_a_broken_adapter_leaves_no_model_behind(base: Path, adapter: Path, tmp_
     with pytest.raises(lmkit.WeightsError, match="adapter"):
         lmkit.load("causal", base, adapter=str(tmp_path))
     assert models() == before
+
+
+@pytest.mark.parametrize("word", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize(
+    "name, whole", [("llama", "model.layers.0.mlp.down_proj"), ("gpt2", "transformer.h.0.mlp.c_fc")]
+)
+def test_what_is_quantized_is_not_replaced(
+    name: str, whole: str, word: Any, replacing: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter that replaces layers which would be quantized is refused before weights are read, and says why."""
+    adapter = replacing(name, "mlp")
+    monkeypatch.setattr("lmkit.skeleton.Skeleton._without_traps", lambda _, given: given)  # these are tiny
+    for do in (lmkit.plan, lmkit.load):
+        with pytest.raises(
+            PrecisionError, match=f"replaces '{whole}' .its modules_to_save., which {word} would quantize"
+        ):
+            do("causal", checkpoints.folder(name), word, "cpu", adapter=adapter)
+
+
+@pytest.mark.parametrize("module, word", [("lm_head", "int8"), ("wte", "int4")])
+def test_a_tied_embedding_is_not_replaced(module: str, word: Any, replacing: Callable[..., Path]) -> None:
+    """An embedding that is the output layer's weight is int8 and cannot be replaced, under either name."""
+    with pytest.raises(PrecisionError, match=f"replaces '.*{module}' .*pass precision='bfloat16'"):
+        lmkit.plan("causal", checkpoints.folder("gpt2"), word, "cpu", adapter=replacing("gpt2", module))
+
+
+def test_what_stays_wide_is_replaced(replacing: Callable[..., Path]) -> None:
+    """Norms and plain embeddings beside quantized layers are the adapter's own, bit by bit."""
+    adapter = replacing("llama", "norm", "embed_tokens")
+    saved = {name.removeprefix("base_model.model."): one for name, one in load_file(adapter / SAVED).items()}
+    with lmkit.load("causal", checkpoints.folder("llama"), "int4", "cpu", adapter=adapter) as generator:
+        model: Any = generator.model.model
+        for name, module in (("embed_tokens", model.embed_tokens), ("norm", model.norm)):
+            assert torch.equal(module.modules_to_save["default"].weight, saved[f"model.{name}.weight"])
+
+
+def test_a_precision_that_the_adapter_forbids_is_not_advised(base: Path, replacing: Callable[..., Path]) -> None:
+    """What does not fit is not told to be int8 where the adapter replaces what would be quantized."""
+    small = lmkit.plan("causal", base, "int4", "cpu")
+    devices = {"cpu": small.weights_bytes + small.beside_bytes}
+    assert "precision='int4' would fit" in lmkit.plan("causal", base, "float32", devices).reasons["fits"]
+    told = lmkit.plan("causal", base, "float32", devices, adapter=replacing("llama", "mlp")).reasons["fits"]
+    assert "No precision makes it fit" in told

@@ -1,4 +1,5 @@
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -285,6 +286,21 @@ def test_an_absent_device_without_a_size_is_refused_by_a_plan_too(devices: Any) 
     """Of a device that is not here and has no budget nothing is known, so that a plan refuses it."""
     with pytest.raises(PlacementError, match="is not on this machine, which has 'cpu'"):
         resolve_placement(devices, CPU, absent=True)
+
+
+@pytest.mark.parametrize("devices", ["gpu:0", ["gpu:0", "cpu"], {"gpu:0": "24GiB"}, Placement({"": "gpu:0"})], ids=repr)
+def test_a_plan_says_which_absent_devices_it_takes(devices: Any) -> None:
+    """A kind of device that nobody knows is answered with the kinds that are; only a plan speaks of absent ones."""
+    with pytest.raises(PlacementError) as caught:
+        resolve_placement(devices, CPU, absent=True)
+    told = str(caught.value)
+    assert "the device 'gpu:0' is not on this machine, which has 'cpu'" in told
+    kinds = told.partition("A plan also takes devices that are not here, with budgets in bytes: ")[2]
+    for name in re.findall(r"'(\w+:0)'", kinds):
+        assert resolve_placement({name: "24GiB"}, CPU, absent=True).max_memory == {name: 24 * GIB}
+    assert {"'cuda:0'", "'xpu:0'", "'mps:0'"} <= set(re.findall(r"'\w+:0'", kinds))
+    with pytest.raises(PlacementError, match=r"or 'auto'\.$"):
+        resolve_placement(devices, CPU)
 
 
 def test_a_fraction_of_an_absent_device_is_refused() -> None:

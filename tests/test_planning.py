@@ -329,3 +329,16 @@ def test_a_row_has_tokens(tokens: int) -> None:
     """Rows of no tokens are refused instead of counted."""
     with pytest.raises(lmkit.OptionError, match="pass a number of tokens, 1 or more"):
         lmkit.plan("causal", checkpoints.folder("llama"), "float32", "cpu").max_rows(tokens)
+
+
+@pytest.mark.parametrize("word", ["float32", "int8", "int4", "nf4"])
+def test_a_plan_can_be_a_key(word: Any) -> None:
+    """Plans of the same load are equal and have one hash, so that sets and dicts hold them; other loads differ."""
+    where = checkpoints.folder("llama")
+    one, again = (lmkit.plan("causal", where, word, {"cpu": "1GiB"}) for _ in range(2))
+    assert one == again
+    assert len({one, again}) == 1
+    assert {one: word}[again] == word
+    others = {plan("causal", where, word, {"cpu": "1KiB"}), plan("causal", checkpoints.folder("gpt2"), word, "cpu")}
+    assert one not in others
+    assert len({one, again, *others}) == 3

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lmkit.errors import OptionError, WeightsError, listed
+from lmkit.errors import OptionError, PrecisionError, WeightsError, listed
 from lmkit.headers import read_safetensors
+from lmkit.quantized import Int8Embedding, QuantizedLinear
 from lmkit.sources import ADAPTER_WEIGHTS, find_adapter
 from lmkit.weights import read_json, reading
 
@@ -79,10 +80,17 @@ def check_base(adapter: Adapter, skeleton: Skeleton) -> None:
 
     Raises:
         WeightsError: It was made for another model.
+        PrecisionError: It replaces whole layers, which would be quantized.
     """
     modules = dict(skeleton.model.named_modules())
     for name, tensor in adapter.tensors.items():
         module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+        if not part and _quantized(modules.get(whole := module.removesuffix(".weight"))):
+            msg = (
+                f"the adapter {adapter.origin!r} replaces {whole!r} (its modules_to_save), which "
+                f"{skeleton.precision.name} would quantize: pass precision='bfloat16', or an adapter of LoRA alone."
+            )
+            raise PrecisionError(msg)
         if part not in ("A.weight", "B.weight"):
             continue  # what peft knows besides is peft's to check
         base: Any = modules.get(module)
@@ -95,6 +103,11 @@ def check_base(adapter: Adapter, skeleton: Skeleton) -> None:
                 "Load the model that its adapter_config.json names."
             )
             raise WeightsError(msg)
+
+
+def _quantized(module: object) -> bool:
+    """Say whether a module holds integers, into which nothing else can be read."""
+    return isinstance(module, (QuantizedLinear, Int8Embedding)) or type(module).__module__.startswith("bitsandbytes")
 
 
 def put_on(model: Any, adapters: list[Adapter]) -> None:

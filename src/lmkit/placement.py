@@ -93,10 +93,10 @@ def resolve_placement(devices: Devices, machine: Machine, *, absent: bool = Fals
     if isinstance(devices, (str, int, torch.device)) and not isinstance(devices, bool):
         if devices == "auto":
             return _automatic(machine)
-        name = present(devices, machine)
+        name = present(devices, machine, planned=absent)
         return Placement({"": name}, _free(machine, [name]))
     if isinstance(devices, Sequence) and devices:
-        names = list(dict.fromkeys(present(device, machine) for device in devices))
+        names = list(dict.fromkeys(present(device, machine, planned=absent) for device in devices))
         if len(names) == 1:
             return Placement({"": names[0]}, _free(machine, names))
         return Placement("auto", _free(machine, names), reason=f"split over {listed(names)}")
@@ -104,7 +104,7 @@ def resolve_placement(devices: Devices, machine: Machine, *, absent: bool = Fals
     raise PlacementError(msg)
 
 
-def present(device: str | int | torch.device, machine: Machine, *, absent: bool = False) -> str:
+def present(device: str | int | torch.device, machine: Machine, *, absent: bool = False, planned: bool = False) -> str:
     """Return the full name of a device, such as `"cuda:0"`.
 
     Raises:
@@ -125,6 +125,9 @@ def present(device: str | int | torch.device, machine: Machine, *, absent: bool 
     if name not in machine.devices and not (absent and name.partition(":")[0] in ACCELERATORS):
         there = listed(sorted(machine.devices))
         msg = f"the device {device!r} is not on this machine, which has {there}: pass one of those, or 'auto'."
+        if absent or planned:
+            kinds = listed(f"{kind}:0" for kind in ACCELERATORS)
+            msg += f" A plan also takes devices that are not here, with budgets in bytes: {kinds}, …"
         raise PlacementError(msg)
     return name
 

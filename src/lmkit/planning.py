@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lmkit.adapters import check_base
 from lmkit.configs import context_length, packing, read_config
 from lmkit.copies import copies_bytes
-from lmkit.errors import PlacementError, listed
+from lmkit.errors import PlacementError, PrecisionError, listed
 from lmkit.fitting import Layout, lay_out, longest, measured_again, offload, on_devices, shortage, size
 from lmkit.packing import packs
 from lmkit.placement import Placement, resolve_placement
@@ -122,7 +122,7 @@ def make_plan(
     Raises:
         UnknownTaskError: The checkpoint was made for another task.
         WeightsError: A file is absent, broken or refused.
-        PrecisionError: `precision` is not accepted.
+        PrecisionError: `precision` is not accepted, or an adapter replaces what it would quantize.
         PlacementError: `devices` is not accepted. What does not fit is said in the plan.
     """
     found = Found(source, tensors, read_config(source, trusted=wish.trust_remote_code))
@@ -341,7 +341,11 @@ def _instead(
         other = resolve_precision(word, found.dtype, kind, bfloat16=native, packed=found.packed)
         known = skeleton.key_values if other.dtype is skeleton.precision.dtype else None
         smaller = _skeleton(wish, found, other, traps=kind == "cpu" and native, known=known)
-        beside = _adapters_bytes(wish, smaller) + _copies_bytes(wish, smaller, kind) + _beside(smaller, kind)
+        try:
+            added = _adapters_bytes(wish, smaller)
+        except PrecisionError:  # of an adapter that replaces what would be quantized
+            continue
+        beside = added + _copies_bytes(wish, smaller, kind) + _beside(smaller, kind)
         tried = lay_out(smaller, placed, beside=beside)
         total = sum(module.bytes for module in tried.modules)
         if total < own and on_devices(tried) and _undividable(tried, smaller) is None:

@@ -68,6 +68,10 @@ class LoadPlan(Result):
     reasons: Mapping[str, str]
     _layout: Layout = field(repr=False, compare=False)
 
+    def __hash__(self) -> int:
+        """Hash what of a plan can be: its maps cannot."""
+        return hash((self.task, self.name, self.model_class, self.precision.name, self.modules, self.fits))
+
     @property
     def weights_bytes(self) -> int:
         """What the weights take in all, scales of quantized ones included."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from lmkit.keyvalues import KeyValueBytes, key_values
 from lmkit.quantized import Int8Embedding, QuantizedLinear
@@ -117,8 +118,12 @@ class Skeleton:
         """
         from transformers.quantizers.base import get_keys_to_not_convert
 
-        linear = [(name, part) for name, part in self.model.named_modules() if isinstance(part, torch.nn.Linear)]
-        if awkward := [name for name, part in linear if part.out_features % 32 or part.in_features % 64]:
+        linear = [
+            (name, part.weight.shape if isinstance(part, torch.nn.Linear) else part.weight.shape[::-1])
+            for name, part in self.model.named_modules()
+            if isinstance(part, (torch.nn.Linear, Conv1D))
+        ]
+        if awkward := [name for name, (outputs, inputs) in linear if outputs % 32 or inputs % 64]:
             quantization = copy.deepcopy(quantization)
             # A list of one's own replaces the one that transformers would make.
             own = quantization.llm_int8_skip_modules or get_keys_to_not_convert(self.model)
