@@ -141,7 +141,7 @@ def sentences(translator: Any, count: int) -> list[str]:
     for seed in range(count):
         words = " ".join(_data.sentences(2, seed)).split()
         for size in WORDS:
-            text = " ".join(words[:size])
+            text = " ".join(words[:size]).replace(".", "")  # one sentence, which lmkit does not split
             if SHORTEST <= len(translator.tokenizer(text)["input_ids"]) <= LONGEST:
                 found.append(text)
     step = len(found) // count

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from lmkit.engine import beams
-from lmkit.engine.beamed import BeamDecoder
+from lmkit.engine.beamed import BeamDecoder, probe
 from lmkit.engine.cache import KeyValues
 from lmkit.engine.cached import CachedDecoder
 from lmkit.engine.choice import Chooser
@@ -15,6 +15,7 @@ from lmkit.engine.decoders import Decoder, drives, pads
 from lmkit.engine.encoded import EncodedDecoder
 from lmkit.engine.failures import no_memory, out_of_memory, step_failed
 from lmkit.engine.generated import search, together
+from lmkit.engine.heads import Reader
 from lmkit.engine.lookup import guess
 from lmkit.engine.prefixes import SHORTEST, PrefixStore
 from lmkit.engine.prepared import PreparedDecoder
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from lmkit.encoding import Codec
+    from lmkit.engine.beams import Search
     from lmkit.engine.compiled import CompiledStep
     from lmkit.engine.row import Row
     from lmkit.engine.ticket import Ticket
@@ -83,6 +85,7 @@ class Batches:
         takes_apart = self._joins and KeyValues(model.config.get_text_config(decoder=True)).plain
         self._prefixes = PrefixStore(prefix_bytes if takes_apart else 0)
         self._lock = lock
+        self._reader: Reader | None = None
         self._filling: Decoder | None = None
         self._running: list[Decoder] = []
         self._steps = 0
@@ -147,7 +150,7 @@ class Batches:
                 ticket.ready.notify()
         if self.closed:
             self._prefixes.clear()
-            self._model = self._chooser = self._compiled = None  # all hold the model
+            self._model = self._chooser = self._compiled = self._reader = None  # all hold the model
 
     def _tell(self, rows: Sequence[Row]) -> None:
         """Pass on what is new of rows; a closed engine's callers get its error instead."""
@@ -245,8 +248,11 @@ class Batches:
             cached = CachedDecoder(self._model, rows, self._pad, known, self._compiled)
             decoder, reused = cast("Decoder", cached), cached.reused
         elif self._drives and self._start is not None:
-            kind: Any = BeamDecoder if rows[0].width > 1 else EncodedDecoder
-            decoder = kind(self._model, rows, self._pad, self._start)
+            if rows[0].width > 1:
+                self._reader = self._reader or Reader(self._model, probe(self._model))
+                decoder = BeamDecoder(self._reader, cast("list[Search]", rows), self._pad, self._start)
+            else:
+                decoder = EncodedDecoder(self._model, rows, self._pad, self._start)
         else:
             decoder = PreparedDecoder(self._model, rows, self._pad, self._start)
         self._counts["reused_tokens"] += reused
@@ -328,7 +334,7 @@ class Batches:
 
     def _choose(self, decoder: Decoder, logits: torch.Tensor) -> None:
         if isinstance(decoder, BeamDecoder):
-            beams.choose(self._chooser, decoder.searches, logits)
+            beams.choose(self._chooser, decoder.searches, logits, decoder.head)
         else:
             self._chooser.choose(decoder.rows, logits)
         self._look(decoder, len(decoder.rows))

@@ -4,26 +4,45 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from lmkit import attention
 from lmkit.engine.cache import repeat
+from lmkit.engine.decoders import input_device
 from lmkit.engine.encoded import EncodedDecoder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import torch
+    from collections.abc import Callable, Mapping, Sequence
 
     from lmkit.engine.beams import Search
+    from lmkit.engine.heads import Reader
 
-__all__ = ["BeamDecoder"]
+__all__ = ["BeamDecoder", "probe"]
+
+
+def probe(model: Any) -> dict[str, torch.Tensor]:
+    """Return a few tokens to try an encoder-decoder on, more of the answer than of the source."""
+    answer = torch.tensor([[1, 2, 3]], device=input_device(model))
+    source = answer[:, :2]
+    return {"input_ids": source, "attention_mask": torch.ones_like(source), "decoder_input_ids": answer}
 
 
 class BeamDecoder(EncodedDecoder):
-    """Searches that start together and have equally many beams; a row's beams lie side by side."""
+    """Searches that start together and have equally many beams; a row's beams lie side by side.
 
-    def __init__(self, model: Any, rows: Sequence[Search], pad: int, start: int) -> None:
-        """Lay out the sources; each search begins at its first step."""
+    `fill` and `step` return hidden states.
+
+    Attributes:
+        head: What turns the newest ones into scores.
+    """
+
+    head: Callable[[torch.Tensor], torch.Tensor]
+
+    def __init__(self, reader: Reader, rows: Sequence[Search], pad: int, start: int) -> None:
+        """Lay out the sources for the model of `reader`; each search begins at its first step."""
+        model = reader.model
         super().__init__(model, rows, pad, start)
+        self._reader = reader
         for search in rows:
             search.begin()
         self._beams = rows[0].width
@@ -37,8 +56,8 @@ class BeamDecoder(EncodedDecoder):
 
     def fill(self, columns: int) -> torch.Tensor | None:
         """Encode the sources and read the beginnings of the answers, once for all beams."""
-        logits = super().fill(columns)
-        assert logits is not None  # noqa: S101 - an encoder reads a source at once
+        hidden = super().fill(columns)
+        assert hidden is not None  # noqa: S101 - an encoder reads a source at once
         self.width = self._beams
         self._own.repeat(self.width)
         self._mask = self._mask.repeat_interleave(self.width, 0)
@@ -46,7 +65,7 @@ class BeamDecoder(EncodedDecoder):
         if not self.shares:
             for layer in self._across.layers:
                 repeat(layer, self.width)
-        return logits.repeat_interleave(self.width, 0)
+        return hidden.repeat_interleave(self.width, 0)
 
     def step(self) -> torch.Tensor:
         """Read each beam's newest token, behind the keys and values of its parent."""
@@ -57,5 +76,9 @@ class BeamDecoder(EncodedDecoder):
         ]
         if moves:
             places, parents = zip(*moves, strict=True)
-            self._own.copy(list(places), list(parents))
+            self._own.copy(places, parents)
         return self._forward([beam[-1:] for search in self.searches for beam in search.beams])
+
+    def _read(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        hidden, self.head = self._reader.read(inputs)
+        return hidden

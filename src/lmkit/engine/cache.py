@@ -237,9 +237,11 @@ class KeyValues:
 
     def copy(self, places: Sequence[int], rows: Sequence[int]) -> None:
         """Copy rows into the places of others."""
+        device = self._filled[0].keys.device
+        into, out = (torch.tensor(numbers, device=device) for numbers in (places, rows))
         for layer in self._filled:
             for part in (layer.keys, layer.values):
-                part[places] = part[rows]
+                part.index_copy_(0, into.to(part.device), part.index_select(0, out.to(part.device)))
 
     def keep(self, holes: Sequence[int], movers: Sequence[int], rows: int) -> None:
         """Go on with `rows` rows, after moving the rows `movers` into the places `holes`."""

@@ -79,9 +79,14 @@ class Steering:
     forbidden: frozenset[int] | None
     forced: Mapping[int, int]
 
-    def leaves(self, token_ids: Iterable[int], length: int) -> bool:
-        """Say whether the scores of these tokens stand after `length` tokens."""
-        return self.forbidden is not None and length not in self.forced and self.forbidden.isdisjoint(token_ids)
+    def leaves(self, token_ids: Iterable[int]) -> bool:
+        """Say whether the scores of these tokens stand, where none is forced."""
+        return self.forbidden is not None and self.forbidden.isdisjoint(token_ids)
+
+    def forces(self, length: int) -> int | None:
+        """Return the token that follows `length` tokens whatever the scores are, if it is known."""
+        token_id = self.forced.get(length)
+        return token_id if self.forbidden is not None and token_id not in self.forbidden else None
 
     @property
     def plain(self) -> bool:
@@ -159,7 +164,8 @@ class Chooser:
         ordered = not READS_NO_ORDER.issuperset(names)
         named = list(zip(names, processors, strict=True))
         forbidden = None
-        if not config.do_sample and all(name in FORBIDS or name in FORCES for name in names):
+        several = isinstance(config.forced_eos_token_id, list)
+        if not (config.do_sample or several) and all(name in FORBIDS or name in FORCES for name in names):
             forbidden = frozenset(t for name, one in named if name in FORBIDS for t in FORBIDS[name](one))
         forced = dict(FORCES[name](one) for name, one in named if name in FORCES)
         shared = self._start is not None or not ordered

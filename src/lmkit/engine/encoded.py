@@ -10,7 +10,7 @@ from lmkit.engine.cache import KeyValues, shrink
 from lmkit.engine.decoders import Decoder, input_device, padded
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lmkit.engine.row import Row
 
@@ -114,15 +114,18 @@ class EncodedDecoder(Decoder):
         return whole
 
     def _forward(self, token_ids: list[list[int]]) -> torch.Tensor:
-        outputs = self._model(
-            encoder_outputs=self._encoded,
-            attention_mask=self._mask,
-            decoder_input_ids=torch.tensor(token_ids, device=self._device),
-            past_key_values=self._cache,
-            use_cache=True,
-            return_dict=True,
-        )
-        logits: torch.Tensor = outputs.logits[:, -1]
+        inputs = {
+            "encoder_outputs": self._encoded,
+            "attention_mask": self._mask,
+            "decoder_input_ids": torch.tensor(token_ids, device=self._device),
+            "past_key_values": self._cache,
+            "use_cache": True,
+        }
+        return self._read(inputs)[:, -1]
+
+    def _read(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Run the model. *Shape:* `(rows, tokens, vocabulary)`."""
+        logits: torch.Tensor = self._model(**inputs, return_dict=True).logits
         return logits
 
 

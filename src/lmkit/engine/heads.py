@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["Reader", "alike"]
+__all__ = ["Reader", "alike", "with_states"]
 
 EXACT, ROUGH = 1e-3, 0.05
 """How far scores of one probe may lie apart, of the largest: sums are not added up in the same order, and in half
@@ -26,18 +27,23 @@ class Reader:
     model that none of them reproduces runs as a whole, with scores at all places.
 
     Attributes:
+        model: The model.
         expected: The model's scores for the probe.
-        body: The name of the submodule that is read without the head; None for a model that runs as a whole.
     """
 
     def __init__(self, model: Any, probe: Mapping[str, Any]) -> None:
         """Find the body of `model` by trying it on the inputs `probe`."""
-        self._model = model
+        self.model = model
         self.expected: torch.Tensor = model(**probe, return_dict=True).logits
         names = [name for name, _ in model.named_children()]
         names += [f"{name}.{inner}" for name, child in model.named_children() for inner, _ in child.named_children()]
         names.sort(key=lambda name: name != model.base_model_prefix)
-        self.body: str | None = next((name for name in names if self._reproduces(name, probe)), None)
+        self._names, self._probe = names, probe
+
+    @cached_property
+    def body(self) -> str | None:
+        """The name of the submodule that is read without the head; None for a model that runs as a whole."""
+        return next((name for name in self._names if self._reproduces(name, self._probe)), None)
 
     def read(
         self, inputs: Mapping[str, Any], body: str | None = None
@@ -50,9 +56,9 @@ class Reader:
         """
         body = body or self.body
         if body is None:
-            return self._model(**inputs, return_dict=True).logits, lambda scores: scores
-        stand_in = _StandIn(self._model.get_submodule(body))
-        outer = _with_module(self._model, body.split("."), stand_in)
+            return self.model(**inputs, return_dict=True).logits, lambda scores: scores
+        stand_in = _StandIn(self.model.get_submodule(body))
+        outer = _with_module(self.model, body.split("."), stand_in)
         outer(**inputs, return_dict=True)
 
         def head(hidden: torch.Tensor) -> torch.Tensor:
@@ -62,21 +68,36 @@ class Reader:
 
         return stand_in.hidden, head
 
+    def at(self, inputs: Mapping[str, Any], rows: Sequence[int], columns: Sequence[int]) -> torch.Tensor:
+        """Read tokens, and score the vocabulary at chosen places only, in one pass. *Shape:* `(places, vocabulary)`."""
+        places = list(rows), list(columns)
+        logits: torch.Tensor
+        if self.body is None:
+            logits = self.model(**inputs, return_dict=True).logits[places]
+        else:
+            stand_in = _StandIn(self.model.get_submodule(self.body), lambda hidden: hidden[places][None])
+            outer = _with_module(self.model, self.body.split("."), stand_in)
+            logits = outer(**inputs, return_dict=True).logits[0]
+        return logits
+
     def _reproduces(self, body: str, probe: Mapping[str, Any]) -> bool:
         try:
             hidden, head = self.read(probe, body)
             found = torch.stack([head(row) for row in hidden])
         except Exception:  # noqa: BLE001 - whatever it is, this submodule is not what stands before the head
             return False
+        if hidden.shape[:-1] != self.expected.shape[:-1]:
+            return False  # it reads the source
         heads = hidden.shape != found.shape or not alike(hidden, found)  # else the head is inside the body
         return heads and found.shape == self.expected.shape and alike(found, self.expected)
 
 
 class _StandIn(torch.nn.Module):
-    """Stands for a body: runs it and keeps its hidden states, or hands back the ones it is given."""
+    """Stands for a body: runs it, keeps its hidden states and hands back some; or hands back the ones it is given."""
 
-    def __init__(self, body: Any) -> None:
+    def __init__(self, body: Any, pick: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden[:1, :1]) -> None:
         super().__init__()
+        self._pick = pick
         self.__dict__["_body"] = body  # not registered: it stays the model's
         self.hidden = torch.empty(0)
         self.given: torch.Tensor | None = None
@@ -89,9 +110,9 @@ class _StandIn(torch.nn.Module):
         if self.given is None:
             outputs = self.__dict__["_body"](*args, **kwargs)
             self.hidden = outputs[0]
-            self._outputs = _with_states(outputs, self.hidden[:, :1])
+            self._outputs = with_states(outputs, self._pick(self.hidden))
             return self._outputs
-        return _with_states(self._outputs, self.given)
+        return with_states(self._outputs, self.given)
 
 
 def _with_module(model: Any, path: Sequence[str], stand_in: _StandIn) -> Any:
@@ -103,8 +124,8 @@ def _with_module(model: Any, path: Sequence[str], stand_in: _StandIn) -> Any:
     return copied
 
 
-def _with_states(outputs: Any, hidden: torch.Tensor) -> Any:
-    """Return a body's outputs with other hidden states."""
+def with_states(outputs: Any, hidden: torch.Tensor) -> Any:
+    """Return the outputs of a body or an encoder with other hidden states."""
     if isinstance(outputs, tuple):
         return (hidden, *outputs[1:])
     other = copy.copy(outputs)
