@@ -299,6 +299,16 @@ def test_a_t5_takes_names_too() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["t5", "m2m100", "marian", "marian_group", "bart"])
+def test_what_is_no_word_is_no_language(name: str) -> None:
+    """A number or bytes in the place of a language is a LanguageError, whatever the family."""
+    for which, value in (("source", 3), ("target", b"fr")):
+        with pytest.raises(lmkit.LanguageError, match=f"{which}={value!r} is not a language: pass a code or a name"):
+            languages_of(reference(name)[1], reference(name)[0].config).prepare(TEXT, **{
+                "source": None, "target": None, "preset": None, which: value
+            })  # fmt: skip
+
+
 # Threads
 
 

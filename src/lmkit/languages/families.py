@@ -92,6 +92,10 @@ class Languages:
             MissingExtraError: A language is not written as the checkpoint writes it, or to be detected, and the
                 packages that can do that are not installed.
         """
+        for which, word in (("source", source), ("target", target)):
+            if word is not None and not isinstance(word, str):
+                msg = f"{which}={word!r} is not a language: pass a code or a name, such as 'fr' or 'French'."  # type: ignore[unreachable]
+                raise LanguageError(msg)
         if preset is not None:
             return self._preset(text or "", preset, [name for name in (source, target) if name is not None])
         if source == DETECT:

@@ -236,6 +236,8 @@ def _by_name(word: str) -> list[Language]:
     from langcodes import Language
     from language_data.names import normalize_name
 
+    if not word.isprintable():  # a null byte makes the tries return what is none of their values
+        return []
     name = normalize_name(word)
     if found := [Language.get(names[name][0].decode()) for names in _library() if name in names]:
         return found
