@@ -250,10 +250,10 @@ class Translator(Writer[Translation]):
 
     def _size(self, encode: Callable[[str], list[int]], max_new_tokens: int | None) -> Size:
         """Say how long a piece may be: what the encoder takes, and what leaves the answer room."""
-        context = self._plan.context_length
-        most = PIECE_TOKENS if context is None else context
-        budgets = [max_new_tokens, None if context is None else context - 1]
-        budget = min((number for number in budgets if number is not None), default=None)
+        room = None if self._plan.context_length is None else self._plan.context_length - 1
+        budget = min((number for number in (max_new_tokens, room) if number is not None), default=None)
+        # A sentence as long as the encoder takes would leave an answer of its length no place for an end token.
+        most = PIECE_TOKENS if room is None else room
         return Size(lambda piece: len(encode(piece)), most, packed(most, budget))
 
     def _asked(self, prepared: Prepared, chosen: Options, token_ids: Sequence[int]) -> Request:

@@ -69,27 +69,29 @@ class Parts:
         failed: Whether one of them failed, so that the row has been reported.
     """
 
-    def __init__(self, job: Job, index: int) -> None:
-        """Begin with what stands before the first answer."""
+    def __init__(self, job: Job, index: int, *, stream: bool) -> None:
+        """Begin with what stands before the first answer; without `stream`, no text is told of."""
         self.job = job
         self.index = index
         self.outcomes: list[Outcome | None] = [None] * len(job.requests)
         self.failed = False
         self._texts = [*[""] * len(job.requests), ""]
-        self._texts[0] = job.between[0]
+        self._texts[0] = job.between[0] if stream else ""
+        self._stream = stream
         self._first = 0
         self._ends = [0.0] * len(job.requests)
 
     def take(self, number: int, update: Update) -> str:
         """Take in news of a request, and return what can be shown of the row by now."""
         outcome = self.outcomes[number] = update.outcome
-        if self.job.grows:
-            self._texts[number] += update.text
-        elif outcome is not None:
-            self._texts[number] += self.job.shown(number, outcome.completions[0].text)
         if outcome is not None:
-            self._texts[number + 1] = self.job.between[number + 1] + self._texts[number + 1]
             self._ends[number] = time.perf_counter()
+        if self._stream and self.job.grows:
+            self._texts[number] += update.text
+        elif self._stream and outcome is not None:
+            self._texts[number] += self.job.shown(number, outcome.completions[0].text)
+        if self._stream and outcome is not None:
+            self._texts[number + 1] = self.job.between[number + 1] + self._texts[number + 1]
         return self.release()
 
     def release(self) -> str:
@@ -201,7 +203,7 @@ class Writer(Wrapper[Job, ResultT]):
                 if job is None:
                     yield None
                     continue
-                parts = Parts(job, next(rows))
+                parts = Parts(job, next(rows), stream=stream)
                 if not job.requests:
                     empty.append(parts)
                 for part, request in enumerate(job.requests):
