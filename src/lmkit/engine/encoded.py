@@ -61,6 +61,9 @@ class EncodedDecoder(Decoder):
         self._encoded = self._encode()
         logits = self._forward([[self._start, *row.token_ids] for row in self.rows])
         self._forget()
+        for layer in self._across.layers:
+            if layer.is_initialized:  # as the model leaves them, a product of matrices would copy them at every step
+                layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
         return logits
 
     def _forget(self) -> None:
