@@ -19,9 +19,10 @@ from lmkit._openmp import release_pool
 from lmkit._quiet import quiet, without_warnings
 from lmkit.adapters import find_adapters, put_on
 from lmkit.copies import keep_copies
-from lmkit.errors import LmkitError, OptionError, UnknownOptionError, WeightsError, listed, nearest
+from lmkit.errors import LmkitError, OptionError, UnknownOptionError, listed, nearest
 from lmkit.generator import Generator
 from lmkit.machine import accelerator, this_machine
+from lmkit.matching import check_report
 from lmkit.packing import pack
 from lmkit.planning import Wish, check_fits, make_plan
 from lmkit.sources import HubOptions, Wanted, find, find_headers
@@ -321,7 +322,7 @@ def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, *, tru
     with reading(f"the weights of {source.name!r}"), _random_state_kept():
         model, report = auto_class(plan.task).from_pretrained(source.folder, **arguments)
     try:
-        _check_report(report, plan)
+        check_report(report, plan.name, plan.model_class)
     except LmkitError:
         del model
         gc.collect()
@@ -338,19 +339,6 @@ def _random_state_kept() -> Iterator[None]:
     devices = range(torch.accelerator.device_count()) if kind else ()
     with torch.random.fork_rng(devices=devices, device_type=kind or "cuda"):
         yield
-
-
-def _check_report(report: Mapping[str, Any], plan: LoadPlan) -> None:
-    """Refuse a model of which a part was not in the file: it would be random there."""
-    # transformers leaves out of the report what is tied or what the class declares as not saved.
-    for what, kind in (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for")):
-        if names := sorted(name if isinstance(name, str) else str(name[0]) for name in report.get(what) or ()):
-            shown = f"{listed(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"  # noqa: PLR2004
-            msg = (
-                f"{plan.name!r} {kind} weights that {plan.model_class} needs: {shown}. They would be random: "
-                "load a checkpoint that was saved with this head, or under the task it was saved for."
-            )
-            raise WeightsError(msg)
 
 
 def _tell(plan: LoadPlan) -> None:

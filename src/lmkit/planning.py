@@ -14,6 +14,7 @@ from lmkit.configs import context_length, packing, read_config
 from lmkit.copies import copies_bytes
 from lmkit.errors import PlacementError, PrecisionError, listed
 from lmkit.fitting import Layout, lay_out, longest, measured_again, offload, on_devices, shortage, size
+from lmkit.matching import check_names
 from lmkit.packing import packs
 from lmkit.placement import Placement, resolve_placement
 from lmkit.plans import LoadPlan
@@ -135,6 +136,9 @@ def make_plan(
     built: Any = functools.partial(_skeleton, traps=kind == "cpu" and machine.bfloat16("cpu"), here=here)
     skeleton: Skeleton = built(wish, found, chosen)
     chosen = skeleton.precision
+    if tensors is not None and found.packed is None:
+        with reading(f"the weights of {source.name!r}"):
+            check_names(skeleton, found.config, tensors, source.name)
     added = _adapters_bytes(wish, skeleton)
     copies = _copies_bytes(wish, skeleton, kind)
     layout = lay_out(skeleton, placed, beside=added + copies + _beside(skeleton, kind))

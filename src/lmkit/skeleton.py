@@ -52,6 +52,7 @@ class Skeleton:
         key_values: What its keys and values take; None where that only shows when it runs.
         parameters: How many numbers it has before it is quantized, tied weights counted once.
         twice_bytes: What linear layers take whose weight is another module's too.
+        shapes: Of each weight before it is quantized, tied ones once.
         buffers_bytes: What it computes once and keeps, such as masks and positions; they are in no file.
     """
 
@@ -102,7 +103,8 @@ class Skeleton:
             for name, tensor in names.items()
             if name in ties and type(self.model.get_submodule(name.rpartition(".")[0])) is torch.nn.Linear
         )
-        saved = set(self.model.state_dict())
+        saved = self.model.state_dict()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in saved.items() if name not in ties}
         self.buffers_bytes = sum(buffer.nbytes for name, buffer in self.model.named_buffers() if name not in saved)
         self.key_values = None if task == "masked" else known or key_values(self.model)
         self._wide = self._kept_wide(precision.dtype)
