@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import checkpoints
 import lmkit
 from checkpoints import fresh, reference, texts, wrapper
+from lmkit.filling import Fill
 
 hf: Any = transformers
 
@@ -161,7 +162,7 @@ def test_a_word_is_not_glued_to_the_text_before_it(name: str) -> None:
     )
     job = unmasker._job("the[MASK] house\n\n[MASK]", {}, 0)
     word = tokenizer.decode([begins]).strip()
-    candidate = unmasker._candidate(job, {0: (begins, None), 1: (begins, None)}, 0.0)
+    candidate = unmasker._texts._candidate(job, tuple(Fill(mask, (begins,), (0.0,)) for mask in range(2)))
     assert candidate.text == f"the {word} house\n\n{word}"
 
 

@@ -19,8 +19,8 @@ TRANSLATION = results.Translation(
     source="<i>", source_language="en", target_language=None,
     segments=(results.Segment(0, 3, 0, 5),),
 )  # fmt: skip
-CANDIDATE = results.Candidate("a & b", ("a",), (1,), 0.25)
-UNMASKING = results.Unmasking("[MASK] <b>", (results.MaskSlot(0, 6, (CANDIDATE,)),), (CANDIDATE,))
+CANDIDATE = results.Candidate("a & b", ("a",), ("a",), (1,), (-1.5,), (0,))
+UNMASKING = results.Unmasking("[MASK] <b>", (results.MaskSlot(0, 6, (CANDIDATE,), 0, 10),), (CANDIDATE,))
 CHUNK = results.TextChunk("<p>", 1, "eos")
 ALL = [TIMING, LOGPROB, COMPLETION, GENERATION, TRANSLATION, CANDIDATE, UNMASKING, CHUNK]
 NAMES = [type(result).__name__ for result in ALL]

@@ -33,11 +33,26 @@ class Codec:
         """Return the text's token ids, with the checkpoint's special tokens around them if `special`."""
         with self._lock:
             token_ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        return token_ids[self._doubled(token_ids) :] if special else token_ids
+
+    def _doubled(self, token_ids: list[int]) -> bool:
+        """Say whether a text that a template has already given its BOS got the tokenizer's as well."""
         bos = self.tokenizer.bos_token_id
-        if special and bos is not None and token_ids[:2] == [bos, bos] and self.around[0]:
-            # A text that a template has already given its BOS must not get the tokenizer's as well.
-            return token_ids[1:]
-        return token_ids
+        return bool(bos is not None and token_ids[:2] == [bos, bos] and self.around[0])
+
+    def located(self, text: str) -> tuple[list[int], list[tuple[int, int]], list[int | None]] | None:
+        """Encode as `encode` does, and say where in the text each token is, and in which of its words.
+
+        Returns:
+            Token ids, characters and numbers of words; None of a tokenizer that is written in Python and cannot tell.
+        """
+        if not self.tokenizer.is_fast:
+            return None
+        with self._lock:
+            found = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
+        columns = found["input_ids"], found["offset_mapping"], found.word_ids()
+        first = self._doubled(columns[0])
+        return columns[0][first:], columns[1][first:], columns[2][first:]
 
     def encode_target(self, text: str) -> list[int]:
         """Return the token ids of an answer, which some encoder-decoders write with another vocabulary."""
@@ -125,6 +140,36 @@ class Codec:
         starts = range(len(whole) - len(inner) + 1)
         before = next((n for n in starts if whole[n : n + len(inner)] == inner), 0)
         return before, len(whole) - len(inner) - before
+
+
+def window(length: int, start: int, end: int, limit: int | None, around: tuple[int, int]) -> tuple[int, int]:
+    """Choose what a model sees of a text: all, or as much on both sides of a part of it as fits.
+
+    Args:
+        length: How many tokens the text has, special tokens included.
+        start: The part's first token.
+        end: One past its last.
+        limit: The most tokens the model takes; None is no limit.
+        around: How many special tokens at each end it sees in any case.
+
+    Returns:
+        The first token between those at the ends that it sees, and one past the last.
+    """
+    before, last = around[0], length - around[1]
+    if limit is None or length <= limit:
+        return before, last
+    room = limit - sum(around)
+    first = min(max(start - (room - (end - start)) // 2, before), last - room)
+    return first, first + room
+
+
+def seen(
+    row: Sequence[int], start: int, end: int, limit: int | None, around: tuple[int, int]
+) -> tuple[tuple[int, ...], int]:
+    """Return what a model sees of a row around one of its parts, and where the part begins in that: see `window`."""
+    first, last = window(len(row), start, end, limit, around)
+    before, after = around
+    return (*row[:before], *row[first:last], *row[len(row) - after :]), start - first + before
 
 
 _OWN = frozenset({"conversation", "tokenize", "return_tensors", "return_dict", "padding", "truncation", "max_length"})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
 
 from lmkit.encoding import fit
 from lmkit.engine import CLOSED, Reading, Scored, Scorer
-from lmkit.errors import EngineError, OptionError, listed, nearest
+from lmkit.errors import EngineError, LmkitError, OptionError, listed, nearest
 from lmkit.results import Choice, Ranking, Score
 from lmkit.wrapper import rows_of, text_of
 
@@ -32,6 +32,7 @@ __all__ = [
     "pairs",
     "ranking",
     "target",
+    "whole",
 ]
 
 T = TypeVar("T")
@@ -69,7 +70,7 @@ class Scores:
 
     def score(self, items: Sequence[Item]) -> list[Score]:
         """Score texts together; an error of one is raised after the others ended, and carries their scores."""
-        return _whole(self._scored(items))
+        return whole(self._scored(items))
 
     def rank(
         self, choices: Sequence[Sequence[Item]], normalize: Normalize, priors: Sequence[Sequence[Item]] = ()
@@ -88,7 +89,7 @@ class Scores:
             before = without[number] if without else []
             failed = next((score for score in (*own, *before) if isinstance(score, EngineError)), None)
             rankings.append(failed or ranking([item.text for item in row], own, normalize, before))  # type: ignore[arg-type]
-        return _whole(rankings)
+        return whole(rankings)
 
     def _scored(self, items: Sequence[Item]) -> list[Score | EngineError]:
         if (scorer := self._scorer) is None:
@@ -109,13 +110,13 @@ def _score(item: Item, scored: Scored | EngineError, texts: Mapping[int, str]) -
     return Score(item.text, tuple(texts[n] for n in token_ids), token_ids, scored.logprobs, scored.greedy)
 
 
-def _whole(results: Sequence[T | EngineError]) -> list[T]:
+def whole(results: Sequence[T | LmkitError]) -> list[T]:
     """Return results, or raise the first error among them, with the results of the other rows."""
-    failed = next((result for result in results if isinstance(result, EngineError)), None)
+    failed = next((result for result in results if isinstance(result, LmkitError)), None)
     if failed is not None:
-        failed.results = [None if isinstance(result, EngineError) else result for result in results]
+        failed.results = [None if isinstance(result, LmkitError) else result for result in results]
         raise failed
-    return [result for result in results if not isinstance(result, EngineError)]
+    return [result for result in results if not isinstance(result, LmkitError)]
 
 
 def made(
@@ -244,9 +245,9 @@ def _texts(choices: Any, row: int) -> list[str]:
     return [text_of(choice, row, "a text to choose") for choice in given]
 
 
-def check_normalize(normalize: object) -> None:
+def check_normalize(normalize: object, words: Sequence[str] = get_args(Normalize)) -> None:
     """Raise an `OptionError` for a word that `normalize=` does not take."""
-    if normalize not in (words := get_args(Normalize)):
+    if normalize not in words:
         hint = nearest(normalize, words) if isinstance(normalize, str) else ""
         msg = f"normalize={normalize!r} is not accepted.{hint} Accepted: {listed(words)}."
         raise OptionError(msg)

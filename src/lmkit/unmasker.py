@@ -3,72 +3,65 @@
 from __future__ import annotations
 
 import itertools
-import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypedDict, overload
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, get_args, overload
 
-from lmkit.encoding import fit
 from lmkit.engine import MaskScorer
-from lmkit.errors import LmkitError, OptionError
-from lmkit.results import Candidate, MaskSlot, Unmasking
+from lmkit.errors import LmkitError, OptionError, listed
+from lmkit.filling import Order, fill
+from lmkit.generation import Beam, Mode, Options, Sample
+from lmkit.masked import Job, MaskedTexts
+from lmkit.pseudo import Metric, check_metric, hidden, pseudo
+from lmkit.results import Ranking, Score, Unmasking
+from lmkit.scoring import check_normalize, choices_of, ranking, whole
 from lmkit.wrapper import Loaded, News, Wrapper, rows_of, text_of
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import AsyncIterator, Iterable, Iterator
 
-    import torch
     from typing_extensions import Unpack
 
     from lmkit.rows import PerRow
 
 __all__ = ["UnmaskOptions", "Unmasker"]
 
-Fill: TypeAlias = tuple[int, str | None]
-"""A token for a mask, and the target it stands for, if targets were given."""
-
-Way: TypeAlias = tuple[tuple[Fill, ...], float]
-"""Fills for the first masks of a text, and their joint log-probability."""
-
 
 class UnmaskOptions(TypedDict, total=False):
-    """The options of every call that fills masks.
+    """The options of every call that fills masks; each takes one value, or a list with one per row.
 
-    `top_k` is how many candidates to give (5, or all targets); `targets` are the only words to consider, one list
-    for all rows or a list of lists. `progress` is for a call or a `map` as a whole: whether to draw a bar; left out,
-    there is one in a terminal or a notebook when it takes long.
+    `top_k` is how many candidates to give (5, or as many as there are targets); `targets` are the only words to
+    consider, one list for all rows or a list of lists.
+
+    The rest is for how several masks are filled together. `order` is `"left_to_right"`, or `"most_certain"` for the
+    mask first where the model is surest of a token. `mode` is a `Greedy`, `Sample` or `Beam`, and its values may be
+    written as keywords; left out, the `top_k` best ways are followed from mask to mask. `num_beams` follows as many,
+    however many are given. `temperature`, `top_p`, `min_p` or `sample=True` draw `top_k` ways, with a `seed` or a
+    fresh one, which the result records. `normalize="tokens"` compares ways by their mean log-probability per token.
+
+    `progress` is for a call or a `map` as a whole: whether to draw a bar; left out, there is one in a terminal or a
+    notebook when it takes long.
     """
 
     top_k: PerRow[int]
     targets: Sequence[str] | Sequence[Sequence[str]]
+    order: PerRow[Order]
+    normalize: PerRow[Literal["none", "tokens"]]
+    mode: PerRow[Mode]
+    num_beams: PerRow[int]
+    sample: PerRow[bool]
+    temperature: PerRow[float]
+    top_p: PerRow[float]
+    min_p: PerRow[float]
+    seed: PerRow[int]
     progress: bool
 
 
-WINDOW = 32
-"""How many rows are read before they run together."""
+_MODE = frozenset({"mode", "num_beams", "sample", "temperature", "top_p", "min_p", "seed"})
+"""The options that the builder of all wrappers checks."""
 
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A text on its way to the model.
-
-    Attributes:
-        text: As given.
-        spans: Where its masks are, in characters.
-        token_ids: What the model reads, masks included.
-        positions: Where its masks are, in tokens.
-        top_k: How many candidates to give.
-        targets: Per mask, the words to consider and their token ids; None considers the vocabulary.
-    """
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-    token_ids: tuple[int, ...]
-    positions: tuple[int, ...]
-    top_k: int
-    targets: tuple[tuple[Fill, ...], ...] | None
+ROWS, ROWS_AHEAD, TEXTS = 512, 128, 64
+"""How many texts run together: of a call, of an iterable that is read ahead, and to be scored token by token."""
 
 
 class Unmasker(Wrapper[Job, Unmasking]):
@@ -88,13 +81,8 @@ class Unmasker(Wrapper[Job, Unmasking]):
     def __init__(self, loaded: Loaded) -> None:
         """Take over a loaded model; `lmkit.load` calls this."""
         super().__init__(loaded)
-        tokenizer: Any = loaded.tokenizer
-        if tokenizer.mask_token is None:
-            msg = f"the tokenizer of {self.name!r} has no mask token, so there is nothing to fill in."
-            raise OptionError(msg)
-        ways = {str(tokenizer.mask_token), "[MASK]", "<mask>"}
-        self._mask = re.compile("|".join(re.escape(way) for way in sorted(ways)))
-        self._scorer: MaskScorer | None = MaskScorer(loaded.model, tokenizer.pad_token_id or 0)
+        self._texts = MaskedTexts(self._codec, self._plan.context_length, self.name)
+        self._scorer: MaskScorer | None = MaskScorer(loaded.model, self.tokenizer.pad_token_id or 0)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -112,9 +100,10 @@ class Unmasker(Wrapper[Job, Unmasking]):
     def __call__(self, texts: str | Iterable[str], **options: Unpack[UnmaskOptions]) -> Unmasking | list[Unmasking]:
         """Fill the masks of one text, or of each of a list of texts.
 
-        Several masks are filled one after the other from the left, each knowing those before it; a way of filling
-        them all is scored by the product of the probabilities on the way (the chain rule), and the `top_k` best
-        ways are followed.
+        Several masks are filled one after the other, each knowing those before it; a way of filling them all is scored
+        by the product of the probabilities on the way (the chain rule), and the `top_k` best ways are followed. A
+        target of several tokens is filled in in the same way, into as many masks. In a text longer than the model takes
+        each mask is filled with as much of the text on both sides as fits.
 
         Args:
             texts: A text with at least one mask, or an iterable of such texts.
@@ -124,8 +113,7 @@ class Unmasker(Wrapper[Job, Unmasking]):
             One result for a text, a list of the same length and order for a list.
 
         Raises:
-            OptionError: A text has no mask, a target is not one token, or an option is not accepted.
-            InputTooLongError: A text is longer than the model takes.
+            OptionError: A text has no mask, the vocabulary cannot express a target, or an option is not accepted.
             EngineError: The model was closed, or a row failed; its `results` hold the other rows.
         """
         rows, single = rows_of(texts)
@@ -190,159 +178,173 @@ class Unmasker(Wrapper[Job, Unmasking]):
         """Do as `stream` does, for asyncio."""
         return self._alternate(self.stream(texts, **options))
 
+    @overload
+    def score(  # type: ignore[overload-overlap]  # a str is an iterable of str too: it comes first
+        self, texts: str, *, metric: Metric = "original"
+    ) -> Score: ...
+    @overload
+    def score(self, texts: Iterable[str], *, metric: Metric = "original") -> list[Score]: ...
+    def score(self, texts: str | Iterable[str], *, metric: Metric = "original") -> Score | list[Score]:
+        """Say how likely the model finds each token of a text, the others given; the sum is its pseudo-log-likelihood.
+
+        Each token is masked in turn (Salazar et al., "Masked Language Model Scoring", 2020). With
+        `metric="within_word_l2r"` the later tokens of the same word are masked with it, for else a word of several
+        tokens is too easy to tell from its own pieces (Kauf and Ivanova, "A Better Way to Do Masked Language Model
+        Scoring", 2023). Special tokens are read but not scored. In a text longer than the model takes, each token is
+        scored with as much of the text on both sides as fits.
+
+        Args:
+            texts: A text without masks, or an iterable of such texts.
+            metric: What is masked.
+
+        Returns:
+            One score for a text, a list of the same length and order for a list.
+
+        Raises:
+            OptionError: A text has a mask, or no token to score, or `metric` is another word.
+            EngineError: The model was closed, or a row failed; its `results` hold the other rows.
+        """
+        check_metric(metric)
+        self._opened  # noqa: B018 - a closed wrapper refuses here
+        rows, single = rows_of(texts)
+        scores = whole(self._scored([text_of(text, row) for row, text in enumerate(rows)], metric))
+        return scores[0] if single else scores
+
+    @overload
+    def rank(  # type: ignore[overload-overlap]  # a str is a sequence of str too: texts come first
+        self,
+        texts: Sequence[str],
+        *,
+        normalize: Literal["none", "tokens", "bytes"] = "none",
+        metric: Metric = "original",
+    ) -> Ranking: ...
+    @overload
+    def rank(
+        self,
+        texts: Iterable[Sequence[str]],
+        *,
+        normalize: Literal["none", "tokens", "bytes"] = "none",
+        metric: Metric = "original",
+    ) -> list[Ranking]: ...
+    def rank(
+        self,
+        texts: Iterable[str] | Iterable[Sequence[str]],
+        *,
+        normalize: Literal["none", "tokens", "bytes"] = "none",
+        metric: Metric = "original",
+    ) -> Ranking | list[Ranking]:
+        """Put texts in the order in which the model finds them likely, by their pseudo-log-likelihood.
+
+        Args:
+            texts: The texts to compare, or several lists of them.
+            normalize: How their log-probabilities are made comparable: `"none"`, per token (`"tokens"`), or per UTF-8
+                byte (`"bytes"`).
+            metric: What is masked; see `score`.
+
+        Raises:
+            OptionError: As `score` does; or there is nothing to rank, or `normalize` is another word.
+            EngineError: The model was closed, or a row failed.
+        """
+        check_metric(metric)
+        check_normalize(normalize, ("none", "tokens", "bytes"))
+        self._opened  # noqa: B018 - a closed wrapper refuses here
+        given = rows_of(texts)[0]
+        single = not given or isinstance(given[0], str)
+        lists = choices_of(given, 1 if single else len(given), single=single)
+        scores = iter(self._scored([text for some in lists for text in some], metric))
+        rankings: list[Ranking | LmkitError] = []
+        for some in lists:
+            found = list(itertools.islice(scores, len(some)))
+            failed = next((score for score in found if isinstance(score, LmkitError)), None)
+            rankings.append(failed or ranking(some, whole(found), normalize))
+        return whole(rankings)[0] if single else whole(rankings)
+
+    def _scored(self, texts: Sequence[str], metric: Metric) -> list[Score | LmkitError]:
+        for row, text in enumerate(texts):
+            if (mask := self._texts.pattern.search(text)) is not None:
+                msg = (
+                    f"row {row} has a mask, {mask[0]!r}, and score takes whole texts: fill it first, or call the model."
+                )
+                raise OptionError(msg)
+        given = [hidden(self._codec, text, metric, row) for row, text in enumerate(texts)]
+        found: list[Score | LmkitError] = []
+        for start in range(0, len(given), TEXTS):
+            askings = (pseudo(self._codec, one, self._plan.context_length) for one in given[start : start + TEXTS])
+            found += self._running.run(askings)
+        return found
+
+    @property
+    def _running(self) -> MaskScorer:
+        if self._scorer is None:
+            self._opened  # noqa: B018 - raises: the wrapper was closed
+        assert self._scorer is not None  # noqa: S101 - narrows the type
+        return self._scorer
+
     def _check(self, options: dict[str, Any]) -> None:
-        top_k, targets = options.get("top_k"), options.get("targets")
-        if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
-            msg = f"top_k={top_k!r} is not accepted: top_k takes a whole number of at least 1."
+        self._how(options)
+
+    def _how(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Check the options of a row, and return what `Blanks` is told of the search."""
+        given = {name: value for name, value in options.items() if value is not None}
+        for name, value in given.items():
+            if name in _ACCEPTED and not _ACCEPTED[name][1](value):
+                msg = f"{name}={value!r} is not accepted: {name} takes {_ACCEPTED[name][0]}."
+                raise OptionError(msg)
+        modes = {name: given[name] for name in _MODE & given.keys()}
+        chosen = Options.of(modes).with_seed()
+        mode = chosen.mode
+        if isinstance(mode, Beam) and (mode.length_penalty, mode.early_stopping) != (None, None):
+            msg = f"{mode} is not accepted: all ways of filling a text fill the same masks, so give num_beams alone."
             raise OptionError(msg)
-        words = isinstance(targets, Sequence) and not isinstance(targets, str) and targets
-        if targets is not None and not (words and all(isinstance(word, str) for word in targets)):
-            msg = f"targets={targets!r} is not accepted: targets takes a list of words, at least one."
-            raise OptionError(msg)
+        top_k = given.get("top_k") or len(given.get("targets", range(5)))
+        width = top_k if modes.keys() <= {"sample", "seed"} else 1
+        return {
+            "top_k": top_k,
+            "width": mode.num_beams if isinstance(mode, Beam) else width,
+            "order": given.get("order", "left_to_right"),
+            "per_token": given.get("normalize") == "tokens",
+            "sample": mode if isinstance(mode, Sample) else None,
+            "seed": chosen.seed if isinstance(mode, Sample) else None,
+        }
 
     def _job(self, given: Any, options: dict[str, Any], row: int) -> Job:
-        given = text_of(given, row)
-        spans = tuple(match.span() for match in self._mask.finditer(given))
-        if not spans:
-            msg = f"row {row} has no mask: write [MASK] or <mask> where a word is to be filled in. Given: {given!r}."
-            raise OptionError(msg)
-        tokenizer: Any = self.tokenizer
-        token_ids = self._codec.encode(self._mask.sub(lambda _: tokenizer.mask_token, given))
-        token_ids, _ = fit(token_ids, self._plan.context_length, row=row, advice="shorten the text around its masks")
-        positions = tuple(n for n, token_id in enumerate(token_ids) if token_id == tokenizer.mask_token_id)
-        self._check(options)
-        targets = options.get("targets")
-        named = None if targets is None else tuple(self._targets(targets, given[:start]) for start, _ in spans)
-        return Job(
-            given,
-            spans,
-            tuple(token_ids),
-            positions,
-            options.get("top_k") or (5 if targets is None else len(targets)),
-            named,
-        )
-
-    def _targets(self, targets: Sequence[str], left: str) -> tuple[Fill, ...]:
-        """Return the token of each target, as it would stand behind the text `left`."""
-        spaced = left.endswith((" ", "\t", "\n"))
-        return tuple((self._token_of(word, spaced=spaced), word) for word in targets)
-
-    def _token_of(self, word: str, *, spaced: bool) -> int:
-        unknown = self.tokenizer.unk_token_id
-        ways = [f" {word}", word] if spaced else [word]
-        encoded = [self._codec.encode(way, special=False) for way in ways]
-        for token_ids in encoded:
-            if len(token_ids) == 1 and token_ids[0] != unknown:
-                return token_ids[0]
-        pieces = self.tokenizer.convert_ids_to_tokens(encoded[0])
-        msg = (
-            f"the target {word!r} is not one token of this checkpoint's vocabulary, but {pieces}: "
-            "choose a word that is, or write one mask per piece and leave out targets."
-        )
-        raise OptionError(msg)
+        text = text_of(given, row)
+        how = self._how(options)
+        return self._texts.job(text, options.get("targets"), row, **how)
 
     def _run(
         self,
         jobs: Iterable[Job | None],
         *,
         stream: bool = False,
-        lazy: bool = False,  # noqa: ARG002 - rows are read in windows anyway
+        lazy: bool = False,
         cancelled: threading.Event | None = None,
     ) -> Iterator[News[Unmasking] | None]:
         source, number = iter(jobs), 0
-        while window := list(itertools.islice(source, 1 if stream else WINDOW)):
-            if self._scorer is None:
-                self._opened  # noqa: B018 - raises: the wrapper was closed
+        while window := list(itertools.islice(source, 1 if stream else ROWS_AHEAD if lazy else ROWS)):
+            running = self._running
             if cancelled is not None and cancelled.is_set():
                 return
-            for result in self._fill_all([job for job in window if job is not None]):
-                if isinstance(result, LmkitError):
-                    yield News(number, error=result)
+            ready = [job for job in window if job is not None]
+            for job, found in zip(ready, running.run((fill(job.blanks) for job in ready), cancelled), strict=True):
+                if isinstance(found, LmkitError):
+                    yield News(number, error=found)
                 else:
-                    yield News(number, result=result)
+                    yield News(number, result=self._texts.result(job, *found))
                 number += 1
             yield None
 
-    def _fill_all(self, jobs: Sequence[Job]) -> list[Unmasking | LmkitError]:
-        """Fill texts together; if the batch fails, each alone, so that one does not take others down."""
-        assert self._scorer is not None  # noqa: S101 - checked by the caller
-        try:
-            scores = self._scorer.score([job.token_ids for job in jobs], [job.positions for job in jobs])
-            return [self._fill(job, found) for job, found in zip(jobs, scores, strict=True)]
-        except LmkitError as error:
-            if len(jobs) == 1:
-                return [error]
-            return [result for job in jobs for result in self._fill_all([job])]
 
-    def _fill(self, job: Job, scores: torch.Tensor) -> Unmasking:
-        slots = []
-        for mask, (start, end) in enumerate(job.spans):
-            chosen = self._choices(job, mask, scores[mask])
-            slots.append(
-                MaskSlot(start, end, tuple(self._candidate(job, {mask: fill}, score) for fill, score in chosen))
-            )
-        ways: list[Way] = [((fill,), score) for fill, score in self._choices(job, 0, scores[0])]
-        for mask in range(1, len(job.spans)):
-            ways = self._extend(job, mask, ways)
-        ways.sort(key=lambda way: -way[1])
-        whole = tuple(self._candidate(job, dict(enumerate(fills)), score) for fills, score in ways[: job.top_k])
-        return Unmasking(job.text, tuple(slots), whole)
-
-    def _choices(self, job: Job, mask: int, scores: torch.Tensor) -> list[tuple[Fill, float]]:
-        """Return fills and log-probabilities for one mask: the targets in their order, or the best."""
-        if job.targets is not None:
-            return [(fill, float(scores[fill[0]])) for fill in job.targets[mask]]
-        best = scores.topk(min(job.top_k, len(scores)))
-        fills = [(token_id, None) for token_id in best.indices.tolist()]
-        return list(zip(fills, best.values.tolist(), strict=True))
-
-    def _extend(self, job: Job, mask: int, ways: list[Way]) -> list[Way]:
-        """Fill one more mask in every way so far, and keep the best `top_k`."""
-        assert self._scorer is not None  # noqa: S101 - checked by the caller
-        rows = []
-        for fills, _ in ways:
-            row = list(job.token_ids)
-            for position, (token_id, _word) in zip(job.positions, fills, strict=False):
-                row[position] = token_id
-            rows.append(row)
-        scores = self._scorer.score(rows, [[job.positions[mask]]] * len(rows))
-        longer = [
-            ((*fills, fill), score + more)
-            for (fills, score), found in zip(ways, scores, strict=True)
-            for fill, more in self._choices(job, mask, found[0])
-        ]
-        return sorted(longer, key=lambda way: -way[1])[: job.top_k]
-
-    def _candidate(self, job: Job, filled: dict[int, Fill], logprob: float) -> Candidate:
-        """Write fills into the text as given, which otherwise stays as it is."""
-        text, end = "", 0
-        words = []
-        for mask, (token_id, target) in filled.items():
-            word, glued = self._word(token_id)
-            word = word if target is None else target.strip()
-            text += job.text[end : job.spans[mask][0]]
-            if glued:
-                text = text.rstrip(" ")
-            elif text[-1:].isalnum() and word[:1].isalnum():
-                text += " "  # the token begins a word, and the text before it does not end with a space
-            text, end = text + word, job.spans[mask][1]
-            words.append(word)
-        token_ids = tuple(token_id for token_id, _ in filled.values())
-        return Candidate(text + job.text[end:], tuple(words), token_ids, math.exp(logprob))
-
-    def _word(self, token_id: int) -> tuple[str, bool]:
-        """Return a token's text, and whether it continues the word before it."""
-        raw = str(self.tokenizer.convert_ids_to_tokens(token_id))
-        if raw.startswith("##"):
-            return raw[2:], True
-        starts = raw.startswith(_WORD_STARTS)
-        return self._codec.token(token_id).strip(), self._marks_words and not starts and raw.isalnum()
-
-    @property
-    def _marks_words(self) -> bool:
-        """Whether the tokenizer marks the pieces that begin a word, as byte-level and sentencepiece ones do."""
-        pieces = self.tokenizer.convert_ids_to_tokens(self._codec.encode("a a", special=False))
-        return any(str(piece).startswith(_WORD_STARTS) for piece in pieces)
+def _is_words(value: object) -> bool:
+    listed_value = isinstance(value, Sequence) and not isinstance(value, str) and bool(value)
+    return listed_value and all(isinstance(word, str) and word.strip() for word in value)  # type: ignore[attr-defined]
 
 
-_WORD_STARTS = ("Ġ", "▁")
+_ORDERS, _NORMALIZE = get_args(Order), ("none", "tokens")
+_ACCEPTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "top_k": ("a whole number of at least 1", lambda value: type(value) is int and value >= 1),
+    "targets": ("a list of words, at least one, none empty", _is_words),
+    "order": (listed(_ORDERS), lambda value: value in _ORDERS),
+    "normalize": (listed(_NORMALIZE), lambda value: value in _NORMALIZE),
+}
+"""What each of the options of masks alone takes, in words and as a test."""

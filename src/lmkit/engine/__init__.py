@@ -5,8 +5,24 @@ The wrappers know the names below, and nothing of batches, caches or processors.
 
 from lmkit.engine.batches import CLOSED
 from lmkit.engine.engine import Engine
-from lmkit.engine.masks import MaskScorer
+from lmkit.engine.masks import Asking, Draw, Found, MaskScorer, Query, drawn, parallel
 from lmkit.engine.request import Outcome, Request, Update
 from lmkit.engine.scores import Reading, Scored, Scorer
 
-__all__ = ["CLOSED", "Engine", "MaskScorer", "Outcome", "Reading", "Request", "Scored", "Scorer", "Update"]
+__all__ = [
+    "CLOSED",
+    "Asking",
+    "Draw",
+    "Engine",
+    "Found",
+    "MaskScorer",
+    "Outcome",
+    "Query",
+    "Reading",
+    "Request",
+    "Scored",
+    "Scorer",
+    "Update",
+    "drawn",
+    "parallel",
+]
