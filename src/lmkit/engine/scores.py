@@ -16,7 +16,7 @@ from lmkit._quiet import quiet
 from lmkit.engine.batches import CLOSED
 from lmkit.engine.decoders import drives, input_device, padded, pads
 from lmkit.engine.failures import step_failed
-from lmkit.engine.heads import Reader, alike
+from lmkit.engine.heads import Reader, alike, with_states
 from lmkit.errors import EngineError, OptionError
 
 if TYPE_CHECKING:
@@ -88,7 +88,9 @@ class Scorer:
         self._turn = threading.Lock()
         self._closed = False
         self._reader: Reader | None = None
-        self._shares = False
+        self._most = TOKENS.get(self._device.type, TOKENS_ELSEWHERE)
+        self._pads = self._shares = False
+        self._reads: dict[str, Any] = {}
 
     def close(self) -> None:
         """Refuse further work; calls in flight end at their next pass."""
@@ -116,22 +118,30 @@ class Scorer:
         with self._turn, torch.no_grad(), quiet():
             if self._reader is not None or self._closed:
                 return
-            source = (1, 2, 3) if self._encodes else None
-            rows = [Reading((1, 2, 3, 4, last, 1), 1, source) for last in (5, 6)]
+            rows = [self._probe(4, last, source=self._encodes) for last in (5, 6)]
             before = self._before(rows, [(0, (0, 1))])
-            reader = Reader(self._model, self._inputs([row.token_ids[:-1] for row in rows], [0, 0], before))
-            one, other = reader.expected[:, :-1]
-            if not alike(one, other):
+            probe, short = (self._inputs([row.token_ids[:end] for row in rows], [0, 0], before) for end in (5, 3))
+            reader = Reader(self._model, probe)
+            if "use_cache" in self._accepted:
+                # A cache that nobody reads is memory. A few families attend in another way without one.
+                uncached = Reader(self._model, probe | {"use_cache": False})
+                if alike(uncached.expected, reader.expected) or not alike(*reader.expected[:, :-1]):
+                    reader, self._reads = uncached, {"use_cache": False}
+            if not alike(*reader.expected[:, :-1]):
                 msg = (
                     f"a model of the type {self._model.config.model_type!r} sees what follows a token: it cannot score."
                 )
                 raise OptionError(msg)
+            seen = self._model(**short | self._reads, return_dict=True).logits
+            self._pads = pads(self._model) and alike(seen, reader.expected[:, :3])
+            if reader.body is None:
+                self._most = min(self._most, WHOLE // reader.expected.shape[-1])
             self._reader = reader
             self._shares = not self._encodes and drives(self._model) and self._continues()
 
     def _continues(self) -> bool:
         """Say whether rows behind shared tokens are scored as rows that are read from the beginning."""
-        rows = [Reading((*range(1, many), last, 2), many) for many in (7, 4) for last in (8, 9)]
+        rows = [self._probe(many, last) for many in (6, 3) for last in (8, 9)]
         try:
             shared = self._run(rows, [(6, (0, 1)), (3, (2, 3))])
             alone = self._run(rows, [(0, (place,)) for place in range(len(rows))])
@@ -139,6 +149,12 @@ class Scorer:
             return False
         found, expected = (torch.tensor([[*way[place].logprobs] for place in alone]) for way in (shared, alone))
         return alike(found, expected.to(self._opened.expected.dtype))
+
+    def _probe(self, many: int, last: int, *, source: bool = False) -> Reading:
+        """Make a row of `many` tokens, one that is read behind them, and one more that is scored: ordinary ones."""
+        middle = self._model.config.get_text_config(decoder=True).vocab_size // 2
+        token_ids = [middle + n for n in (*range(many), last, 0)]
+        return Reading(tuple(token_ids), many + 1, tuple(token_ids[:3]) if source else None)
 
     @property
     def _opened(self) -> Reader:
@@ -166,15 +182,12 @@ class Scorer:
 
     def _cut(self, lengths: Sequence[int], before: int = 0) -> list[list[int]]:
         """Cut rows into batches of similar lengths, by the tokens they read and the columns before them."""
-        most = TOKENS.get(self._device.type, TOKENS_ELSEWHERE)
-        if self._opened.body is None:
-            most = min(most, WHOLE // self._opened.expected.shape[-1])
         batches: list[list[int]] = []
         for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
             width = lengths[batches[-1][0]] if batches else 0
             rows = len(batches[-1]) + 1 if batches else 0
-            fits = rows and rows * width <= most and rows * (before + width) <= 2 * most
-            if fits and (pads(self._model) or lengths[number] == width):
+            fits = rows and rows * width <= self._most and rows * (before + width) <= 2 * self._most
+            if fits and (self._pads or lengths[number] == width):
                 batches[-1].append(number)
             else:
                 batches.append([number])
@@ -213,9 +226,7 @@ class Scorer:
     def _inputs(self, rests: Sequence[Sequence[int]], owners: list[int], before: Before) -> dict[str, Any]:
         """Lay out rows, padded on the right, behind what they share."""
         token_ids, _ = padded(rests, self._pad, self._device, left=False)
-        inputs: dict[str, Any] = {"decoder_input_ids" if self._encodes else "input_ids": token_ids}
-        if "use_cache" in self._accepted:
-            inputs["use_cache"] = False
+        inputs = {"decoder_input_ids" if self._encodes else "input_ids": token_ids, **self._reads}
         return inputs | before[1](owners, token_ids.shape[1])
 
     def _before(self, rows: Sequence[Reading], groups: Sequence[Group]) -> Before:
@@ -227,14 +238,13 @@ class Scorer:
         return 0, lambda _owners, _width: {}
 
     def _encoded(self, sources: Sequence[Sequence[int]]) -> Before:
-        from transformers.modeling_outputs import BaseModelOutput
-
         token_ids, mask = padded(sources, self._pad, self._device, left=False)
-        states = self._model.get_encoder()(input_ids=token_ids, attention_mask=mask, return_dict=True).last_hidden_state
+        encoded = self._model.get_encoder()(input_ids=token_ids, attention_mask=mask, return_dict=True)
 
         def inputs(owners: list[int], _width: int) -> dict[str, Any]:
-            encoded: Any = BaseModelOutput(last_hidden_state=states[owners])
-            return {"encoder_outputs": encoded, "attention_mask": mask[owners]}
+            states = with_states(encoded, encoded[0][owners])
+            # FSMT has causal masks only where it is given the source as well, though it was read.
+            return {"encoder_outputs": states, "attention_mask": mask[owners], "input_ids": token_ids[owners]}
 
         return token_ids.shape[1], inputs
 
