@@ -23,23 +23,35 @@ def put_right(source: str, text: str, *keep: str) -> tuple[str, tuple[str, ...]]
 
 # What is found
 
+PLURAL = "{n, plural, one {# item} other {{n} items}}"
+
 
 @pytest.mark.parametrize(
     "name, text, found",
     [
-        ("urls", "See https://a.example/x?y=1&z#f, or (www.b.example/q).", ["https://a.example/x?y=1&z#f", "www.b.example/q"]),
-        ("urls", "詳細はhttps://a.example/日本。次", ["https://a.example/日本"]),
-        ("emails", "Write to jane.doe+x@mail.example.org.", ["jane.doe+x@mail.example.org"]),
-        ("tags", 'A <a href="x>y" b>link</a>, <br/> 2 < 3 &amp; <!-- no <b> -->', ['<a href="x>y" b>', "</a>", "<br/>", "&amp;", "<!-- no <b> -->"]),
-        ("printf", "%s of %5.2f, %1$s, %(name)s, %-10ld, 50% done, 100%% sure, 5 %cheap", ["%s", "%5.2f", "%1$s", "%(name)s", "%-10ld", "%%"]),
-        ("icu", "{name}, {0} and {n, plural, one {# item} other {{n} items}}; {} {!}", ["{name}", "{0}", "{n, plural, one {# item} other {{n} items}}"]),
-        ("icu", "{x:>10} {x.y[0]!r}", ["{x:>10}", "{x.y[0]!r}"]),
+        (
+            "urls",
+            "See https://a.example/x?y=1&z#f, or (www.b.example/q).",
+            "https://a.example/x?y=1&z#f www.b.example/q",
+        ),
+        ("urls", "詳細はhttps://a.example/日本。次", "https://a.example/日本"),
+        ("emails", "Write to jane.doe+x@mail.example.org.", "jane.doe+x@mail.example.org"),
+        ("tags", "A <1>link</a>, <br/> 2 < 3 &amp; <b", "</a> <br/> &amp;"),
+        ("printf", "%s of %5.2f, %1$s, %(n)s, %-10ld, 50% done, 100%% sure, 5 %cheap", "%s %5.2f %1$s %(n)s %-10ld %%"),
+        ("icu", "{name}, {0}, {x.y[0]!r} and {x:>10}; {} {!}", "{name} {0} {x.y[0]!r} {x:>10}"),
     ],
-)  # fmt: skip
+)
 def test_ready_patterns_find(name: str, text: str, found: list[str]) -> None:
     """A ready pattern finds whole placeholders and nothing beside them."""
     assert name in READY
-    assert matches(text, name) == found
+    assert matches(text, name) == found.split()
+
+
+def test_ready_patterns_find_what_has_spaces() -> None:
+    """Tags with attributes, comments and nested ICU messages are found as a whole."""
+    text = 'A <a href="x>y" b>link</a> <!-- no <b> -->'
+    assert matches(text, "tags") == ['<a href="x>y" b>', "</a>", "<!-- no <b> -->"]
+    assert matches(f"{PLURAL}, {PLURAL}", "icu") == [PLURAL, PLURAL]
 
 
 def test_matches_that_overlap_are_one() -> None:
@@ -84,8 +96,9 @@ def test_what_is_whole_is_left_alone(text: str) -> None:
 @pytest.mark.parametrize(
     "source, broken",
     [
-        ("{name}", "{ name }"), ("{name}", "{Name}"), ("{name}", "｛name｝"), ("{name}", r"\{name\}"), ("{name}", "{nom}"),
-        ("</b>", "</ b>"), ("</b>", "< / B >"), ("</b>", "&lt;/b&gt;"), ("</b>", "‹/b›"), ('<a href="x">', "<a href = “x”>"),
+        ("{name}", "{ name }"), ("{name}", "{Name}"), ("{name}", "｛name｝"), ("{name}", r"\{name\}"),
+        ("{name}", "{nom}"), ("</b>", "</ b>"), ("</b>", "< / B >"), ("</b>", "&lt;/b&gt;"), ("</b>", "‹/b›"),
+        ('<a href="x">', "<a href = “x”>"),
         ("%s", "% s"), ("%s", "％s"), ("%(n)d", "% (n) d"), ("&amp;", "& amp;"),
         ("https://a.example/x", "https: / / a.example / x"), ("a@b.example", "a @ b.example"), ("{n:>3}", "{N: > 3}"),
     ],
@@ -135,8 +148,9 @@ holders = st.sampled_from(
 )
 breaks = st.sampled_from(
     [
-        lambda text: text, lambda _: "", str.upper, lambda text: text + text, lambda text: " ".join(text), lambda text: f"{text} {text}",
-        lambda text: text.replace("{", "\\{"), lambda text: text.replace("<", "&lt;").replace(">", "&gt;"), lambda text: text[1:], lambda text: text[:-1],
+        lambda text: text, lambda _: "", str.upper, lambda text: text + text, " ".join, lambda text: f"{text} {text}",
+        lambda text: text.replace("{", "\\{"), lambda text: text.replace("<", "&lt;").replace(">", "&gt;"),
+        lambda text: text[1:], lambda text: text[:-1],
     ]
 )  # fmt: skip
 

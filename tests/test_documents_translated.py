@@ -16,7 +16,8 @@ from test_documents import documents, splits
 NUMBERS = Path(__file__).parents[1] / "examples" / "checkpoints"
 DOCUMENT = (
     "# A title\r\n\r\n- First item. A second sentence, which is longer than the first one!  Third?\r\n"
-    "* {name} said: hello.\tcolumn\r\n\r\n---\r\n1. 日本語です。二番目の文です。\n> مرحبا. كيف حالك؟\n  👩‍👩‍👧‍👦 e\u0301a\n\n"
+    "* {name} said: hello.\tcolumn\r\n\r\n---\r\n1. 日本語です。二番目の文です。\n> مرحبا. كيف حالك؟\n"
+    "  👩‍👩‍👧‍👦 e\u0301a\n\n"
 )
 seldom = settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # no shrinking
 
@@ -210,7 +211,7 @@ def test_pieces_never_exceed_what_the_model_takes(name: str) -> None:
 
 
 def test_a_model_without_bound_gets_pieces_of_512_tokens() -> None:
-    """T5 takes any length; its documents are packed to at most 512 tokens of prefix and text, less for a short answer."""
+    """T5 takes any length; its documents are packed to at most 512 tokens of prefix and text."""
     text = " ".join("the old sailor told the children a story." for _ in range(100))
     options: dict[str, Any] = {"source": "en", "target": "de", "num_beams": 1, "suppress_tokens": [5]}
     with checkpoints.forwards(wrapper("t5").model.get_encoder()) as seen:

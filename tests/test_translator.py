@@ -1,4 +1,7 @@
 import copy
+import json
+import shutil
+from functools import cache
 from typing import Any
 
 import pytest
@@ -196,6 +199,63 @@ def test_an_explicit_option_wins_over_a_preset() -> None:
     assert result.completions[0].score is None
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "beams": {
+        "early_stopping": True, "length_penalty": 2.0, "max_length": 30, "min_length": 12, "no_repeat_ngram_size": 2,
+        "num_beams": 4,
+    },
+    "greedy": {"max_length": 25, "min_length": 10, "repetition_penalty": 1.8, "num_beams": 1},
+    "prefixed": {
+        "prefix": "birds and ", "num_beams": 3, "length_penalty": 0.1, "early_stopping": "never", "max_length": 20,
+    },
+    "drawn": {"do_sample": True, "temperature": 0.5, "top_k": 3, "max_length": 20},
+    "odd": {"num_beams": 2, "diversity_penalty": 0.5, "num_beam_groups": 2, "max_length": 8, "output_scores": False},
+}  # fmt: skip
+
+
+@cache
+def presetting() -> Any:
+    """Load a BART whose config names presets."""
+    where = checkpoints.ROOT / "bart-presets"
+    shutil.copytree(checkpoints.folder("bart"), where)
+    config = json.loads((where / "config.json").read_text())
+    (where / "config.json").write_text(json.dumps(config | {"task_specific_params": PRESETS}))
+    return checkpoints.fresh("bart", where)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_beams": 2}, {"num_beams": 1}], ids=str)
+@pytest.mark.parametrize("name", ["beams", "greedy", "prefixed"])
+def test_every_value_of_a_preset_is_honoured(name: str, changes: dict[str, Any]) -> None:
+    """A preset's prefix, beams, lengths and penalties do what they do in `generate`, also beside other beams."""
+    text = texts("bart")[1]
+    values = PRESETS[name] | changes
+    settings = {key: value for key, value in values.items() if key != "prefix"}
+    if values["num_beams"] == 1:
+        settings |= {"early_stopping": False, "length_penalty": 1.0}
+    expected = checkpoints.generated("bart", [values.get("prefix", "") + text], max_new_tokens=None, **settings)[0]
+    result = presetting()(text, preset=name, **changes)
+    assert list(result.token_ids) == expected
+
+
+def test_a_preset_that_draws_samples() -> None:
+    """A preset with `do_sample` samples with its temperature, unless the caller chooses a mode."""
+    result = presetting()(texts("bart")[1], preset="drawn", seed=3)
+    plain = presetting()(texts("bart")[1], temperature=0.5, top_k=3, max_new_tokens=19, seed=3)
+    assert result.seed == 3
+    assert result.token_ids == plain.token_ids
+    assert presetting()("Birds.", preset="drawn", num_beams=1).seed is None
+
+
+def test_what_a_preset_cannot_have_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Values that lmkit has no option for are named in the log, once per model, those that change nothing left out."""
+    for _ in range(2):
+        presetting()("Birds.", preset="odd")
+        presetting()("Birds.", preset="beams", max_new_tokens=2, min_new_tokens=0)
+    words = [record.getMessage() for record in caplog.records if record.name == "lmkit"]
+    left = "'diversity_penalty=0.5', 'num_beam_groups=2'"
+    assert words == [f"the checkpoint's preset also asks for {left}, which lmkit cannot do: it is left out."]
+
+
 def test_an_option_of_none_is_not_given() -> None:
     """`max_new_tokens=None` leaves the preset's length, as leaving it out does."""
     ends = [reference("t5")[1].eos_token_id]
@@ -258,11 +318,11 @@ def test_a_t5_without_languages_reads_the_text_as_it_is() -> None:
 
 @pytest.mark.parametrize("name", ["bart", "m2m100", "mbart", "marian", "pegasus"])
 def test_a_source_longer_than_the_encoder_is_an_error(name: str) -> None:
-    """A source that the encoder cannot take is an InputTooLongError with both lengths."""
+    """A source that is not to be split and that the encoder cannot take is an InputTooLongError with both lengths."""
     text = "the old sailor " * 60
     length = len(checkpoints.encoded(name, text))
     with pytest.raises(lmkit.InputTooLongError, match=rf"row 0 has {length} tokens.* takes 128\b"):
-        wrapper(name)(text, **checkpoints.languages(name))
+        wrapper(name)(text, split="none", **checkpoints.languages(name))
 
 
 @pytest.mark.parametrize("name", ["bart", "m2m100", "mbart", "marian"])
@@ -302,9 +362,9 @@ def test_a_translation_says_what_it_came_from() -> None:
 
 
 @pytest.mark.parametrize("name", ["t5", "m2m100", "marian", "bart"])
-def test_an_empty_text_is_translated_like_any_other(name: str) -> None:
+def test_an_empty_text_that_is_not_split_is_translated_like_any_other(name: str) -> None:
     """An empty source reads as its special tokens, as `generate` reads it; an empty list gives an empty list."""
-    result = wrapper(name)("", max_new_tokens=12, **checkpoints.languages(name))
+    result = wrapper(name)("", max_new_tokens=12, split="none", **checkpoints.languages(name))
     assert list(result.token_ids) == checkpoints.generated(name, [""], max_new_tokens=12)[0]
     assert wrapper(name)([], **checkpoints.languages(name)) == []
 
