@@ -199,9 +199,8 @@ def test_pieces_never_exceed_what_the_model_takes(name: str) -> None:
     ]
     assert max(map(len, rows)) <= 128
     around = checkpoints.encoded(name, "the")
-    ends = [
-        n for n, (a, b) in enumerate(zip(around[::-1], checkpoints.encoded(name, "sea")[::-1], strict=False)) if a != b
-    ][0]
+    other = checkpoints.encoded(name, "sea")
+    ends = next(n for n, (a, b) in enumerate(zip(around[::-1], other[::-1], strict=False)) if a != b)
     assert all(row[len(row) - ends :] == around[len(around) - ends :] for row in rows)
     inner = [s for s in result.segments if "copied" not in s.notes]
     expected = [checkpoints.encoded(name, text[s.source_start : s.source_end]) for s in inner]
