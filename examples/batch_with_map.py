@@ -23,7 +23,8 @@ def lines() -> Iterator[str]:
 def main() -> None:
     """Print each translation as it comes, and the error of the line that has none."""
     with lmkit.load("seq2seq", CHECKPOINT) as translator:
-        results = translator.map(lines(), on_error="return", source="eng_Latn", target="spa_Latn")
+        # A line is one text here, too long or not; without split="none" it would be translated in pieces.
+        results = translator.map(lines(), on_error="return", split="none", source="eng_Latn", target="spa_Latn")
         for number, result in enumerate(results, start=1):
             if isinstance(result, lmkit.LmkitError):
                 print(f"{number}  failed: {result}")

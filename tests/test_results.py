@@ -61,7 +61,8 @@ def test_to_dict_has_what_can_be_read() -> None:
     assert plain["timing"] == {"seconds": 2.0, "seconds_to_first_token": 0.5, "tokens_per_second": 1.5}
     assert UNMASKING.to_dict()["candidates"][0]["token"] == "a"
     assert UNMASKING.to_dict()["masks"][0]["start"] == 0
-    assert TRANSLATION.to_dict()["segments"] == [{"source_start": 0, "source_end": 3, "start": 0, "end": 5}]
+    segment = {"source_start": 0, "source_end": 3, "start": 0, "end": 5, "notes": []}
+    assert TRANSLATION.to_dict()["segments"] == [segment]
 
 
 @pytest.mark.parametrize("result", ALL, ids=NAMES)

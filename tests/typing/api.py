@@ -73,6 +73,8 @@ def translate() -> None:
     assert_type(result.segments, tuple[lmkit.Segment, ...])
     assert_type(translator(["a", "b"], target=["de", "fr"], source="en"), list[lmkit.Translation])
     assert_type(translator("A long text.", preset="summarization"), lmkit.Translation)
+    assert_type(translator("A {n}.", split="sentence", keep=[r"\{\w+\}", "urls"]), lmkit.Translation)
+    assert_type(translator(["a", "b"], split=["none", None], keep=[["icu"], []])[0].segments, tuple[lmkit.Segment, ...])
     assert_type(translator.languages, Mapping[str, str])
     assert_type(translator.presets, tuple[str, ...])
 
