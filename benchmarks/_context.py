@@ -72,7 +72,7 @@ class Bench:
 
 
 def load(
-    task: Literal["causal", "seq2seq"],
+    task: Literal["causal", "masked", "seq2seq"],
     folder: Path,
     precision: Any = "bfloat16",
     *,
@@ -85,7 +85,7 @@ def load(
     """
     import lmkit
 
-    if not reuse:
+    if not reuse and task != "masked":
         options["prefix_cache_bytes"] = 0
     lmkit_load: Any = lmkit.load  # its options are spelled out for users, not for a dict of them
     return lmkit_load(task, folder, precision, "cpu", **options)

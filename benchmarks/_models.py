@@ -1,4 +1,4 @@
-"""The checkpoints that are measured: SmolLM2-135M-Instruct in bfloat16, and a Marian of the usual size."""
+"""The checkpoints that are measured: SmolLM2-135M-Instruct in bfloat16, a Marian and two BERTs of the usual sizes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import _data
 
+BERT_VOCABULARY = 30522
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MARIAN_VOCABULARY = 58101
 """As many tokens as Helsinki-NLP/opus-mt-en-de has; the last one is padding."""
@@ -76,6 +77,34 @@ def marian(folder: Path) -> Path:
     )
     model.to(torch.bfloat16).save_pretrained(saved)
     marian_tokenizer(saved).save_pretrained(saved)
+    return saved
+
+
+def bert(folder: Path, name: str, *, hidden: int, layers: int) -> Path:
+    """Save a BERT of random weights in float32, with as many tokens as bert-base-uncased; once per folder."""
+    saved = folder / f"bert-random-{name}"
+    if (saved / "tokenizer_config.json").is_file():
+        return saved
+    import torch
+    import transformers
+
+    saved.mkdir(parents=True, exist_ok=True)
+    hf: Any = transformers
+    config = hf.BertConfig(
+        vocab_size=BERT_VOCABULARY,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        intermediate_size=4 * hidden,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = hf.BertForMaskedLM(config)
+    model.save_pretrained(saved)
+    words = sorted({word for text in _data.sentences(2000, seed=1) for word in text.lower().strip(".").split()})
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",", *words]
+    tokens += [f"filler{number}" for number in range(BERT_VOCABULARY - len(tokens))]
+    hf.BertTokenizer(vocab={token: number for number, token in enumerate(tokens)}).save_pretrained(saved)
     return saved
 
 

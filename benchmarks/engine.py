@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import _batches
 import _machine
+import _masks
 import _precisions
+import _scores
 import _shared
 import _streams
 from _context import Bench
@@ -53,6 +55,10 @@ WORKLOADS: dict[str, tuple[Callable[[Bench], Report], str | None]] = {
     "N": (_precisions.loading, None),
     "O": (_precisions.billion, "llama"),
     "P": (_precisions.grids, None),
+    "Q": (_scores.texts_alone, None),
+    "R": (_scores.shared_prompts, None),
+    "S": (_masks.mini, None),
+    "T": (_masks.base, None),
     "U": (_batches.beams, "ctranslate2"),
     "V": (_batches.few_sentences, None),
 }

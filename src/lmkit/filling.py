@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Blanks", "Fill", "Order", "Target", "Way", "fill", "laid_out"]
 
-Order: TypeAlias = Literal["left_to_right", "most_certain"]
+Order: TypeAlias = Literal["left_to_right", "most_certain", "independent"]
 """In which order masks are filled: as they stand, or first the one where the model gives some token the highest
-probability, which depends on what was filled in before."""
+probability, which depends on what was filled in before; or all at once, none knowing the others, in a single pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,11 @@ def fill(blanks: Blanks) -> Asking[tuple[list[list[Fill]], list[Way]]]:
 
 def _search(blanks: Blanks, guesses: Sequence[list[Fill]]) -> Asking[list[Way]]:
     """Follow the `width` best ways from mask to mask."""
+    if blanks.order == "independent":
+        whole: list[Way] = [()]
+        for some in guesses:
+            whole = _best(blanks, [(*way, one) for way in whole for one in some])[: blanks.top_k]
+        return whole
     first = (yield from _next(blanks, ()))[0] if len(guesses) > 1 else 0
     ways: list[Way] = [(one,) for one in guesses[first]]
     for _ in guesses[1:]:
@@ -155,7 +160,7 @@ def _next(blanks: Blanks, way: Way) -> Asking[tuple[int, Found | None]]:
     """Choose the mask to fill next, and tell what was found there, if it was asked for."""
     done = {one.mask for one in way}
     left = [mask for mask in range(len(blanks.parts) - 1) if mask not in done]
-    if blanks.order == "left_to_right":
+    if blanks.order != "most_certain":
         return left[0], None
     places = [laid_out(blanks, way, mask, (blanks.mask,)) for mask in left]
     found = yield [Query(row, place, _count(blanks)) for row, place in places]
@@ -203,7 +208,7 @@ def _chain(blanks: Blanks, way: Way, mask: int, number: int, word: Target) -> As
         wants = [(piece, want) for piece in asked for want in ((word.token_ids[piece],), 1)]
         found = [one[0][1] for one in (yield [Query(row, place + piece, want) for piece, want in wants])]
         surest = max(range(len(asked)), key=lambda n: found[2 * n + 1])
-        logprobs[asked[surest]] = found[2 * surest]
+        logprobs[asked[surest]], pieces[asked[surest]] = found[2 * surest], word.token_ids[asked[surest]]
     return [Fill(mask, word.token_ids, tuple(logprobs[n] for n in range(len(pieces))), tuple(logprobs), number)]
 
 
@@ -219,7 +224,8 @@ def laid_out(blanks: Blanks, way: Way, mask: int, pieces: Sequence[int]) -> tupl
     Returns:
         The row that the model reads, and the place of the mask's first piece in it.
     """
-    filled = {one.mask: one.token_ids for one in way} | {mask: tuple(pieces)}
+    known = () if blanks.order == "independent" else way
+    filled = {one.mask: one.token_ids for one in known} | {mask: tuple(pieces)}
     row = list(blanks.parts[0])
     place = 0
     for number, part in enumerate(blanks.parts[1:]):

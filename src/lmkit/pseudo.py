@@ -92,16 +92,21 @@ def _words(codec: Codec, text: str, token_ids: list[int]) -> Iterator[int]:
     """Number the words that tokens belong to: as the tokenizer says, or by the marks of its pieces."""
     located = codec.located(text)
     given = None if located is None else located[2]
-    pieces = [str(piece) for piece in codec.tokenizer.convert_ids_to_tokens(token_ids)]
-    marked = any(piece.startswith(("Ġ", "▁")) for piece in pieces)
+    tokenizer = codec.tokenizer
+    pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(token_ids)]
+    marked = any(piece.startswith(_STARTS) for piece in pieces)
+    ends = ("</w>", str(tokenizer.unk_token)) if any(piece.endswith("</w>") for piece in pieces) else None
     word = 0
     for place, piece in enumerate(pieces):
-        before = pieces[place - 1] if place else ""
         if given is not None:
-            begins = given[place] != given[place - 1] or piece.startswith(("Ġ", "▁"))
-        elif marked:
-            begins = piece.startswith(("Ġ", "▁"))
+            begins = given[place] != given[place - 1] or piece.startswith(_STARTS)
+        elif ends is not None:
+            begins = pieces[place - 1].endswith(ends)
         else:
-            begins = before.endswith("</w>") if "</w>" in "".join(pieces) else not piece.startswith("##")
+            begins = piece.startswith(_STARTS) if marked else not piece.startswith("##")
         word += begins
         yield word
+
+
+_STARTS = ("Ġ", "▁")
+"""How byte-level and sentencepiece tokenizers mark the pieces that begin a word."""

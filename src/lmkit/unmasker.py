@@ -34,7 +34,8 @@ class UnmaskOptions(TypedDict, total=False):
     consider, one list for all rows or a list of lists.
 
     The rest is for how several masks are filled together. `order` is `"left_to_right"`, or `"most_certain"` for the
-    mask first where the model is surest of a token. `mode` is a `Greedy`, `Sample` or `Beam`, and its values may be
+    mask first where the model is surest of a token, or `"independent"`: none knows the others, in a single pass, as in
+    `masks`. `mode` is a `Greedy`, `Sample` or `Beam`, and its values may be
     written as keywords; left out, the `top_k` best ways are followed from mask to mask. `num_beams` follows as many,
     however many are given. `temperature`, `top_p`, `min_p` or `sample=True` draw `top_k` ways, with a `seed` or a
     fresh one, which the result records. `normalize="tokens"` compares ways by their mean log-probability per token.
@@ -248,9 +249,9 @@ class Unmasker(Wrapper[Job, Unmasking]):
         check_metric(metric)
         check_normalize(normalize, ("none", "tokens", "bytes"))
         self._opened  # noqa: B018 - a closed wrapper refuses here
-        given = rows_of(texts)[0]
-        single = not given or isinstance(given[0], str)
-        lists = choices_of(given, 1 if single else len(given), single=single)
+        given, alone = rows_of(texts)
+        single = alone or not given or isinstance(given[0], str)
+        lists = choices_of(texts if alone else given, 1 if single else len(given), single=single)
         scores = iter(self._scored([text for some in lists for text in some], metric))
         rankings: list[Ranking | LmkitError] = []
         for some in lists:
