@@ -166,7 +166,7 @@ class MaskScorer:
             if self._reader is not None or self._closed or not row:
                 return
             try:
-                reader = Reader(self._model, self._inputs([row[:PROBE]] * 2))
+                reader = Reader(self._model, self._inputs([(row * PROBE)[:PROBE]] * 2))
                 if torch.isfinite(reader.expected).all():
                     reader.body  # noqa: B018 - looked for here, where no other thread runs the model
                     self._reader = reader
