@@ -130,7 +130,7 @@ class _Restoring:
 
     def remove(self) -> None:
         """Take out copies that are too many, each with the white space on one side of it."""
-        while (span := self._taken(self._wanted.__contains__)) is not None:
+        while (span := self._taken(self._known)) is not None:
             start, end = span
             if self.text[:start].endswith((" ", "\N{NO-BREAK SPACE}")) or not start:
                 start, end = max(start - 1, 0), end + (not start and self.text[end : end + 1].isspace())
@@ -157,10 +157,14 @@ class _Restoring:
             self.free.remove(found)
         return found
 
+    def _known(self, text: str) -> bool:
+        """Whether a match is one of the source's, changed or not."""
+        return any(_variants(word).fullmatch(text) for word in self._wanted)
+
     def _another(self, word: str) -> Span | None:
         """Take a match of the placeholder's own pattern that the source does not have."""
         kind = self._kind(word)
-        return self._taken(lambda text: text not in self._wanted and self._kind(text) == kind)
+        return self._taken(lambda text: not self._known(text) and self._kind(text) == kind)
 
     def _changed(self, word: str) -> Span | None:
         """Find a placeholder that was changed, where no other one is."""
