@@ -67,6 +67,19 @@ def memory(folder: str, new_tokens: str) -> dict[str, Any]:
     }
 
 
+def scores(folder: str) -> dict[str, Any]:
+    """Run workload Q with lmkit alone, and return the bytes that were resident at most."""
+    from _scores import scored_texts
+
+    generator = load("causal", Path(folder))
+    texts = scored_texts(generator.tokenizer)
+    generator.score(texts[0])
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak so far was that of loading
+    loaded = _machine.resident_bytes()
+    found = generator.score(texts)
+    return {"loaded": loaded, "peak": _machine.resident_bytes("VmHWM"), "tokens": sum(len(s.tokens) for s in found)}
+
+
 def imports() -> dict[str, Any]:
     """Import what lmkit stands on, the classes of this model included, and return the bytes resident then."""
     from importlib import import_module
@@ -78,5 +91,5 @@ def imports() -> dict[str, Any]:
 
 if __name__ == "__main__":
     measurement, *given = sys.argv[1:]
-    measurements: dict[str, Any] = {"compiled": compiled, "memory": memory, "imports": imports}
+    measurements: dict[str, Any] = {"compiled": compiled, "memory": memory, "scores": scores, "imports": imports}
     print(json.dumps(measurements[measurement](*given)))
