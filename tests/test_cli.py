@@ -196,6 +196,16 @@ def test_translate_takes_languages_and_presets(saved: dict[str, str]) -> None:
     assert "needs source=" in done.stderr
 
 
+def test_translate_takes_how_to_split_and_what_to_keep(saved: dict[str, str]) -> None:
+    """Translate passes split and keep on: pieces of a text as one call gives them, a placeholder in its place."""
+    arguments = ("--source", "en", "--target", "de", "--split", "sentence", "--keep", r"\{\w+\}", "--json")
+    text = "Birds {fly}. Fish swim."
+    done = run("translate", saved["t5"], text, *arguments, "--max-new-tokens", "9")
+    segments = json.loads(done.stdout)["segments"]
+    assert "{fly}" in json.loads(done.stdout)["text"]
+    assert [text[part["source_start"] : part["source_end"]] for part in segments] == ["Birds {fly}.", " ", "Fish swim."]
+
+
 def test_unmask_shows_ways_best_first(saved: dict[str, str]) -> None:
     """Unmask writes a probability and the filled text per way; --target limits the words."""
     done = run("unmask", saved["bert"], "Birds [MASK].", "--top-k", "3")

@@ -209,9 +209,14 @@ class Decoding(Options):
 class Translating(Decoding):
     """The options of `TranslationOptions`."""
 
-    source: Annotated[str | None, typer.Option(help="The text's language, as the checkpoint writes it.")] = None
+    source: Annotated[str | None, typer.Option(help="The text's language: a code or a name, or detect.")] = None
     target: Annotated[str | None, typer.Option(help="The language to translate to.")] = None
     preset: Annotated[str | None, typer.Option(help="What else to do, such as summarization; see lmkit info.")] = None
+    split: Annotated[str | None, typer.Option(help="Where a text is split: sentence, paragraph or none.")] = None
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="What stays as it is: a pattern, or urls, emails, …; repeatable."),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -229,6 +234,7 @@ class Filling(Options):
     targets: Annotated[
         list[str] | None, typer.Option("--target", help="Consider only this word; repeat it for several.")
     ] = None
+    order: Annotated[str | None, typer.Option(help="Which mask to fill first: left_to_right or most_certain.")] = None
 
 
 @dataclass(frozen=True)
