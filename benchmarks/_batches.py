@@ -118,7 +118,7 @@ def translation(
     sources: list[list[int]] = [list(translator.tokenizer(text)["input_ids"]) for text in texts]
     ours = lmkit_side(translator, texts, sources, **forced(beams))
     model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.bfloat16)
-    options = {"num_beams": beams} if beams > 1 else {}
+    options: dict[str, Any] = {"num_beams": beams} if beams > 1 else {}
     static = contenders(static_sides(model, sources, [FORCED] * count, min_new_tokens=FORCED, **options))
     peers = contenders(ctranslate2_sides(bench, sources, beams)) if targets[1] else []
     report = measured(bench, workload, [ours, *static, *peers], warm=[ours])
@@ -130,7 +130,7 @@ def translation(
     return report
 
 
-def forced(beams: int) -> dict[str, int]:
+def forced(beams: int) -> dict[str, Any]:
     """Ask lmkit for as many tokens as every side writes."""
     return {"max_new_tokens": FORCED, "min_new_tokens": FORCED} | ({"num_beams": beams} if beams > 1 else {})
 

@@ -110,7 +110,8 @@ def _torch_kernel(
     if bias is not None and mask is not None:
         mask = bias.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else bias + mask
     added = bias if mask is None else mask
-    return torch.nn.functional.scaled_dot_product_attention(*states, attn_mask=added, scale=scaling)
+    query, key, value = states
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scaling)
 
 
 def _products(
