@@ -88,7 +88,7 @@ def lmkit_side(unmasker: Any, given: Sequence[str], tokens: Sequence[int], name:
 def pipeline_side(
     folder: Path, given: Sequence[str], tokens: Sequence[int], name: str, *, size: int = 1, dtype: Any = "auto"
 ) -> Side:
-    """transformers' own pipeline, in the precision of the checkpoint unless told otherwise."""
+    """Run transformers' own pipeline, in the precision of the checkpoint unless told otherwise."""
     import transformers
 
     hf: Any = transformers

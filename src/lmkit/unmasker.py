@@ -83,7 +83,7 @@ class Unmasker(Wrapper[Job, Unmasking]):
         """Take over a loaded model; `lmkit.load` calls this."""
         super().__init__(loaded)
         self._texts = MaskedTexts(self._codec, self._plan.context_length, self.name)
-        self._scorer: MaskScorer | None = MaskScorer(loaded.model, self.tokenizer.pad_token_id or 0)
+        self._scorer: MaskScorer | None = MaskScorer(loaded.model, self._codec.tokenizer.pad_token_id or 0)
 
     def close(self) -> None:
         """Give the memory back."""

@@ -86,6 +86,14 @@ def unmask() -> None:
     assert_type(result.masks[0].candidates[0].score, float)
     assert_type(unmasker(["a [MASK]", "b [MASK]"], targets=[["x"], ["y"]]), list[lmkit.Unmasking])
     assert_type(unmasker(prompts(), targets=["x", "y"]), list[lmkit.Unmasking])
+    assert_type(unmasker("[MASK]", order="most_certain", num_beams=4).candidates[0].fills, tuple[str, ...])
+    assert_type(
+        unmasker(["[MASK]"], order=["independent"], mode=[lmkit.Sample(top_p=0.9)], seed=[1])[0].seed, int | None
+    )
+    assert_type(unmasker.score("a", metric="within_word_l2r"), lmkit.Score)
+    assert_type(unmasker.score(prompts()), list[lmkit.Score])
+    assert_type(unmasker.rank(["a", "b"], normalize="tokens"), lmkit.Ranking)
+    assert_type(unmasker.rank([["a", "b"], ["c"]]), list[lmkit.Ranking])
 
 
 # map: errors are in the type only where they are returned.

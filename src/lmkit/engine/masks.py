@@ -130,7 +130,7 @@ class MaskScorer:
 
     def run(self, askings: Iterable[Asking[T]], cancelled: threading.Event | None = None) -> list[T | LmkitError]:
         """Answer all who ask, round by round; one whose question fails ends with its error, and the others go on."""
-        guarded: Iterable[Any] = (_guarded(asking) for asking in askings)
+        guarded: Any = (_guarded(asking) for asking in askings)  # what these are sent may be errors
         together: Any = parallel(guarded)
         found: Any = None
         while True:
@@ -153,16 +153,17 @@ class MaskScorer:
             rows.setdefault(query.token_ids, {}).setdefault(query.place, []).append(number)
         found: dict[int, Found | EngineError] = {}
         try:
-            self._prepare(min(rows, key=len, default=()))
-            for batch in self._batches(rows):
-                found |= self._attempt(queries, rows, batch, cancelled)
+            with quiet():
+                self._prepare(min(rows, key=len, default=()))
+                for batch in self._batches(rows):
+                    found |= self._attempt(queries, rows, batch, cancelled)
         finally:
             release_pool()
         return [found[number] for number in range(len(queries))]
 
     def _prepare(self, row: tuple[int, ...]) -> None:
         """Find out, once, how the head runs at chosen places only; a model that fails here will fail with its rows."""
-        with self._turn, torch.no_grad(), quiet():
+        with self._turn, torch.no_grad():
             if self._reader is not None or self._closed or not row:
                 return
             try:
@@ -201,7 +202,7 @@ class MaskScorer:
     ) -> dict[int, Found | EngineError]:
         """Answer what is asked of some rows; if that fails, of each half, so that one does not take others down."""
         try:
-            with self._turn, torch.no_grad(), quiet():
+            with self._turn, torch.no_grad():
                 if not (self._closed or (cancelled is not None and cancelled.is_set())):
                     return self._answers(queries, rows, batch)
             failed = EngineError(CLOSED)
