@@ -126,8 +126,8 @@ def present(device: str | int | torch.device, machine: Machine, *, absent: bool 
         there = listed(sorted(machine.devices))
         msg = f"the device {device!r} is not on this machine, which has {there}: pass one of those, or 'auto'."
         if absent or planned:
-            kinds = listed(f"{kind}:0" for kind in ACCELERATORS)
-            msg += f" A plan also takes devices that are not here, with budgets in bytes: {kinds}, …"
+            others = listed(f"{kind}:0" for kind in ACCELERATORS)
+            msg += f" A plan also takes devices that are not here, with budgets in bytes: {others}, …"
         raise PlacementError(msg)
     return name
 
