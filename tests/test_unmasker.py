@@ -1,6 +1,8 @@
 import itertools
 import math
 import re
+import threading
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -313,6 +315,55 @@ def test_verbs_give_what_a_call_gives() -> None:
     assert [r.candidates[0].token_id for r in mapped[:-1]] == [r.candidates[0].token_id for r in expected]
     assert isinstance(mapped[-1], lmkit.OptionError)
     assert wrapper("bert")([]) == []
+
+
+def test_a_map_reads_a_bounded_number_ahead() -> None:
+    """An endless iterable is filled as it comes; no more than 256 texts are read beyond those that were given."""
+    read = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal read
+        while True:
+            read += 1
+            yield "Birds [MASK]."
+
+    results = wrapper("bert").map(endless(), top_k=1)
+    for taken in range(1, 200):
+        assert next(results).text == "Birds [MASK]."
+        assert read - taken <= 256
+    results.close()
+
+
+def test_a_call_that_is_cancelled_reads_no_further() -> None:
+    """Once its caller has gone, what is left of a call is not read, even inside one round."""
+    gone = threading.Event()
+    texts = [f"{'the ' * length}[MASK]" for length in range(10, 120)]
+    unmasker = wrapper("bert")
+    jobs = unmasker._valid(texts, {})
+    with checkpoints.forwards(unmasker.model.bert) as seen:
+        list(unmasker._run(jobs))
+        whole = len(seen)
+        seen.clear()
+        with checkpoints.before_forwards(unmasker.model.bert, lambda _step, _kwargs: gone.set()):
+            assert list(unmasker._run(jobs, cancelled=gone)) != []
+        assert (len(seen), whole > 2) == (1, True)
+
+
+def test_threads_share_a_model() -> None:
+    """Calls from several threads at a time get what each gets alone."""
+    given = texts("roberta") * 3
+    expected = [[c.token_ids for c in r.candidates] for r in wrapper("roberta")(given)]
+    found: dict[int, Any] = {}
+
+    def run(number: int) -> None:
+        found[number] = [[c.token_ids for c in r.candidates] for r in wrapper("roberta")(given)]
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict.fromkeys(range(4), expected)
 
 
 def test_a_stream_raises_a_rows_error_in_its_place() -> None:
