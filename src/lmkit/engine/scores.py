@@ -301,8 +301,9 @@ def _scored(
     for first in range(0, len(places), size):
         number, column, target = torch.tensor(places[first : first + size]).T
         scores = head(hidden[number, column]).float()
-        chosen = scores.gather(-1, target.to(scores.device)[:, None])[:, 0]
-        logprobs += (chosen - scores.logsumexp(-1)).tolist()
-        likeliest += (chosen >= scores.amax(-1)).tolist()
-    values, best = iter(logprobs), iter(likeliest)
-    return [Scored(tuple(islice(values, n)), all(list(islice(best, n)))) for n in lengths]
+        best, chosen = scores.amax(-1), scores.gather(-1, target.to(scores.device)[:, None])[:, 0]
+        total = scores.sub_(best[:, None]).exp_().sum(-1).log()  # in place, and with the maximum that is known
+        logprobs += (chosen - best - total).tolist()
+        likeliest += (chosen >= best).tolist()
+    values, firsts = iter(logprobs), iter(likeliest)
+    return [Scored(tuple(islice(values, n)), all(list(islice(firsts, n)))) for n in lengths]
