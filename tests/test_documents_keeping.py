@@ -70,6 +70,17 @@ def test_matches_that_overlap_are_one() -> None:
         ([3], "keep=[3] is not accepted"),
         ([""], "keep takes regular expressions, or names among 'emails', 'icu', 'printf', 'tags', 'urls'"),
         (True, "keep=True is not accepted"),
+        (re.compile("x"), "of a compiled pattern pass pattern.pattern"),
+        ([re.compile("x")], "of a compiled pattern pass pattern.pattern"),
+        (
+            ["icu", "url"],
+            "'url'. Did you mean 'urls'? If the word itself is to be kept, write it as '(?:url)'.",
+        ),
+        ("Urls", "keep has 'Urls'. Did you mean 'urls'?"),
+        (["URLS"], "Did you mean 'urls'?"),
+        (["email"], "Did you mean 'emails'?"),
+        (["html"], "Did you mean 'tags'?"),
+        (["print"], "Did you mean 'printf'?"),
     ],
 )
 def test_a_wrong_pattern_is_an_error(keep: Any, words: str) -> None:
@@ -79,6 +90,12 @@ def test_a_wrong_pattern_is_an_error(keep: Any, words: str) -> None:
     assert words in str(caught.value)
     if "regular expression: " in words:
         assert isinstance(caught.value.__cause__, re.error)
+
+
+@pytest.mark.parametrize("word", ["(?:url)", "Lisbon", "HTML", "x", "日本"])
+def test_other_words_are_patterns(word: str) -> None:
+    """A bare word far from the ready names is a pattern, and a group says that any word is one."""
+    assert patterns([word]) == (re.compile(word),)
 
 
 # What is put right

@@ -38,11 +38,14 @@ def patterns(keep: object) -> tuple[re.Pattern[str], ...]:
     """Compile what `keep=` holds: regular expressions, and names from `READY`.
 
     Raises:
-        OptionError: It is not a list of strings, or one is no regular expression.
+        OptionError: It is not a list of strings, or one is no regular expression, or a ready name misspelt.
     """
     given = [keep] if isinstance(keep, str) else keep or ()
     if not isinstance(given, Sequence) or not all(isinstance(item, str) and item for item in given):
-        msg = f"keep={keep!r} is not accepted: keep takes regular expressions, or names among {listed(READY)}."
+        msg = (
+            f"keep={keep!r} is not accepted: keep takes regular expressions, or names among {listed(READY)}, as "
+            "strings; of a compiled pattern pass pattern.pattern, with flags such as (?i) in it."
+        )
         raise OptionError(msg)
     return _compiled(tuple(given))
 
@@ -51,12 +54,24 @@ def patterns(keep: object) -> tuple[re.Pattern[str], ...]:
 def _compiled(given: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
     found = []
     for item in given:
+        if item not in READY and item.isalpha() and (hint := _meant(item)):
+            msg = f"keep has {item!r}.{hint} If the word itself is to be kept, write it as '(?:{item})'."
+            raise OptionError(msg)
         try:
             found.append(re.compile(READY.get(item, item)))
         except re.error as error:
             msg = f"keep has {item!r}, which is no regular expression: {error}.{nearest(item, READY)}"
             raise OptionError(msg) from error
     return tuple(found)
+
+
+def _meant(word: str) -> str:
+    """Return a hint at the ready name that a bare word may stand for, or nothing."""
+    return nearest({"html": "tags", "xml": "tags"}.get(word, word).lower(), READY) if len(word) > _SHORT else ""
+
+
+_SHORT = 2
+"""So many letters are a pattern, whatever they begin like."""
 
 
 def kept(text: str, found_by: Sequence[re.Pattern[str]], start: int = 0) -> list[Span]:
