@@ -176,6 +176,9 @@ def test_what_cannot_be_scored_says_why(texts: Any, options: dict[str, Any], wor
         ([], "none", "pass a list of texts"),
         ("Birds", "none", "pass a list of texts"),
         ([["Birds"], []], "none", "row 1"),
+        (["Birds", ""], "none", "row 0, choice 1, '', has no token to score"),
+        ([["Birds", "He"], ["He", ""]], "none", "row 1, choice 1, '', has no token to score"),
+        ([["Birds", "He"], ["<mask>", "He"]], "none", "row 1, choice 0 has a mask, '<mask>'"),
     ],
 )
 def test_what_cannot_be_ranked_says_why(texts: Any, normalize: Any, words: str) -> None:

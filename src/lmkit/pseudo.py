@@ -49,8 +49,10 @@ def check_metric(metric: object) -> None:
         raise OptionError(msg)
 
 
-def hidden(codec: Codec, text: str, metric: Metric, row: int) -> Hidden:
+def hidden(codec: Codec, text: str, metric: Metric, name: str) -> Hidden:
     """Say which tokens of a text are scored, and what is masked for each: special tokens are neither.
+
+    Messages call the text by `name`.
 
     Raises:
         OptionError: There is no token to score.
@@ -60,7 +62,7 @@ def hidden(codec: Codec, text: str, metric: Metric, row: int) -> Hidden:
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     scored = [n for n in range(before, len(token_ids) - after) if token_ids[n] not in special]
     if not scored:
-        msg = f"row {row}, {text!r}, has no token to score: pass a text."
+        msg = f"{name}, {text!r}, has no token to score: pass a text."
         raise OptionError(msg)
     places: list[tuple[int, ...]] = [(place,) for place in scored]
     if metric == "within_word_l2r":

@@ -252,7 +252,8 @@ class Unmasker(Wrapper[Job, Unmasking]):
         given, alone = rows_of(texts)
         single = alone or not given or isinstance(given[0], str)
         lists = choices_of(texts if alone else given, 1 if single else len(given), single=single)
-        scores = iter(self._scored([text for some in lists for text in some], metric))
+        names = [f"row {row}, choice {number}" for row, some in enumerate(lists) for number in range(len(some))]
+        scores = iter(self._scored([text for some in lists for text in some], metric, names))
         rankings: list[Ranking | LmkitError] = []
         for some in lists:
             found = list(itertools.islice(scores, len(some)))
@@ -260,14 +261,16 @@ class Unmasker(Wrapper[Job, Unmasking]):
             rankings.append(failed or ranking(some, whole(found), normalize))
         return whole(rankings)[0] if single else whole(rankings)
 
-    def _scored(self, texts: Sequence[str], metric: Metric) -> list[Score | LmkitError]:
-        for row, text in enumerate(texts):
+    def _scored(
+        self, texts: Sequence[str], metric: Metric, names: Sequence[str] | None = None
+    ) -> list[Score | LmkitError]:
+        """Score texts; messages call each by its name, or by its row."""
+        named = list(zip(names or [f"row {row}" for row in range(len(texts))], texts, strict=True))
+        for name, text in named:
             if (mask := self._texts.pattern.search(text)) is not None:
-                msg = (
-                    f"row {row} has a mask, {mask[0]!r}, and score takes whole texts: fill it first, or call the model."
-                )
+                msg = f"{name} has a mask, {mask[0]!r}, and score takes whole texts: fill it first, or call the model."
                 raise OptionError(msg)
-        given = [hidden(self._codec, text, metric, row) for row, text in enumerate(texts)]
+        given = [hidden(self._codec, text, metric, name) for name, text in named]
         found: list[Score | LmkitError] = []
         for start in range(0, len(given), TEXTS):
             askings = (pseudo(self._codec, one, self._plan.context_length) for one in given[start : start + TEXTS])
