@@ -299,6 +299,35 @@ def test_a_t5_takes_names_too() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "told", [("en", "de", None), (None, None, "translation_en_to_de")], ids=["languages", "preset"]
+)
+def test_a_prefix_by_hand_is_not_written_twice(told: tuple[str | None, ...]) -> None:
+    """A text that begins with the prefix asked for is read once with it; one with another's prefix is an error."""
+    model, tokenizer = reference("t5")
+    found = languages_of(tokenizer, model.config)
+    prefix = "translate English to German: "
+    prepared = found.prepare(prefix + TEXT, *told)
+    assert ids_of(tokenizer, prepared) == tokenizer(prefix + TEXT)["input_ids"]
+    assert prepared == found.prepare(TEXT, *told)
+    other = next(name for name in found.presets if name != "translation_en_to_de" and found.presets[name].get("prefix"))
+    refused = lmkit.LanguageError if told[0] else lmkit.OptionError
+    with pytest.raises(refused, match=f"the prefix of '{other}', but 'translation_en_to_de' is asked for"):
+        found.prepare(found.presets[other]["prefix"] + TEXT, *told)
+
+
+def test_the_prompt_of_a_text_with_its_prefix() -> None:
+    """A T5 reads as many tokens of a text with its prefix as transformers writes, and translates what is behind it."""
+    folder = str(Path(__file__).parent.parent / "examples" / "checkpoints" / "numbers-t5")
+    text = "translate English to German: seventeen"
+    with lmkit.load("seq2seq", folder, "float32", "cpu") as translator:
+        expected = len(hf.AutoTokenizer.from_pretrained(folder)(text)["input_ids"])
+        for told in ({"source": "en", "target": "de"}, {"preset": "translation_en_to_de"}):
+            for split in ("none", "paragraph", "sentence"):
+                result = translator(text, split=split, **told)
+                assert (result.prompt_tokens, result.text) == (expected, "siebzehn"), (told, split)
+
+
 @pytest.mark.parametrize("name", ["t5", "m2m100", "marian", "marian_group", "bart"])
 def test_what_is_no_word_is_no_language(name: str) -> None:
     """A number or bytes in the place of a language is a LanguageError, whatever the family."""

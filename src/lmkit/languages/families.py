@@ -14,6 +14,8 @@ from lmkit.languages.names import Names, Resolver, is_group, standard, unknown
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from lmkit.errors import LmkitError
+
 __all__ = ["Languages", "Prepared", "languages_of"]
 
 Scheme: TypeAlias = Literal["codes", "tags", "pair", "prefixes", "none"]
@@ -87,8 +89,9 @@ class Languages:
         """Write a text as the family wants it; without a text, only check what else is given.
 
         Raises:
-            LanguageError: A language is missing, not one the checkpoint speaks, or not to be detected.
-            OptionError: The preset is unknown, or given together with languages.
+            LanguageError: A language is missing, not one the checkpoint speaks, not to be detected, or not that of
+                the prefix or tag in the text.
+            OptionError: The preset is unknown, given together with languages, or not that of the prefix in the text.
             MissingExtraError: A language is not written as the checkpoint writes it, or to be detected, and the
                 packages that can do that are not installed.
         """
@@ -113,10 +116,19 @@ class Languages:
         pair = _PAIR.fullmatch(preset)
         return self._prefix(text, preset, *(pair.groups() if pair else (None, None)))
 
-    def _prefix(self, text: str, preset: str, source: str | None, target: str | None) -> Prepared:
+    def _prefix(
+        self, text: str, preset: str, source: str | None, target: str | None, error: type[LmkitError] = OptionError
+    ) -> Prepared:
+        """Put a preset's prefix before a text, unless it is there; `error` is raised where another's is."""
         values = dict(self.presets[preset])
         prefix = str(values.pop("prefix", None) or "")
-        return Prepared(prefix + text, source=source, target=target, preset=values, prefix=prefix)
+        if not (prefix and text.startswith(prefix)):
+            for other, told in self.presets.items():
+                if (begun := str(told.get("prefix") or "")).strip() and text.startswith(begun):
+                    msg = f"the text begins with {begun!r}, the prefix of {other!r}, but {preset!r} is asked for: "
+                    raise error(msg + "leave one out.")
+            text = prefix + text
+        return Prepared(text, source=source, target=target, preset=values, prefix=prefix)
 
     def _detected(self, text: str | None) -> str | None:
         if self.scheme not in {"codes", "prefixes"} and self.tag != _MADLAD:
@@ -202,7 +214,7 @@ class Languages:
             pairs = listed(sorted(preset for preset in self.presets if _PAIR.fullmatch(preset)))
             msg = f"this checkpoint does not translate {codes[0]!r} to {codes[1]!r}. It has: {pairs}."
             raise LanguageError(msg)
-        return self._prefix(text, name, *codes)
+        return self._prefix(text, name, *codes, error=LanguageError)
 
 
 _MADLAD = ("<2", ">")
