@@ -239,6 +239,13 @@ def test_a_target_that_cannot_be_written_is_an_error(name: str, word: str) -> No
         wrapper(name)("Birds [MASK].", targets=["the", word])
 
 
+@pytest.mark.parametrize("word", ["[PAD]", "[MASK]", "the [SEP]"])
+def test_a_special_token_is_no_target(word: str) -> None:
+    """What the tokenizer reads as a special token is no word to fill in, alone or beside words."""
+    with pytest.raises(lmkit.OptionError, match=rf"target '{re.escape(word)}' cannot .* special tokens are no words"):
+        wrapper("bert")("Birds [MASK].", targets=["the", word])
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

@@ -24,6 +24,9 @@ __all__ = ["Job", "MaskedTexts"]
 _WORD_STARTS = ("Ġ", "▁")
 """How byte-level and sentencepiece tokenizers mark the pieces that begin a word."""
 
+_SHOWN = 60
+"""How many characters of a target a message repeats."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -103,17 +106,18 @@ class MaskedTexts:
         """Return the tokens of a word: the one that it is, if there is one with or without a space before it."""
         ways = [f" {word}", word] if spaced else [word]
         encoded = [tuple(self._codec.encode(way, special=False)) for way in ways]
-        known = [token_ids for token_ids in encoded if token_ids and self._unknown not in token_ids]
+        special = {self._unknown, *self._codec.tokenizer.all_special_ids}  # none of these is a word
+        known = [token_ids for token_ids in encoded if token_ids and special.isdisjoint(token_ids)]
         if not known:
             pieces = self._codec.tokenizer.convert_ids_to_tokens(list(encoded[0]))
             msg = (
-                f"the target {word!r} cannot be written with this checkpoint's vocabulary: it would be {pieces}. "
-                "Choose another word."
+                f"the target {_shown(word)} cannot be written with this checkpoint's vocabulary: it would be "
+                f"{_shown(pieces)}, and unknown or special tokens are no words. Choose another word."
             )
             raise OptionError(msg)
         best = next((token_ids for token_ids in known if len(token_ids) == 1), known[0])
         if self._limit is not None and len(best) > (room := self._limit - sum(self._codec.around)):
-            msg = f"the target {word!r} has {len(best)} tokens, and the model takes {room}: choose a shorter one."
+            msg = f"the target {_shown(word)} has {len(best)} tokens, and the model takes {room}: choose a shorter one."
             raise OptionError(msg)
         return best
 
@@ -214,3 +218,7 @@ class MaskedTexts:
         """Whether the tokenizer marks the pieces that begin a word, as byte-level and sentencepiece ones do."""
         pieces = self._codec.tokenizer.convert_ids_to_tokens(self._codec.encode("a a", special=False))
         return any(str(piece).startswith(_WORD_STARTS) for piece in pieces)
+
+
+def _shown(given: object) -> str:
+    return written if len(written := repr(given)) <= _SHOWN else written[:_SHOWN] + "…"
