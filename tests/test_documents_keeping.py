@@ -147,6 +147,13 @@ def test_copies_too_many_are_taken_out() -> None:
     assert put_right("Hi {a} {a}", "Salut {a} {a} {a}!", *ALL) == ("Salut {a} {a}!", ("removed",))
 
 
+def test_words_of_the_model_stay_whole() -> None:
+    """A match inside a word is no copy too many, and nothing is put in beside a hyphen."""
+    assert put_right("seventeen X", "dix-sept", "(?i)x") == ("dix-sept X", ("inserted", "unmatched"))
+    assert put_right("one X two", "dix-sept", "X") == ("X dix-sept", ("inserted",))
+    assert put_right("日本", "日本は日本", "日本") == ("日本は", ("removed",))
+
+
 def test_what_the_model_made_up_stays_and_is_noted() -> None:
     """A match that the source lacks is the model's text: it stays, and `"unmatched"` is noted."""
     assert put_right("five {n}", "5 {n}", r"\d+", "icu") == ("5 {n}", ("unmatched",))

@@ -393,7 +393,7 @@ def test_a_tokenizer_in_python_knows_what_was_seen() -> None:
 def test_a_target_longer_than_the_model_is_an_error() -> None:
     """A target that leaves no room is an OptionError, which shows its beginning."""
     with pytest.raises(
-        lmkit.OptionError, match="the target '[the ]{59}… has 150 tokens, and the model takes 126: choose a shorter one"
+        lmkit.OptionError, match=r"target '[the ]{59}… has 150 tokens, and the model takes 126: choose a shorter"
     ):
         wrapper("bert")("Birds [MASK].", targets=["the " * 150])
 

@@ -144,7 +144,8 @@ class _Restoring:
                     self._write(number)
 
     def remove(self) -> None:
-        """Take out copies that are too many, each with the white space on one side of it."""
+        """Take out copies that are too many, each with the white space on one side of it; parts of words stay."""
+        self.free = [span for span in self.free if not any(map(self._in_word, span))]
         while (span := self._taken(self._known)) is not None:
             start, end = span
             if self.text[:start].endswith((" ", "\N{NO-BREAK SPACE}")) or not start:
@@ -171,6 +172,12 @@ class _Restoring:
         if found is not None:
             self.free.remove(found)
         return found
+
+    def _in_word(self, at: int) -> bool:
+        """Whether a place is between two letters of a word."""
+        return (
+            self.text[at - 1 : at].isalnum() and self.text[at : at + 1].isalnum() and not _BORDER.match(self.text, at)
+        )
 
     def _known(self, text: str) -> bool:
         """Whether a match is one of the source's, changed or not."""
@@ -243,8 +250,9 @@ def _gap(beside: str, edge: str, in_source: str) -> str:
 
 
 _SPACES = regex.compile(r"\s+")
-_BORDERS = regex.compile(r"(?w)\b")
-"""Borders of words by Unicode's rules, which has them between the letters of scripts without spaces, too."""
+_BORDER = regex.compile(r"(?w)\b")
+"""A border of a word by Unicode's rules, which has them between the letters of scripts without spaces, too."""
+_BORDERS = regex.compile(r"(?w)\b(?<![-‐‑])(?![-‐‑])")  # hyphens hold words together
 
 
 def _moved(span: Span, end: int, shift: int) -> Span:
