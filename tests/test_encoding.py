@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 import lmkit
-from checkpoints import CAUSAL, MASKED, SEQ2SEQ, reference, texts
+from checkpoints import CAUSAL, MASKED, SEQ2SEQ, reference, texts, wrapper
 from lmkit.encoding import Codec, fit
 
 
@@ -80,6 +80,37 @@ def test_a_long_input_says_both_lengths() -> None:
     message = str(caught.value)
     assert message.startswith("row 3 has 10 tokens, the model takes 4: shorten or split the text")
     assert "truncate='left' or truncate='right'" in message
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "m2m100", "xlm"])
+def test_half_a_character_is_refused(name: str) -> None:
+    """A lone surrogate is lmkit's own error wherever a text is encoded; what the message proposes can be encoded."""
+    text = "a\U0001f600\ud83d b"
+    shared = codec(name)
+    for encode in (shared.encode, shared.encode_target, *([shared.located] if shared.tokenizer.is_fast else [])):
+        with pytest.raises(lmkit.OptionError, match=r"a text has '\\ud83d' at character 2, .* \(a lone surrogate\)"):
+            encode(text)
+    mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert mended == "a\U0001f600\ufffd b"
+    assert shared.encode(mended) == reference(name)[1](mended)["input_ids"]
+
+
+def test_a_row_with_half_a_character_takes_no_other_down() -> None:
+    """Every kind of wrapper names the row and the character, and `map` returns the error in the row's place."""
+    for name, good, options in (
+        ("gpt2", "Birds fly", {"max_new_tokens": 2}),
+        ("m2m100", "Birds fly", {"max_new_tokens": 2, "source": "en", "target": "fr"}),
+        ("bert", f"Birds {reference('bert')[1].mask_token}", {}),
+    ):
+        model: Any = wrapper(name)
+        found = list(model.map([good, good + "\ud800", good], on_error="return", **options))
+        assert isinstance(found[1], lmkit.OptionError)
+        assert f"row 1 has '\\ud800' at character {len(good)}" in str(found[1])
+        assert not any(isinstance(one, lmkit.LmkitError) for one in (found[0], found[2]))
+    with pytest.raises(lmkit.OptionError, match="lone surrogate"):
+        wrapper("bert")(f"Birds {reference('bert')[1].mask_token}", targets=["\ud800"])
+    with pytest.raises(lmkit.OptionError, match="lone surrogate"):
+        wrapper("gpt2").rank("Birds", ["fly", "\ud800"])
 
 
 def test_threads_share_one_tokenizer() -> None:

@@ -13,7 +13,26 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Codec"]
+__all__ = ["Codec", "checked"]
+
+
+def checked(text: str, what: str = "a text") -> str:
+    """Return a text that has only characters; `what` names it in the message.
+
+    Raises:
+        OptionError: It has a lone surrogate, which no tokenizer can read.
+    """
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            msg = (
+                f"{what} has {text[error.start]!r} at character {error.start}, which is half of a character (a lone "
+                "surrogate): mend or remove it, for example with text.encode('utf-16', 'surrogatepass')"
+                ".decode('utf-16', 'replace')."
+            )
+            raise OptionError(msg) from error
+    return text
 
 
 class Codec:
@@ -32,7 +51,7 @@ class Codec:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the text's token ids, with the checkpoint's special tokens around them if `special`."""
         with self._lock:
-            token_ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+            token_ids: list[int] = self.tokenizer(checked(text), add_special_tokens=special, verbose=False)["input_ids"]
         return token_ids[self._doubled(token_ids) :] if special else token_ids
 
     def _doubled(self, token_ids: list[int]) -> bool:
@@ -49,7 +68,7 @@ class Codec:
         if not self.tokenizer.is_fast:
             return None
         with self._lock:
-            found = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
+            found = self.tokenizer(checked(text), return_offsets_mapping=True, verbose=False)
         columns = found["input_ids"], found["offset_mapping"], found.word_ids()
         first = self._doubled(columns[0])
         return columns[0][first:], columns[1][first:], columns[2][first:]
@@ -57,7 +76,7 @@ class Codec:
     def encode_target(self, text: str) -> list[int]:
         """Return the token ids of an answer, which some encoder-decoders write with another vocabulary."""
         with self._lock:
-            token_ids: list[int] = self.tokenizer(text_target=text, verbose=False)["input_ids"]
+            token_ids: list[int] = self.tokenizer(text_target=checked(text), verbose=False)["input_ids"]
         return token_ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> tuple[str, list[int]]:

@@ -312,7 +312,7 @@ class Generator(Writer[Generation]):
             msg = f"row {row} is a text, and template= belongs to chats: leave it out, or pass messages."
             raise OptionError(msg)
         else:
-            prompt, token_ids, around = given, self._codec.encode(given), self._codec.around
+            prompt, token_ids, around = given, self._codec.encode(text_of(given, row)), self._codec.around
         token_ids = token_ids or self._beginning(row)
         context = self._plan.context_length
         # One place of the context is needed for the first new token.

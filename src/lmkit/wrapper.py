@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from lmkit.background import a_thread, finished
-from lmkit.encoding import Codec
+from lmkit.encoding import Codec, checked
 from lmkit.errors import EngineError, LmkitError, OptionError
 from lmkit.fitting import ModulePlan
 from lmkit.ordering import Rows
@@ -313,10 +313,10 @@ def text_of(given: Any, row: int, what: str = "a text") -> str:
     """Return a row that is a text.
 
     Raises:
-        OptionError: It is something else.
+        OptionError: It is something else, or has a lone surrogate.
     """
     if isinstance(given, str):
-        return given
+        return checked(given, f"row {row}")
     shown = repr(given) if len(repr(given)) <= LONGEST_SHOWN else f"an object of type {type(given).__name__}"
     msg = f"row {row} is {shown}, not {what}: pass {what}, or a list of them."
     raise OptionError(msg)
