@@ -338,6 +338,15 @@ def test_what_is_no_word_is_no_language(name: str) -> None:
             })  # fmt: skip
 
 
+def test_what_is_no_word_is_no_preset() -> None:
+    """A number or bytes in the place of a preset is an OptionError, also where there are no presets."""
+    for name in ("t5", "m2m100"):
+        for value in (3, b"summarization"):
+            preset: Any = value
+            with pytest.raises(lmkit.OptionError, match=f"preset={value!r} is not accepted: it takes a name"):
+                languages_of(reference(name)[1], reference(name)[0].config).prepare(TEXT, None, None, preset)
+
+
 # Threads
 
 

@@ -99,6 +99,9 @@ class Languages:
             if word is not None and not isinstance(word, str):
                 msg = f"{which}={word!r} is not a language: pass a code or a name, such as 'fr' or 'French'."  # type: ignore[unreachable]
                 raise LanguageError(msg)
+        if preset is not None and not isinstance(preset, str):
+            msg = f"preset={preset!r} is not accepted: it takes a name from Translator.presets."  # type: ignore[unreachable]
+            raise OptionError(msg)
         if preset is not None:
             return self._preset(text or "", preset, [name for name in (source, target) if name is not None])
         if source == DETECT:
