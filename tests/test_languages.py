@@ -347,6 +347,44 @@ def test_what_is_no_word_is_no_preset() -> None:
                 languages_of(reference(name)[1], reference(name)[0].config).prepare(TEXT, None, None, preset)
 
 
+@pytest.mark.parametrize(
+    "word, code",
+    [
+        ("Francais", "fr"),
+        ("francáis", "fr"),
+        ("espanol", "es"),
+        ("Portugues", "pt"),
+        ("Turkce", "tr"),
+        ("cestina", "cs"),
+    ],
+)
+def test_accents_may_be_left_out_of_a_name(word: str, code: str) -> None:
+    """A name without its accents, or with wrong ones, means what it means with them."""
+    found = languages_of(reference("m2m100")[1], object())
+    assert found.prepare(TEXT, "en", word, None).target == code
+
+
+@pytest.mark.parametrize("word", ["tata", "kreyol", "norstina"])
+def test_a_name_that_is_two_languages_without_accents_is_none(word: str) -> None:
+    """What only accents tell apart is not guessed: `kreyòl` is Haitian, `kréyol` Louisiana Creole."""
+    with pytest.raises(lmkit.LanguageError, match="is not a language of this checkpoint"):
+        languages_of(reference("m2m100")[1], object()).prepare(TEXT, "en", word, None)
+
+
+@pytest.mark.parametrize("name, detects", [("m2m100", True), ("t5", True), ("marian_group", False)])
+def test_an_unknown_source_mentions_detection_where_there_is_some(name: str, *, detects: bool) -> None:
+    """The message of an unknown source ends with 'detect' where that is accepted, that of a target never does."""
+    found = languages_of(reference(name)[1], reference(name)[0].config)
+    target = next(iter(found.codes))
+    for word in ("Detekt", "Detect"):
+        with pytest.raises(lmkit.LanguageError) as caught:
+            found.prepare(TEXT, word, target, None)
+        assert str(caught.value).endswith(", or 'detect'.") == detects
+        with pytest.raises(lmkit.LanguageError) as caught:
+            found.prepare(TEXT, "en", word, None)
+        assert "'detect'" not in str(caught.value)
+
+
 # Threads
 
 

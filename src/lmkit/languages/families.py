@@ -85,6 +85,10 @@ class Languages:
     def _detector(self) -> Detector:
         return Detector(self._resolver)
 
+    @property
+    def _told_source(self) -> bool:
+        return self.scheme in {"codes", "prefixes"} or self.tag == _MADLAD
+
     def prepare(self, text: str | None, source: str | None, target: str | None, preset: str | None) -> Prepared:
         """Write a text as the family wants it; without a text, only check what else is given.
 
@@ -134,7 +138,7 @@ class Languages:
         return Prepared(text, source=source, target=target, preset=values, prefix=prefix)
 
     def _detected(self, text: str | None) -> str | None:
-        if self.scheme not in {"codes", "prefixes"} and self.tag != _MADLAD:
+        if not self._told_source:
             msg = "source='detect': this checkpoint is not told the source language. Leave it out."
             raise LanguageError(msg)
         if text is None:
@@ -185,13 +189,13 @@ class Languages:
         )
 
     def _code(self, which: str, language: str | None) -> str:
+        detect = f", or {DETECT!r}" if which == "source" and self._told_source else ""
         if language is None:
-            detect = f", or {DETECT!r}" if which == "source" and self.scheme == "codes" else ""
             msg = f"this checkpoint needs {which}=, one of: {listed(self.codes)}{detect}."
             raise LanguageError(msg)
         code = language if language in self.codes else self._resolver.find(language)
         if code is None:
-            raise unknown(which, language, self._resolver, self.codes)
+            raise unknown(which, language, self._resolver, self.codes, detect)
         return code
 
     def _tags(self, text: str, source: str | None, target: str | None) -> Prepared:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
@@ -241,12 +242,29 @@ def _by_name(word: str) -> list[Language]:
     name = normalize_name(word)
     if found := [Language.get(names[name][0].decode()) for names in _library() if name in names]:
         return found
+    if (plain := _without_accents(name)).isascii() and (code := _plain_names().get(plain)):
+        return [Language.get(code)]
     if parts := re.fullmatch(r"(.+?)\s*\((.+)\)\s*", word):
         for kind in ("script", "territory"):
             with contextlib.suppress(LookupError):
                 part = Language.find_name(kind, parts[2], "en")
                 return [language.update(part) for language in _by_name(parts[1])]
     return []
+
+
+def _without_accents(name: str) -> str:
+    return "".join(char for char in unicodedata.normalize("NFD", name) if not unicodedata.combining(char))
+
+
+@cache
+def _plain_names() -> dict[str, str]:
+    """Return the codes of names that have accents, by the names without them, where those are one language's."""
+    found: dict[str, set[str]] = {}
+    for names in _library():
+        for name in names:
+            if not name.isascii() and (plain := _without_accents(name)).isascii():
+                found.setdefault(plain, set()).add(names[name][0].decode())
+    return {plain: next(iter(codes)) for plain, codes in found.items() if len(codes) == 1}
 
 
 def _base(tag: Language) -> str | None:
@@ -267,8 +285,10 @@ def _writes(tag: Language, wanted: Language) -> bool:
     return not (wanted.script or wanted.territory) or wanted.maximize().script == tag.maximize().script
 
 
-def unknown(which: str, word: str, resolver: Resolver, codes: Iterable[str]) -> LanguageError:
-    """Return the error for a language that the checkpoint does not speak: near matches first, then all."""
+def unknown(which: str, word: str, resolver: Resolver, codes: Iterable[str], also: str = "") -> LanguageError:
+    """Return the error for a language that the checkpoint does not speak: near matches first, then all, and `also`."""
     near = [repr(code) for code in resolver.near(word)]
     guess = f" Did you mean {' or '.join([', '.join(near[:-1]), near[-1]] if near[1:] else near)}?" if near else ""
-    return LanguageError(f"{which}={word!r} is not a language of this checkpoint.{guess} It speaks: {listed(codes)}.")
+    return LanguageError(
+        f"{which}={word!r} is not a language of this checkpoint.{guess} It speaks: {listed(codes)}{also}."
+    )
