@@ -73,7 +73,8 @@ def main() -> None:
             requests, loglikelihood(generator, requests), strict=True
         ):
             print(f"{logprob:8.2f} {'greedy' if greedy else '      '} {context}{continuation}")
-        prompts, lists, right = zip(*asked, strict=True)
+        prompts, lists = [prompt for prompt, _, _ in asked], [choices for _, choices, _ in asked]
+        right = [answer for _, _, answer in asked]
         for normalize in ("none", "tokens", "bytes", "prior"):
             rankings = generator.rank(prompts, lists, normalize=normalize, neutral=NEUTRAL)
             hits = sum(ranking.choices[0].index == answer for ranking, answer in zip(rankings, right, strict=True))

@@ -79,6 +79,30 @@ def translate() -> None:
     assert_type(translator.presets, tuple[str, ...])
 
 
+def score() -> None:
+    messages = [{"role": "user", "content": "Hello!"}]
+    assert_type(generator.score("A text."), lmkit.Score)
+    assert_type(generator.score(["a b", "c d"]), list[lmkit.Score])
+    assert_type(generator.score("A prompt", " and more"), lmkit.Score)
+    assert_type(generator.score(messages, "Hi."), lmkit.Score)
+    assert_type(generator.score("A prompt", [" a", " b"]), list[lmkit.Score])
+    assert_type(generator.score(["a", "b"], " c"), list[lmkit.Score])
+    assert_type(generator.score([messages, messages], ["a", "b"]), list[lmkit.Score])
+    assert_type(generator.rank("A prompt", [" a", " b"], normalize="bytes"), lmkit.Ranking)
+    assert_type(generator.rank(messages, (" a", " b")), lmkit.Ranking)
+    assert_type(generator.rank(["a", "b"], [" a", " b"], normalize="prior", neutral="A:"), list[lmkit.Ranking])
+    assert_type(generator.rank(["a", "b"], [[" a"], [" b", " c"]]), list[lmkit.Ranking])
+    assert_type(translator.score("a", "b", source="en", target="de"), lmkit.Score)
+    assert_type(translator.score(["a", "b"], ["c", "d"], target=["de", "fr"]), list[lmkit.Score])
+    assert_type(translator.rank("a", ["b", "c"], target="de", normalize="tokens"), lmkit.Ranking)
+    assert_type(translator.rank(["a", "b"], [["c"], ["d"]], preset="summarization"), list[lmkit.Ranking])
+    scored = generator.score("A text.")
+    assert_type(scored.token_logprobs, tuple[float, ...])
+    assert_type(scored.greedy, bool | None)
+    assert_type(scored.perplexity, float)
+    assert_type(generator.rank("a", ["b"]).choices[0].probability, float)
+
+
 def unmask() -> None:
     result = unmasker("I love [MASK].", top_k=3)
     assert_type(result, lmkit.Unmasking)
