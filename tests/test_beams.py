@@ -224,3 +224,45 @@ def test_a_stream_of_a_search_is_one_chunk_and_can_be_left() -> None:
     next(stream)
     stream.close()
     assert model.stats.running == model.stats.waiting == 0
+
+
+@pytest.mark.parametrize("stopping", [True, False])
+def test_beams_that_were_never_born_do_not_end_a_search(stopping: bool) -> None:  # noqa: FBT001 - pytest passes it
+    """Where few tokens are allowed, and slots are empty at first, a search goes on until real beams have ended."""
+    size = len(reference("t5")[1])
+    settings = {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 5, "length_penalty": 2.0}
+    settings |= {"early_stopping": stopping, "suppress_tokens": [n for n in range(size) if n not in {1, 115}]}
+    model, _ = reference("t5")
+    for text in texts("t5"):
+        result = wrapper("t5")(text, **settings)
+        rows, scores = generated("t5", [text], model, **settings)
+        found = [(list(one.token_ids), one.score) for one in result.completions if one.score > -1e6]
+        expected = [(row, score) for row, score in zip(rows, scores, strict=True) if score > -1e6]
+        assert [row for row, _ in found] == [row for row, _ in expected]
+        assert [score for _, score in found] == pytest.approx([score for _, score in expected], rel=1e-5)
+
+
+def test_a_failure_before_the_first_batch_of_beams_is_its_rows_alone() -> None:
+    """The trial run that finds the model's head belongs to a forward pass: if it fails once, it is made again."""
+    model = checkpoints.fresh("t5")
+    failed: list[int] = []
+
+    def fail(step: int, _kwargs: dict[str, Any]) -> None:
+        if not step:
+            failed.append(step)
+            msg = "can't allocate memory"
+            raise RuntimeError(msg)
+
+    with checkpoints.before_forwards(model.model, fail):
+        results = model(texts("t5"), num_beams=3, max_new_tokens=6)
+    assert failed
+    expected = [generated("t5", [text], num_beams=3, max_new_tokens=6)[0][0] for text in texts("t5")]
+    assert [list(result.token_ids) for result in results] == expected
+
+
+def test_a_search_cancelled_early_gives_only_what_it_followed() -> None:
+    """Slots that hold no beam yet are not given as completions."""
+    search = searching(num_return_sequences=2)
+    search.cancel()
+    assert [one.token_ids for one in search.completions()] == [()]
+    assert search.completions()[0].finish_reason == "cancelled"

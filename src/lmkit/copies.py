@@ -22,14 +22,18 @@ class Copies:
 
     Attributes:
         most_bytes: How many bytes they may take in all; layers that come too late have none.
-        held_bytes: How many they take.
     """
 
     def __init__(self, most_bytes: int) -> None:
         """Hold none yet."""
-        self.most_bytes, self.held_bytes = most_bytes, 0
+        self.most_bytes = most_bytes
         self._made: WeakKeyDictionary[QuantizedLinear, tuple[object, torch.Tensor]] = WeakKeyDictionary()
         self._lock = threading.Lock()
+
+    @property
+    def held_bytes(self) -> int:
+        """How many bytes they take."""
+        return sum(copy_bytes(layer) for layer in list(self._made))
 
     def __call__(self, layer: QuantizedLinear, rows: torch.Tensor) -> torch.Tensor | None:
         """Multiply by a layer's copy; None if there is no room for one. *Shape:* as the layer's, without its bias."""
@@ -46,13 +50,12 @@ class Copies:
                 return None
             copy = pack_weight(torch.cat([block.T for block in layer.factors(torch.bfloat16)]))
             self._made[layer] = state, copy
-            self.held_bytes += more
         return copy
 
     def release(self) -> None:
         """Give the memory back, and make no more copies."""
         with self._lock:
-            self.most_bytes = self.held_bytes = 0
+            self.most_bytes = 0
             self._made.clear()
 
     def __reduce__(self) -> tuple[Callable[[int], Copies], tuple[int]]:

@@ -108,8 +108,12 @@ def _search(blanks: Blanks, guesses: Sequence[list[Fill]]) -> Asking[list[Way]]:
     if blanks.order == "independent":
         whole: list[Way] = [()]
         for some in guesses:
-            whole = _best(blanks, [(*way, one) for way in whole for one in some])[: blanks.top_k]
-        return whole
+            # The best mean per token may come of a way with a worse one so far: the best of each length are kept.
+            lengths: dict[int, list[Way]] = {}
+            for way in ((*way, one) for way in whole for one in some):
+                lengths.setdefault(sum(len(one.token_ids) for one in way), []).append(way)
+            whole = [way for ways in lengths.values() for way in _best(blanks, ways)[: blanks.top_k]]
+        return _best(blanks, whole)[: blanks.top_k]
     first = (yield from _next(blanks, ()))[0] if len(guesses) > 1 else 0
     ways: list[Way] = [(one,) for one in guesses[first]]
     for _ in guesses[1:]:

@@ -249,8 +249,8 @@ class Batches:
             decoder, reused = cast("Decoder", cached), cached.reused
         elif self._drives and self._start is not None:
             if rows[0].width > 1:
-                self._reader = self._reader or Reader(self._model, probe(self._model))
-                decoder = BeamDecoder(self._reader, cast("list[Search]", rows), self._pad, self._start)
+                searches = cast("list[Search]", rows)
+                decoder = BeamDecoder(self._model, searches, self._pad, self._start, reader=self._reading)
             else:
                 decoder = EncodedDecoder(self._model, rows, self._pad, self._start)
         else:
@@ -258,6 +258,11 @@ class Batches:
         self._counts["reused_tokens"] += reused
         self._counts["prompt_tokens"] += sum(len(row.input_ids) for row in rows) - reused
         return decoder
+
+    def _reading(self) -> Reader:
+        """Return what reads without the head; to make it runs the model, so it is asked for in a forward pass."""
+        self._reader = self._reader or Reader(self._model, probe(self._model))
+        return self._reader
 
     def _alike(self, row: Row) -> object:
         """Return what rows must have in common to share a batch."""

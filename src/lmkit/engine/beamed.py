@@ -38,9 +38,10 @@ class BeamDecoder(EncodedDecoder):
 
     head: Callable[[torch.Tensor], torch.Tensor]
 
-    def __init__(self, reader: Reader, rows: Sequence[Search], pad: int, start: int) -> None:
-        """Lay out the sources for the model of `reader`; each search begins at its first step."""
-        model = reader.model
+    def __init__(
+        self, model: Any, rows: Sequence[Search], pad: int, start: int, *, reader: Callable[[], Reader]
+    ) -> None:
+        """Lay out the sources; each search begins at its first step. `reader` makes what reads with the model."""
         super().__init__(model, rows, pad, start)
         self._reader = reader
         for search in rows:
@@ -80,5 +81,5 @@ class BeamDecoder(EncodedDecoder):
         return self._forward([beam[-1:] for search in self.searches for beam in search.beams])
 
     def _read(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        hidden, self.head = self._reader.read(inputs)
+        hidden, self.head = self._reader().read(inputs)
         return hidden

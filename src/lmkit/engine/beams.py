@@ -95,11 +95,13 @@ class Search(Row):
 
     def _improves(self, best: float, length: int) -> bool:
         """Say whether a running beam could still be among the best, as transformers guesses it."""
-        if len(self._finished) < self.width:
+        # Ends of beams that were never born are none, though they are kept until better ones push them out.
+        finished = [score for score, _ in self._finished if score > UNBORN]
+        if len(finished) < self.width:
             return best > UNBORN
         stopping = self.request.config.early_stopping
         longest = self._budget if stopping == "never" and self._penalty > 0 else length
-        return stopping is not True and best / longest**self._penalty > self._finished[-1][0]
+        return stopping is not True and best / longest**self._penalty > finished[-1]
 
     def _place(self, going: Sequence[tuple[float, int, int]]) -> None:
         """Give each continuation a slot: its parent's, if no better one has it."""
@@ -121,7 +123,11 @@ class Search(Row):
         """End the search where it is, with the best that was found."""
         if not self.done:
             length = max(len(self.beams[0]), 1)
-            running = zip((score / length**self._penalty for score in self.scores), self.beams, strict=True)
+            running = [
+                (score / length**self._penalty, beam)
+                for score, beam in zip(self.scores, self.beams, strict=True)
+                if score > UNBORN
+            ]
             self._finished = sorted([*self._finished, *running], key=lambda one: -one[0])[: self.width]
             self.token_ids, self.finish_reason = self._finished[0][1], "cancelled"
 

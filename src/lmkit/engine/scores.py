@@ -127,6 +127,8 @@ class Scorer:
                 uncached = Reader(self._model, probe | {"use_cache": False})
                 if alike(uncached.expected, reader.expected) or not alike(*reader.expected[:, :-1]):
                     reader, self._reads = uncached, {"use_cache": False}
+            if reader.expected.isnan().any():
+                raise EngineError(NOT_A_NUMBER)
             if not alike(*reader.expected[:, :-1]):
                 msg = (
                     f"a model of the type {self._model.config.model_type!r} sees what follows a token: it cannot score."
@@ -279,7 +281,10 @@ def _checked(scored: Scored) -> Scored | EngineError:
     """Refuse what is not a number."""
     if all(logprob == logprob for logprob in scored.logprobs):  # noqa: PLR0124 - NaN alone differs from itself
         return scored
-    return EngineError("the model gave a score that is not a number: load with precision='float32' or 'bfloat16'.")
+    return EngineError(NOT_A_NUMBER)
+
+
+NOT_A_NUMBER = "the model gave a score that is not a number: load with precision='float32' or 'bfloat16'."
 
 
 def _scored(
