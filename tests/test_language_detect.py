@@ -45,7 +45,31 @@ def test_each_row_is_detected_for_itself() -> None:
     assert [result.source_language for result in some] == ["de", "en"]
 
 
-@pytest.mark.parametrize("text", ["", "  \n", "12 345", "?!", "🙂"])
+@pytest.mark.parametrize("text", ["", "  \n", "---", "?!", "🙂"])
+@pytest.mark.parametrize("name", ["m2m100", "t5"])
+def test_what_is_only_copied_needs_no_source(name: str, text: str) -> None:
+    """A text without a letter or a digit is copied as with a source; where the model would read it, it needs one."""
+    translator = wrapper(name)
+    first, copied = translator([TEXTS["en"], text], source="detect", target="de", max_new_tokens=2)
+    assert (first.source_language, copied.source_language, copied.target_language) == ("en", None, "de")
+    assert copied.text == text
+    assert copied.generated_tokens == 0
+    refused = r"source='detect' finds no language in .* Pass its source, one of: "
+    with pytest.raises(lmkit.LanguageError, match=refused):
+        translator(text, source="detect", target="de", split="none")
+    with pytest.raises(lmkit.LanguageError, match=refused):
+        translator.score(text, "Vögel", source="detect", target="de")
+    with pytest.raises(lmkit.LanguageError, match="target='Klingon' is not a language"):
+        translator(text, source="detect", target="Klingon")
+
+
+def test_a_t5_detects_whatever_the_target() -> None:
+    """Each language that has presets can be the target of a detected source."""
+    for target, text in (("de", TEXTS["en"]), ("fr", TEXTS["en"])):
+        assert wrapper("t5")(text, source="detect", target=target, max_new_tokens=1).target_language == target
+
+
+@pytest.mark.parametrize("text", ["12 345", "7"])
 def test_nothing_to_detect_is_an_error(text: str) -> None:
     """A text that speaks for no language is a LanguageError that shows it and asks for the source."""
     with pytest.raises(lmkit.LanguageError, match=r"source='detect' finds no language in .* Pass its source, one of: "):

@@ -264,6 +264,8 @@ class Translator(Writer[Translation]):
 
     def _encode(self, prepared: Prepared) -> tuple[list[int], tuple[int, int]]:
         """Encode a text, and say how many special tokens stand around it."""
+        if prepared.blank:
+            raise self._languages.undetected(prepared.text)
         if prepared.before is None:
             return self._codec.encode(prepared.text), self._codec.around
         body = self._codec.encode(prepared.text, special=False)

@@ -39,6 +39,7 @@ class Prepared:
         target: The target language, as the checkpoint writes it.
         preset: What else the preset asks for, such as `num_beams`.
         prefix: What stands before the source inside `text`: T5's words, Marian's or MADLAD's tag with its space.
+        blank: The source was to be detected, and there is no letter or digit to translate: only to be copied.
     """
 
     text: str
@@ -49,6 +50,7 @@ class Prepared:
     target: str | None = None
     preset: Mapping[str, Any] = field(default_factory=dict)
     prefix: str = ""
+    blank: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ class Languages:
             raise OptionError(msg)
         if preset is not None:
             return self._preset(text or "", preset, [name for name in (source, target) if name is not None])
-        if source == DETECT:
-            source = self._detected(text)
+        if source == DETECT and (source := self._detected(text)) is None:
+            return Prepared(text or "", target=self._code("target", target), blank=True)
         return getattr(self, f"_{self.scheme}")(text or "", source, target)  # type: ignore[no-any-return]
 
     def _preset(self, text: str, preset: str, languages: Sequence[str]) -> Prepared:
@@ -141,14 +143,18 @@ class Languages:
         if not self._told_source:
             msg = "source='detect': this checkpoint is not told the source language. Leave it out."
             raise LanguageError(msg)
-        if text is None:
-            return self._detector.languages[0]  # the detector is there
-        code = self._detector(text)
-        if code is None:
-            start = text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
-            msg = f"source='detect' finds no language in {start!r}. Pass its source, one of: {listed(self.codes)}."
-            raise LanguageError(msg)
-        return code
+        detector = self._detector  # it has to be there, whatever the text
+        if text is None or not any(map(str.isalnum, text)):
+            return None
+        if code := detector(text):
+            return code
+        raise self.undetected(text)
+
+    def undetected(self, text: str) -> LanguageError:
+        """Return the error for a text whose source is needed and was not found."""
+        start = text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+        msg = f"source='detect' finds no language in {start!r}. Pass its source, one of: {listed(self.codes)}."
+        return LanguageError(msg)
 
     def _none(self, text: str, source: str | None, target: str | None) -> Prepared:
         if source is not None or target is not None:
