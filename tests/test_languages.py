@@ -322,7 +322,8 @@ def test_the_prompt_of_a_text_with_its_prefix() -> None:
     text = "translate English to German: seventeen"
     with lmkit.load("seq2seq", folder, "float32", "cpu") as translator:
         expected = len(hf.AutoTokenizer.from_pretrained(folder)(text)["input_ids"])
-        for told in ({"source": "en", "target": "de"}, {"preset": "translation_en_to_de"}):
+        ways: list[Any] = [{"source": "en", "target": "de"}, {"preset": "translation_en_to_de"}]
+        for told in ways:
             for split in ("none", "paragraph", "sentence"):
                 result = translator(text, split=split, **told)
                 assert (result.prompt_tokens, result.text) == (expected, "siebzehn"), (told, split)
