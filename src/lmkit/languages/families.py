@@ -123,7 +123,8 @@ class Languages:
             msg = f"preset={preset!r} and the language {languages[0]!r} contradict each other: pass one of them."
             raise OptionError(msg)
         pair = _PAIR.fullmatch(preset)
-        return self._prefix(text, preset, *(pair.groups() if pair else (None, None)))
+        source, target = pair.groups() if pair else (None, None)
+        return self._prefix(text, preset, source, target)
 
     def _prefix(
         self, text: str, preset: str, source: str | None, target: str | None, error: type[LmkitError] = OptionError
