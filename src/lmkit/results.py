@@ -206,7 +206,7 @@ class EngineStats(Result):
         waiting: Rows and beam searches that have not begun.
         cache_bytes: Keys and values of running rows, as far as lmkit holds them itself.
         prefix_bytes: Keys and values kept of recent prompts.
-        forwards: Forward passes, but for beam searches.
+        forwards: Forward passes, but for beam searches that generate() runs.
         prompt_tokens: Prompt tokens read.
         reused_tokens: Prompt tokens that were not read again, since they were kept.
         generated_tokens: New tokens.
