@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lmkit.engine.choice import NO_CHOICE, NO_SCORES
+from lmkit.engine.logits import logprobs, top
 from lmkit.engine.row import Row, end_tokens, timing
 from lmkit.engine.text import TextFeed
 from lmkit.errors import EngineError
@@ -37,9 +38,6 @@ UNBORN = -1e9
 BEAMS_AT_A_TIME = 64
 """How many beams' scores are computed together. Those of 256 with a vocabulary of 58,000 take 30 MB, which a processor
 does not hold: to add Marian's bias to them alone took 13 ms of a step of 170."""
-
-WIDENED_AT_A_TIME = 8
-"""How many rows of scores are widened to float32 together, for the same reason."""
 
 STEERED_AT_A_TIME = 16
 """How many searches' scores go through processors together, as float32."""
@@ -220,9 +218,8 @@ def _extend(chooser: Chooser, rows: Sequence[Search], hidden: torch.Tensor, head
 
 def _likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the likeliest tokens of each row: their log-probabilities in float32, and which they are, on the CPU."""
-    highest, token_ids = logits.topk(min(count, logits.shape[-1]))
-    total = torch.cat([part.float().logsumexp(-1) for part in torch.split(logits, WIDENED_AT_A_TIME)])
-    return (highest.float() - total[:, None]).cpu(), token_ids.cpu()
+    token_ids = top(logits, min(count, logits.shape[-1]))
+    return logprobs(logits, token_ids).cpu(), token_ids.cpu()
 
 
 def _steer(chooser: Chooser, rows: Sequence[Search], logits: torch.Tensor, running: torch.Tensor) -> None:

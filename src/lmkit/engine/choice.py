@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lmkit.engine.logits import highest
 from lmkit.errors import EngineError
 from lmkit.results import TokenLogprob
 
@@ -122,8 +123,8 @@ class Chooser:
             logits: The model's scores. *Shape:* `(rows, vocabulary)`.
         """
         # One pass serves three questions: NaN and -inf show in the maximum, and the place is the greedy choice.
-        highest, likeliest = logits.max(-1)
-        usable = (highest > -torch.inf).tolist()
+        greatest, likeliest = highest(logits)
+        usable = (greatest > -torch.inf).tolist()
         best: list[int] = likeliest.tolist()
         chosen: list[int | None] = [*best]
         groups: dict[object, list[int]] = {}
@@ -153,7 +154,8 @@ class Chooser:
         if row.steering is None:
             config = row.request.config
             last = 0 if config.forced_eos_token_id is None else config.max_length
-            key = repr(sorted((config.to_diff_dict() | {"max_new_tokens": 0, "max_length": last}).items()))
+            # Not to_diff_dict(), whose copies took 2% of a translation.
+            key = repr(sorted((vars(config) | {"max_new_tokens": 0, "max_length": last}).items()))
             row.steering = self._known.get(key) or self._new_steering(row, key)
         return row.steering
 

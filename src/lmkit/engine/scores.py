@@ -17,6 +17,7 @@ from lmkit.engine.batches import CLOSED
 from lmkit.engine.decoders import drives, input_device, padded, pads
 from lmkit.engine.failures import step_failed
 from lmkit.engine.heads import Reader, alike, with_states
+from lmkit.engine.logits import logprobs
 from lmkit.errors import EngineError, OptionError
 
 if TYPE_CHECKING:
@@ -301,14 +302,13 @@ def _scored(
         for number, (row, shared) in enumerate(zip(rows, shares, strict=True))
         for column in range(row.start, len(row.token_ids))
     ]
-    logprobs: list[float] = []
+    found: list[float] = []
     likeliest: list[bool] = []
     for first in range(0, len(places), size):
         number, column, target = torch.tensor(places[first : first + size]).T
-        scores = head(hidden[number, column]).float()
-        best, chosen = scores.amax(-1), scores.gather(-1, target.to(scores.device)[:, None])[:, 0]
-        total = scores.sub_(best[:, None]).exp_().sum(-1).log()  # in place, and with the maximum that is known
-        logprobs += (chosen - best - total).tolist()
-        likeliest += (chosen >= best).tolist()
-    values, firsts = iter(logprobs), iter(likeliest)
+        scores = head(hidden[number, column])
+        chosen = target.to(scores.device)[:, None]
+        found += logprobs(scores, chosen)[:, 0].tolist()
+        likeliest += (scores.gather(-1, chosen)[:, 0] >= scores.amax(-1)).tolist()
+    values, firsts = iter(found), iter(likeliest)
     return [Scored(tuple(islice(values, n)), all(list(islice(firsts, n)))) for n in lengths]
