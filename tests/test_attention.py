@@ -1,6 +1,7 @@
-"""Attention of rows that read one token each on a CPU: against float32, torch's own kernel and whole models."""
+"""Attention in bfloat16 on a CPU: against float32, torch's own kernel and whole models."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,6 +92,122 @@ def test_the_scale_is_one_over_the_root_of_the_size_by_default() -> None:
     parts = case(40, 4, 2, 9)
     found, _ = attend(layer(4, 2), *parts, None)
     torch.testing.assert_close(found.float(), exactly(parts, None, None, 0.25), rtol=0.02, atol=0.02)
+
+
+def padded_left(rows: int, tokens: int, columns: int) -> torch.Tensor:
+    """Hide `row % 3` columns on the left, and what is behind a token; the first tokens of some rows see nothing."""
+    hidden = (torch.arange(rows) % 3)[:, None, None, None]
+    places = torch.arange(columns)
+    return (places >= hidden) & (places <= torch.arange(columns - tokens, columns)[:, None])
+
+
+def densely(parts: list[torch.Tensor], seen: torch.Tensor | None, bias: torch.Tensor | None, scale: float) -> Any:
+    """Attend in float64 by the formula, with keys repeated for the heads that share them."""
+    query, key, value = (part.double() for part in parts)
+    share = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+    scores = query @ key.transpose(2, 3) * scale
+    scores = scores if bias is None else scores + bias
+    scores = scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2).float()
+
+
+@native
+@pytest.mark.parametrize("scores", [2**20, 3000, 500], ids=["at once", "some rows", "some tokens"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "added"])
+@pytest.mark.parametrize("heads, groups", [(9, 3), (8, 8), (8, 1)])
+@torch.no_grad()
+def test_prompts_attend_as_in_float64(
+    heads: int, groups: int, mask: str, scores: int, *, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of several tokens, in blocks of rows or of tokens, are right within bfloat16's rounding."""
+    calls = counted(monkeypatch)
+    monkeypatch.setattr(attention, "SCORES", scores)
+    monkeypatch.setattr(attention, "WORTH_SCORES", 1)
+    monkeypatch.setattr(attention, "_rooms", [])
+    rows, tokens = 5, 13
+    columns = tokens if mask == "causal" else 17
+    parts = case(rows, heads, groups, columns, tokens=tokens)
+    seen = padded_left(rows, tokens, columns) if mask in ("bool", "added") else None
+    given = seen
+    if mask == "added":
+        given = torch.where(padded_left(rows, tokens, columns), 0.0, torch.finfo(torch.bfloat16).min).bfloat16()
+    added = torch.randn(1, heads, tokens, columns, generator=torch.Generator().manual_seed(1)) if bias else None
+    options = {"position_bias": added, "is_causal": mask == "causal", "scaling": 0.3}
+    found, weights = attend(layer(heads, groups), *parts, given, **options)
+    assert (found.shape, found.dtype, weights, calls) == ((rows, tokens, heads, 16), torch.bfloat16, None, [])
+    if mask == "causal":
+        seen = torch.ones(tokens, columns, dtype=torch.bool).tril()
+    torch.testing.assert_close(found.float(), densely(parts, seen, added, 0.3), rtol=0.02, atol=0.02)
+
+
+@native
+@pytest.mark.parametrize("tokens", [1, 40])
+@torch.no_grad()
+def test_the_layer_says_whether_tokens_see_what_follows(tokens: int) -> None:
+    """Without a mask and a word of the caller's, it is the layer's own attribute that counts, as in transformers."""
+    parts = case(12, 8, 8, 40, tokens=tokens)
+    for causal in (True, False):
+        module: Any = SimpleNamespace(num_key_value_groups=1, is_causal=causal)
+        found, _ = attend(module, *parts, None)
+        expected, _ = sdpa_attention_forward(module, *parts, None)
+        torch.testing.assert_close(found.float(), expected.float(), rtol=0.02, atol=0.02)
+
+
+@native
+@torch.no_grad()
+def test_padding_that_sees_nothing_is_a_number() -> None:
+    """NaN there would reach all tokens in the next layer, whose products read hidden values too."""
+    seen = torch.ones(6, 1, 60, 60, dtype=torch.bool).tril()
+    seen[:, :, :9] = False
+    found, _ = attend(layer(8, 8), *case(6, 8, 8, 60, tokens=60), seen)
+    assert found.isfinite().all()
+
+
+@native
+@torch.no_grad()
+def test_memory_for_scores_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One room serves calls one after the other, in inference mode too; one of unusual size is let go."""
+    rooms: list[Any] = []
+    monkeypatch.setattr(attention, "_rooms", rooms)
+    parts = case(6, 8, 8, 60, tokens=60)
+    with torch.inference_mode():
+        attend(layer(8, 8), *parts, None)
+    first = rooms[0]
+    attend(layer(8, 8), *parts, None)
+    assert rooms == [first]
+    monkeypatch.setattr(attention, "SCORES", 8 * 60 - 1)
+    found, _ = attend(layer(8, 8), *parts, None)
+    assert rooms == [first]
+    causal = torch.ones(60, 60, dtype=torch.bool).tril()
+    torch.testing.assert_close(found.float(), densely(parts, causal, None, 0.25), rtol=0.02, atol=0.02)
+
+
+@native
+def test_threads_do_not_share_memory_for_scores() -> None:
+    """Calls at the same time get the results of single ones."""
+    cases = [[part + number for part in case(6, 8, 8, 90, tokens=90)] for number in range(4)]
+
+    def run(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [attend(layer(8, 8), *parts, None)[0] for _ in range(20)]
+
+    alone = [run(parts)[0] for parts in cases]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(run, cases))
+    assert all(torch.equal(found, one) for one, several in zip(alone, together, strict=True) for found in several)
+
+
+@native
+def test_what_is_trained_goes_to_torchs_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products write into memory of their own, which has no derivative."""
+    calls = counted(monkeypatch)
+    parts = [part.requires_grad_() for part in case(6, 8, 8, 60, tokens=60)]
+    found, _ = attend(layer(8, 8), *parts, None)
+    found.sum().backward()
+    assert len(calls) == 1
+    assert all(part.grad is not None for part in parts)
 
 
 @pytest.mark.parametrize(
@@ -193,3 +310,30 @@ def alike(one: Any, other: Any) -> Iterator[tuple[float, float]]:
         if mine.token_id != others.token_id:
             break
         yield mine.logprob, others.logprob
+
+
+@native
+@pytest.mark.parametrize("name", ["llama", "qwen3", "t5", "marian"])
+def test_prompts_in_bfloat16_score_as_torchs_kernel_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded batches of texts, causal or encoded, have the log-probabilities that torch's kernel gives them."""
+    blocks: list[int] = []
+    own = attention._in_blocks
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        blocks.append(1)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "_in_blocks", spy)
+    task: Any = checkpoints.FAMILIES[name].task
+    texts = checkpoints.texts(name)
+    pairs = [texts, [texts[0]] * len(texts)] if task == "seq2seq" else [[f"{text} {text}" for text in texts]]
+    with lmkit.load(task, str(checkpoints.folder(name)), "bfloat16", "cpu") as loaded:
+        scored, used = [], []
+        for worth in (1, 10**9):
+            monkeypatch.setattr(attention, "WORTH_SCORES", worth)
+            scored.append(loaded.score(*pairs, **checkpoints.languages(name)))
+            used.append(len(blocks))
+    assert used[0] == used[1] > 0  # none more in the second run
+    ours, torchs = ([value for score in scores for value in score.token_logprobs] for scores in scored)
+    assert len(ours) == len(torchs) > 10
+    assert sum(abs(one - other) for one, other in zip(ours, torchs, strict=True)) / len(ours) < 0.05

@@ -30,7 +30,7 @@ def highest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if logits.device.type != "cpu" or size < BLOCKS:
         return tuple(logits.max(-1))  # type: ignore[return-value]
     whole = logits.shape[-1] // size
-    blocks = logits[:, : whole * size].unflatten(1, (whole, size)).amax(-1)
+    blocks = logits[:, : whole * size].view(-1, whole, size).amax(-1)
     if rest := logits.shape[-1] - whole * size:
         blocks = torch.cat([blocks, logits[:, -rest:].amax(-1, keepdim=True)], 1)
     # The last block may end behind the vocabulary: the one of this size that ends with it has the same maximum.
@@ -45,7 +45,7 @@ def top(logits: torch.Tensor, count: int) -> torch.Tensor:
     if logits.device.type != "cpu" or depth < COLUMNS // 8 or count > COLUMNS // 8:
         return logits.topk(count).indices
     # None of them is in another column than the `count` whose greatest scores are highest.
-    whole = logits[:, : depth * COLUMNS].unflatten(1, (depth, COLUMNS))
+    whole = logits[:, : depth * COLUMNS].view(-1, depth, COLUMNS)
     columns = whole.amax(1).topk(count).indices
     some = whole.gather(2, columns[:, None].expand(-1, depth, -1)).flatten(1)
     places = (columns[:, None] + COLUMNS * torch.arange(depth)[:, None]).flatten(1)
@@ -64,5 +64,5 @@ def logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     Returns:
         *Shape:* `(rows, some)`; NaN where a row has no finite score.
     """
-    pairs = zip(logits.split(WIDENED), token_ids.split(WIDENED), strict=True)
+    pairs = zip(torch.split(logits, WIDENED), torch.split(token_ids, WIDENED), strict=True)
     return torch.cat([part.float().log_softmax(-1).gather(-1, some) for part, some in pairs])
