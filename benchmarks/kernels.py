@@ -57,6 +57,17 @@ def attending(rows: int, heads: int, groups: int, columns: int, worth: int) -> f
         attention.WORTH = before
 
 
+def prompts(rows: int, heads: int, groups: int, tokens: int, worth: int) -> float:
+    """Time one causal layer's attention of prompts; `worth` decides the way it goes."""
+    states = [torch.randn(rows, count, tokens, 64).bfloat16() for count in (heads, groups, groups)]
+    layer: Any = SimpleNamespace(num_key_value_groups=heads // groups, is_causal=True)
+    before, attention.WORTH_SCORES = attention.WORTH_SCORES, worth
+    try:
+        return milliseconds(lambda: attention.attend(layer, *states, None))
+    finally:
+        attention.WORTH_SCORES = before
+
+
 def accuracy(folder: Path) -> dict[str, float]:
     """Return how far the scores after 48 texts are from those of float32, as a share of their spread."""
     from transformers import AutoTokenizer
@@ -134,6 +145,10 @@ def main() -> None:
         for rows in (8, 16, 64):
             ways = (attending(rows, heads, groups, columns, worth) for worth in (10**9, 0))
             print(f"| {name}, {rows} rows of {columns} tokens |", " | ".join(f"{way * 1000:.0f}" for way in ways), "|")
+    print("\n| attention of prompts in one layer, milliseconds | torch | products |\n| --- | --- | --- |")
+    for rows, tokens in ((1, 30), (1, 60), (1, 250), (10, 200), (1, 1000), (1, 2000)):
+        ways = (prompts(rows, 9, 3, tokens, worth) for worth in (10**12, 0))
+        print(f"| SmolLM2, {rows} x {tokens} tokens |", " | ".join(f"{way:.2f}" for way in ways), "|")
     pools = [f"{in_another_thread(released=released):.0f}" for released in (False, True)]
     print(f"\nsilu in a second thread: {pools[0]} microseconds beside a pool of the first one's, {pools[1]} without")
     with tempfile.TemporaryDirectory() as spare:

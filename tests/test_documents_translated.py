@@ -406,3 +406,28 @@ def test_a_summary_reads_its_whole_text() -> None:
     for name, options in (("t5", {"preset": "summarization"}), ("bart", {}), ("t5", {})):
         result = wrapper(name)("One is here. Two.\nThree.", max_new_tokens=2, num_beams=1, **options)
         assert [(s.source_start, s.source_end) for s in result.segments] == [(0, 24)]
+
+
+def test_what_the_vocabulary_lacks_is_noted() -> None:
+    """A piece with characters that the model cannot see says so, with all ways to split; the others do not."""
+    text = "twenty\nseven \u65e5\u672c\n* * *\nnine"
+    for split, expected in (
+        ("sentence", [(), ("copied",), ("unknown",), ("copied",), ()]),
+        ("none", [("unknown",)]),
+    ):
+        result = numbers()(text, split=split, **PAIR)
+        assert [segment.notes for segment in result.segments] == expected
+
+
+def test_what_is_kept_need_not_be_in_the_vocabulary() -> None:
+    """Placeholders come out whatever the model sees of them."""
+    keep = [r"\{\w+\}"]
+    one, both = numbers()(["seven {\u540d}", "seven {\u540d} \u65e5"], keep=keep, **PAIR)
+    assert "{\u540d}" in one.text
+    assert "unknown" not in one.segments[0].notes
+    assert "unknown" in both.segments[0].notes
+
+
+def test_a_vocabulary_without_an_unknown_token_lacks_nothing() -> None:
+    """Bytes express everything."""
+    assert copier()("\u65e5\u672c").segments[0].notes == ()

@@ -183,9 +183,10 @@ def test_a_weird_name_is_not_found(name: str, network: list[str]) -> None:
 
 @pytest.mark.parametrize("name", [None, 3, b"bytes", ["a"]])
 def test_a_name_is_a_text_or_a_path(name: Any) -> None:
-    """Something that cannot be a name is refused with a `TypeError` or an error of lmkit's."""
-    with pytest.raises((TypeError, LmkitError)):
-        load("causal", name)
+    """Something that cannot be a name is refused, by a load and by a plan, with what can be one."""
+    for ask in (load, lmkit.plan):
+        with pytest.raises(OptionError, match="name=.* is not accepted: pass a Hub id, a folder or a .gguf file"):
+            ask("causal", name)
 
 
 # Pickles and code

@@ -490,6 +490,12 @@ def test_translations_are_ranked_as_they_score(name: str, normalize: str) -> Non
     assert [c.index for c in found.choices] == sorted(range(len(values)), key=lambda n: -values[n])
 
 
+def test_a_misspelt_normalize_is_named() -> None:
+    """It stands among the options that a ranking of translations takes."""
+    with pytest.raises(lmkit.OptionError, match="unknown option 'normalise'. Did you mean 'normalize'?"):
+        wrapper("marian").rank("Birds fly.", ANSWERS, normalise="tokens")
+
+
 def test_a_source_is_encoded_once() -> None:
     """The encoder reads each text once for all its translations."""
     translator = wrapper("marian")

@@ -29,8 +29,8 @@ WORTH = 32
 2 cores: 0.7 times its speed at 24 heads, 1.7 times at 192, up to 3.7 times where no heads share a key."""
 
 WORTH_SCORES = 2**15
-"""How many scores make them faster for rows of several tokens. Measured with 2 cores and 9 heads: half the speed of torch's
-kernel at 30 tokens, as fast at 64, 1.9 times at 250, 1.7 times at 2,000, and 2.1 times at 10 rows of 200."""
+"""How many scores make them faster for rows of several tokens. Measured with 2 cores and 9 heads: half the speed of
+torch's kernel at 30 tokens, as fast at 64, 1.9 times at 250, 1.7 times at 2,000, and 2.1 times at 10 rows of 200."""
 
 SCORES = 2**20
 """How many scores are held at a time, but for a token's own: 10 MiB in all, which stay in a processor's last cache."""

@@ -73,6 +73,13 @@ class Codec:
         first = self._doubled(columns[0])
         return columns[0][first:], columns[1][first:], columns[2][first:]
 
+    @cached_property
+    def unknown(self) -> int | None:
+        """The token of what the vocabulary lacks; None if there is none, or it has another meaning too."""
+        tokenizer = self.tokenizer
+        number: int | None = tokenizer.unk_token_id
+        return None if number in (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) else number
+
     def encode_target(self, text: str) -> list[int]:
         """Return the token ids of an answer, which some encoder-decoders write with another vocabulary."""
         with self._lock:

@@ -229,6 +229,9 @@ def plan(
 def _asked(task: TaskWord, name: str | os.PathLike[str], options: LoadOptions) -> tuple[Task, HubOptions, Wanted]:
     """Check the words and options of a call."""
     _check_options(options)
+    if not isinstance(name, (str, os.PathLike)):
+        msg = f"name={name!r} is not accepted: pass a Hub id, a folder or a .gguf file, as a string or a path."
+        raise OptionError(msg)
     kind = resolve_task(task, os.fspath(name))
     for option, unit in (("reserve_tokens", "tokens"), ("wide_copy_bytes", "bytes")):
         number: Any = options.get(option, 0)

@@ -35,12 +35,15 @@ __all__ = [
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "cancelled"]
 """Why a row ended: its end token, a stop string, its budget of tokens, or its caller."""
 
-SegmentNote: TypeAlias = Literal["copied", "inserted", "length", "prefix", "removed", "repaired", "split", "unmatched"]
+SegmentNote: TypeAlias = Literal[
+    "copied", "inserted", "length", "prefix", "removed", "repaired", "split", "unknown", "unmatched"
+]
 """What there is to know of a segment.
 
 - `"copied"`: not translated but taken over: white space, line ends, list markers, parts without letters or digits.
 - `"prefix"`: a tag at the beginning of the source, which told the model its language and is not in the text.
 - `"split"`: less than a sentence, since the sentence is longer than the model takes.
+- `"unknown"`: it has characters that the vocabulary lacks, which the model does not see: they may be missing.
 - `"length"`: the model ran out of `max_new_tokens`, so the end may be missing.
 - `"repaired"`, `"inserted"`, `"removed"`: something to `keep` had been changed, was missing and has been put in where
   it is likely to belong, or had come too often.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from lmkit.documents import Split
+    from lmkit.documents import Span, Split
     from lmkit.engine import Outcome, Request
     from lmkit.errors import LmkitError
     from lmkit.generation import Options
@@ -212,13 +212,15 @@ class Translator(Writer[Translation]):
         start = 0 if split == "none" else len(given) - len(prepared.text) + len(prepared.prefix)  # behind a tag
         spans = kept(given, keep, start)
         if split == "none":
-            found, (requests, cut) = [Piece(0, len(given))], self._undivided(prepared, chosen, row)
+            requests, cut = self._undivided(prepared, chosen, row)
+            found = [self._noted(Piece(0, len(given)), requests[0].input_ids, given, spans)]
         else:
             bounded = options.get("max_new_tokens") is not None or bool(prepared.preset.get("max_length"))
             encode = functools.cache(lambda piece: self._encode(replace(prepared, text=prepared.prefix + piece))[0])
             size = self._size(encode, chosen.max_new_tokens if bounded else None)
             found = pieces(given, size, split=split, language=prepared.source, kept=spans, start=start)
             sources = [encode(given[piece.start : piece.end]) for piece in found]
+            found = [self._noted(piece, ids, given, spans) for piece, ids in zip(found, sources, strict=True)]
             each = [of_piece(chosen, number, 0 if bounded else len(ids)) for number, ids in enumerate(sources)]
             requests, cut = tuple(map(functools.partial(self._asked, prepared), each, sources)), False
         return TranslationJob(
@@ -236,6 +238,17 @@ class Translator(Writer[Translation]):
             copies=chosen.num_return_sequences,
             seed=chosen.seed,
         )
+
+    def _noted(self, piece: Piece, token_ids: Sequence[int], text: str, spans: Sequence[Span]) -> Piece:
+        """Note on a piece that the vocabulary lacks something of it; what is kept need not be in it."""
+        if (unknown := self._codec.unknown) is None or unknown not in token_ids:
+            return piece
+        if inside := [span for span in spans if piece.start <= span[0] and span[1] <= piece.end]:
+            edges = [piece.start, *(edge for span in inside for edge in span), piece.end]
+            rest = " ".join(text[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True))
+            if unknown not in self._codec.encode(rest):
+                return piece
+        return replace(piece, notes=(*piece.notes, "unknown"))
 
     def _translates(self, prepared: Prepared) -> bool:
         """Whether a row goes from one language to another, so that its parts can be translated by themselves."""
@@ -358,7 +371,7 @@ class Translator(Writer[Translation]):
         check_normalize(normalize)
         rows, single = rows_of(text)
         lists = choices_of(translations, len(rows), single=single)
-        words = per_row(told, len(rows), _TOLD)
+        words = per_row(told, len(rows), _TOLD | {"normalize"})
         given = list(zip(rows, lists, words, strict=True))
         items = [self._answers(*one, row) for row, one in enumerate(given)]
         given = given if normalize == "prior" else []
