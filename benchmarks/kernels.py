@@ -59,11 +59,11 @@ def attending(rows: int, heads: int, groups: int, columns: int, worth: int) -> f
 
 def prompts(rows: int, heads: int, groups: int, tokens: int, worth: int) -> float:
     """Time one causal layer's attention of prompts; `worth` decides the way it goes."""
-    states = [torch.randn(rows, count, tokens, 64).bfloat16() for count in (heads, groups, groups)]
+    query, key, value = (torch.randn(rows, count, tokens, 64).bfloat16() for count in (heads, groups, groups))
     layer: Any = SimpleNamespace(num_key_value_groups=heads // groups, is_causal=True)
     before, attention.WORTH_SCORES = attention.WORTH_SCORES, worth
     try:
-        return milliseconds(lambda: attention.attend(layer, *states, None))
+        return milliseconds(lambda: attention.attend(layer, query, key, value, None))
     finally:
         attention.WORTH_SCORES = before
 

@@ -226,7 +226,7 @@ def plan(
             return make_plan(wish, source, tensors, this_machine(), absent=True)[0]
 
 
-def _asked(task: TaskWord, name: str | os.PathLike[str], options: LoadOptions) -> tuple[Task, HubOptions, Wanted]:
+def _asked(task: TaskWord, name: object, options: LoadOptions) -> tuple[Task, HubOptions, Wanted]:
     """Check the words and options of a call."""
     _check_options(options)
     if not isinstance(name, (str, os.PathLike)):
