@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -125,7 +126,7 @@ def test_prompts_attend_as_in_float64(
     calls = counted(monkeypatch)
     monkeypatch.setattr(attention, "SCORES", scores)
     monkeypatch.setattr(attention, "WORTH_SCORES", 1)
-    monkeypatch.setattr(attention, "_rooms", [])
+    monkeypatch.setattr(attention.Room, "_free", [])
     rows, tokens = 5, 13
     columns = tokens if mask == "causal" else 17
     parts = case(rows, heads, groups, columns, tokens=tokens)
@@ -156,13 +157,45 @@ def test_the_layer_says_whether_tokens_see_what_follows(tokens: int) -> None:
 
 
 @native
+@pytest.mark.parametrize("added", [None, -torch.inf, torch.finfo(torch.float32).min])
 @torch.no_grad()
-def test_padding_that_sees_nothing_is_a_number() -> None:
+def test_padding_that_sees_nothing_is_a_number(added: float | None) -> None:
     """NaN there would reach all tokens in the next layer, whose products read hidden values too."""
     seen = torch.ones(6, 1, 60, 60, dtype=torch.bool).tril()
     seen[:, :, :9] = False
-    found, _ = attend(layer(8, 8), *case(6, 8, 8, 60, tokens=60), seen)
+    mask = seen if added is None else torch.where(seen, 0.0, added)
+    found, _ = attend(layer(8, 8), *case(6, 8, 8, 60, tokens=60), mask, position_bias=None if added is None else mask)
     assert found.isfinite().all()
+
+
+@native
+@pytest.mark.parametrize("shape", [(5, 1, 1, 60), (1, 1, 1, 60), (1, 8, 1, 60), (60, 60), (8, 60, 60), (1, 60)])
+@pytest.mark.parametrize("scores", [2**20, 1000])
+@torch.no_grad()
+def test_a_mask_may_have_any_shape_that_broadcasts(
+    shape: tuple[int, ...], scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask of one row for all tokens, as LayoutLM's, and one without some dimensions; a bias in the same way."""
+    monkeypatch.setattr(attention, "SCORES", scores)
+    monkeypatch.setattr(attention, "WORTH_SCORES", 1)
+    monkeypatch.setattr(attention.Room, "_free", [])
+    parts, random = case(5, 8, 4, 60, tokens=60), torch.Generator().manual_seed(0)
+    seen, bias = torch.rand(shape, generator=random) > 0.3, torch.randn(shape, generator=random)
+    found, _ = attend(layer(8, 4), *parts, seen, position_bias=bias)
+    torch.testing.assert_close(found.float(), densely(parts, seen, bias, 0.25), rtol=0.02, atol=0.02)
+
+
+@native
+@torch.no_grad()
+def test_what_all_keys_share_costs_no_digits() -> None:
+    """A bias of the keys moves all scores of a token alike: they are as right as without it."""
+    query, key, value = case(6, 8, 8, 60, tokens=60)
+    parts = [
+        query,
+        (key.float() + 40 * torch.randn(1, 8, 1, 16, generator=torch.Generator().manual_seed(2))).bfloat16(),
+    ]
+    found, _ = attend(layer(8, 8), *parts, value, torch.ones(60, 60, dtype=torch.bool))
+    torch.testing.assert_close(found.float(), densely([*parts, value], None, None, 0.25), rtol=0.02, atol=0.02)
 
 
 @native
@@ -170,7 +203,7 @@ def test_padding_that_sees_nothing_is_a_number() -> None:
 def test_memory_for_scores_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """One room serves calls one after the other, in inference mode too; one of unusual size is let go."""
     rooms: list[Any] = []
-    monkeypatch.setattr(attention, "_rooms", rooms)
+    monkeypatch.setattr(attention.Room, "_free", rooms)
     parts = case(6, 8, 8, 60, tokens=60)
     with torch.inference_mode():
         attend(layer(8, 8), *parts, None)
@@ -197,6 +230,43 @@ def test_threads_do_not_share_memory_for_scores() -> None:
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(run, cases))
     assert all(torch.equal(found, one) for one, several in zip(alone, together, strict=True) for found in several)
+    assert 0 < len(attention.Room._free) <= attention.ROOMS
+
+
+@native
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_bias_that_is_trained_goes_to_torchs_kernel(*, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T5 may have nothing else to train; without gradients the products serve."""
+    calls = counted(monkeypatch)
+    added = torch.zeros(1, 8, 60, 60, requires_grad=True)
+    with torch.set_grad_enabled(bias):
+        attend(layer(8, 8), *case(6, 8, 8, 60, tokens=60), None, position_bias=added)
+    assert len(calls) == bias
+
+
+@native
+@torch.no_grad()
+def test_what_is_traced_goes_to_torchs_kernel() -> None:
+    """A compiled model gets its results, and no memory of lmkit's is in the graph or takes a stand-in's place."""
+    parts = case(6, 8, 8, 60, tokens=60)
+    module = layer(8, 8)
+    compiled = torch.compile(lambda *states: attend(module, *states, None)[0], backend="aot_eager")
+    expected, _ = sdpa_attention_forward(module, *parts, None)
+    assert torch.equal(compiled(*parts), expected)
+    before = list(attention.Room._free)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert attend(module, *map(mode.from_tensor, parts), None)[0].shape == expected.shape
+    assert attention.Room._free == before
+
+
+@native
+@torch.no_grad()
+def test_one_query_for_several_rows_of_keys_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learned queries have one row, whatever the keys have."""
+    calls = counted(monkeypatch)
+    query, key, value = case(6, 8, 8, 60, tokens=60)
+    found, _ = attend(layer(8, 8), query[:1], key, value, torch.ones(60, 60, dtype=torch.bool))
+    assert (found.shape, len(calls)) == ((6, 60, 8, 16), 1)
 
 
 @native

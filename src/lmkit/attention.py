@@ -1,6 +1,7 @@
 """Attention in bfloat16 on a CPU by two matrix products, where torch's own kernel is far from the processor's speed.
 
-Everything else goes to transformers' function for torch's kernel, with the same results.
+Scores are rounded to bfloat16 before the softmax, as in transformers' `eager`. What is not in bfloat16, not on a CPU,
+or too little to be worth it goes to torch's kernel.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ import functools
 import inspect
 import math
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from lmkit.packing import packs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 __all__ = ["attend", "put_on"]
 
@@ -28,19 +30,19 @@ WORTH = 32
 """How many keys' heads, in all rows of one token, make two matrix products faster than torch's kernel. Measured with
 2 cores: 0.7 times its speed at 24 heads, 1.7 times at 192, up to 3.7 times where no heads share a key."""
 
-WORTH_SCORES = 2**15
-"""How many scores make them faster for rows of several tokens. Measured with 2 cores and 9 heads: half the speed of
-torch's kernel at 30 tokens, as fast at 64, 1.9 times at 250, 1.7 times at 2,000, and 2.1 times at 10 rows of 200."""
+WORTH_SCORES = 2**16
+"""How many scores do that for rows of several tokens. Measured with 2 cores and 9 heads: half the speed of torch's
+kernel at 30 tokens (8,100 scores), 0.9 times at 64, 1.6 times at 128, 1.7 times at 2,000, twice at 10 rows of 200."""
 
 SCORES = 2**20
-"""How many scores are held at a time, but for a token's own: 10 MiB in all, which stay in a processor's last cache."""
+"""How many scores are held at a time, which a processor's last cache takes; those of a token are never divided."""
 
 HIDDEN = -1e30
-"""The score of what is hidden: finite, so that padding, which sees nothing, attends to everything and is a number. NaN
-in a key would reach all tokens, hidden or not."""
+"""What hides a column, when added to its score. A token that sees nothing, as padding may, attends to all alike: with
+-inf it would be NaN, and that spreads, since the next layer multiplies hidden values too, if by nothing."""
 
-_rooms: list[Room] = []
-"""Those that no call uses: memory that is asked for anew at every call costs as much as the products."""
+ROOMS = 4
+"""How many rooms are kept, of 10 MiB each: as many calls at a time find memory that is there already."""
 
 
 def put_on(model: torch.nn.Module) -> None:
@@ -82,7 +84,8 @@ def attend(
         key: *Shape:* `(rows, groups, columns, size)`, where `groups` divides `heads`. For one token, `rows` may be a
             part of the query's: those that lie side by side then share a row of keys.
         value: The same, or of another size.
-        attention_mask: What each token sees. *Shape:* `(rows, 1, tokens, columns)`, bool, or added to the scores.
+        attention_mask: What each token sees, bool, or added to the scores. *Shape:* any that broadcasts to
+            `(rows, heads, tokens, columns)`.
         scaling: What the scores are multiplied with; None is one over the root of `size`.
         position_bias: Added to the scores. *Shape:* `(1 or rows, heads, tokens, columns)`.
         **kwargs: What else transformers gives to `sdpa`.
@@ -96,14 +99,18 @@ def attend(
     scale = size**-0.5 if scaling is None else scaling
     near = key.device.type == "cpu"
     unusual = kwargs.get("dropout") or any(kwargs.get(name) for name in ("softcap", "output_attentions", "cache"))
-    fast = near and not unusual and query.dtype is torch.bfloat16 and packs()
-    if tokens > 1 and fast and rows * heads * tokens * key.shape[2] >= WORTH_SCORES and not _trained(query, key, value):
+    half = all(state.dtype is torch.bfloat16 for state in (query, key, value))
+    fast = near and half and not unusual and not torch.compiler.is_compiling() and packs()
+    worth = tokens > 1 and width == 1 and rows * heads * tokens * key.shape[2] >= WORTH_SCORES
+    if fast and worth and _plain(query, key, value, attention_mask, position_bias):
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        unseen = Unseen(attention_mask, position_bias, causal=causal and attention_mask is None)
-        return _in_blocks((query, key, value), unseen, scale), None
+        added = Added(attention_mask, position_bias, causal=causal and attention_mask is None)
+        return _in_blocks((query, key, value), added, scale), None
     products = fast and rows * groups >= WORTH
-    if width == 1 and (tokens > 1 or not near or unusual or (position_bias is not None and not products)):
+    if not width or (
+        width == 1 and (tokens > 1 or not near or unusual or (position_bias is not None and not products))
+    ):
         kwargs |= {"scaling": scaling, "position_bias": position_bias}
         attended, _ = _sdpa()(module, query, key, value, attention_mask, **kwargs)
         return attended, None
@@ -154,17 +161,20 @@ def _products(
     return scores.softmax(-1).to(value.dtype) @ value
 
 
-def _trained(*states: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any(state.requires_grad for state in states)
+def _plain(*tensors: torch.Tensor | None) -> bool:
+    """Say whether tensors are ordinary ones, with values, and none of them is trained."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    return not trained and all(type(tensor) is torch.Tensor for tensor in given)
 
 
 @dataclass(frozen=True, slots=True)
-class Unseen:
-    """What keeps tokens from seeing columns, and what else is added to their scores.
+class Added:
+    """What is added to scores: what hides columns from tokens, and a bias.
 
     Attributes:
-        mask: What each token sees. *Shape:* `(1 or rows, 1 or heads, tokens, columns)`, bool, or added to the scores.
-        bias: Added to the scores. *Shape:* the same.
+        mask: What each token sees, bool, or added. *Shape:* any that broadcasts to `(rows, heads, tokens, columns)`.
+        bias: Added. *Shape:* the same.
         causal: Whether a token sees no column behind its own.
     """
 
@@ -172,61 +182,80 @@ class Unseen:
     bias: torch.Tensor | None
     causal: bool
 
-    def added(self, rows: slice, tokens: slice, columns: int) -> torch.Tensor:
-        """Return it for some rows and tokens, in float32. *Shape:* one that broadcasts to that of their scores."""
-        added = torch.zeros(1, dtype=torch.float32, device="cpu")  # a dimension, so that its dtype wins
+    def to(self, rows: slice, tokens: slice, columns: int) -> torch.Tensor:
+        """Return what is added to the scores of some rows and tokens, in float32, to be broadcast."""
+        added = torch.zeros(1, dtype=torch.float32, device="cpu")  # one dimension: a number would take on any dtype
         for given in (self.mask, self.bias):
             if given is not None:
-                part = given[rows if len(given) > 1 else slice(None), :, tokens, :columns]
-                added = added + (torch.where(part, 0.0, HIDDEN) if part.dtype is torch.bool else part)
+                whole = given[(None,) * (4 - given.ndim)]
+                whole = whole[rows] if len(whole) > 1 else whole
+                part = (whole[:, :, tokens] if whole.shape[2] > 1 else whole)[..., :columns]
+                added = added.masked_fill(~part, HIDDEN) if part.dtype is torch.bool else added + part
         if self.causal:
             added = added + added.new_full((tokens.stop - tokens.start, columns), HIDDEN).triu(tokens.start + 1)
-        return added
+        return added.clamp_(min=HIDDEN)
 
 
 class Room:
-    """Memory for the scores of one call, used again by later ones."""
+    """Memory for the scores of a call, which later ones use again: to ask for it anew costs as much as the products."""
+
+    _free: ClassVar[list[Room]] = []
 
     def __init__(self, size: int) -> None:
-        """Take memory for `size` scores: as a product, with what is added, and as probabilities."""
+        """Take memory for `size` scores: as rounded products, in full, and as probabilities."""
         with torch.inference_mode(mode=False):  # else calls outside of that mode could not write there
-            self.parts = [
+            self._parts = [
                 torch.empty(size, dtype=dtype, device="cpu") for dtype in (torch.bfloat16, torch.float32, torch.float32)
             ]
 
-    def shaped(self, *shape: int) -> list[torch.Tensor]:
+    @classmethod
+    @contextmanager
+    def of(cls, size: int) -> Iterator[Room]:
+        """Lend a room for `SCORES` scores, or make one for `size`, if that is more."""
+        if size > SCORES:
+            yield cls(size)
+            return
+        try:
+            room = cls._free.pop()
+        except IndexError:
+            room = cls(SCORES)
+        yield room
+        if len(cls._free) < ROOMS:
+            cls._free.append(room)
+
+    def views(self, *shape: int) -> list[torch.Tensor]:
         """Return the beginning of each part in this shape."""
-        return [part[: math.prod(shape)].view(shape) for part in self.parts]
+        return [part[: math.prod(shape)].view(shape) for part in self._parts]
 
 
-def _in_blocks(states: Sequence[torch.Tensor], unseen: Unseen, scaling: float) -> torch.Tensor:
+def _in_blocks(states: Sequence[torch.Tensor], added: Added, scaling: float) -> torch.Tensor:
     """Attend with two matrix products, `SCORES` scores at a time. *Shape:* of all as in `attend`."""
     query, key, value = states
     rows, heads, tokens, size = query.shape
     groups, columns = key.shape[1:3]
     grouped = query.reshape(rows, groups, -1, tokens, size)  # heads that share a key lie side by side
+    # What all keys have in common moves all scores alike, which changes nothing but what their rounding takes away.
+    key = key - key.mean(2, keepdim=True)
     attended = query.new_empty(rows, tokens, heads, value.shape[-1])
-    most_rows = max(SCORES // (heads * tokens * columns), 1)
-    most_tokens = min(max(SCORES // (heads * columns), 1), tokens)
-    room = _rooms.pop() if _rooms and heads * columns <= SCORES else Room(max(SCORES, heads * columns))
-    for some in _slices(rows, most_rows):
-        for part in _slices(tokens, most_tokens):
-            seen = min(part.stop, columns) if unseen.causal else columns
-            asked = grouped[some, :, :, part].flatten(2, 3)
-            scored, shaped, probable = room.shaped(len(asked), heads, part.stop - part.start, seen)
-            together = scored.view(len(asked), groups, -1, seen)
-            torch.matmul(asked, key[some, :, :seen].transpose(2, 3), out=together)
-            torch.add(unseen.added(some, part, seen), scored, alpha=scaling, out=shaped)
-            scored.copy_(torch.softmax(shaped, -1, out=probable))
-            found = together @ value[some, :, :seen]
-            attended[some, part] = found.view(*scored.shape[:3], -1).transpose(1, 2)
-    if heads * columns <= SCORES:
-        _rooms.append(room)
+    row_scores = heads * tokens * columns
+    with Room.of(heads * columns) as room:
+        for some in _slices(rows, SCORES // row_scores):
+            for part in _slices(tokens, SCORES // (heads * columns)):  # all of them, if several rows fit
+                seen = min(part.stop, columns) if added.causal else columns
+                asking = grouped[some, :, :, part].flatten(2, 3)
+                rounded, scores, shares = room.views(len(asking), heads, part.stop - part.start, seen)
+                as_groups = rounded.view(len(asking), groups, -1, seen)
+                torch.matmul(asking, key[some, :, :seen].transpose(2, 3), out=as_groups)
+                torch.add(added.to(some, part, seen), rounded, alpha=scaling, out=scores)
+                rounded.copy_(torch.softmax(scores, -1, out=shares))  # from here on the probabilities
+                found = as_groups @ value[some, :, :seen]
+                attended[some, part] = found.view(*rounded.shape[:3], -1).transpose(1, 2)
     return attended
 
 
 def _slices(count: int, most: int) -> list[slice]:
-    return [slice(first, min(first + most, count)) for first in range(0, count, most)]
+    """Divide `count` into parts of `most`, or of one."""
+    return [slice(first, min(first + max(most, 1), count)) for first in range(0, count, max(most, 1))]
 
 
 @functools.cache

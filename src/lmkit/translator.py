@@ -246,7 +246,7 @@ class Translator(Writer[Translation]):
         if inside := [span for span in spans if piece.start <= span[0] and span[1] <= piece.end]:
             edges = [piece.start, *(edge for span in inside for edge in span), piece.end]
             rest = " ".join(text[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True))
-            if unknown not in self._codec.encode(rest):
+            if unknown not in self._codec.encode(rest, special=False):
                 return piece
         return replace(piece, notes=(*piece.notes, "unknown"))
 

@@ -154,7 +154,7 @@ class Chooser:
         if row.steering is None:
             config = row.request.config
             last = 0 if config.forced_eos_token_id is None else config.max_length
-            # Not to_diff_dict(), whose copies took 2% of a translation.
+            # Not of to_diff_dict(), which copies all values: 2% of a translation.
             key = repr(sorted((vars(config) | {"max_new_tokens": 0, "max_length": last}).items()))
             row.steering = self._known.get(key) or self._new_steering(row, key)
         return row.steering

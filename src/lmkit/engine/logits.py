@@ -35,21 +35,26 @@ def highest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         blocks = torch.cat([blocks, logits[:, -rest:].amax(-1, keepdim=True)], 1)
     # The last block may end behind the vocabulary: the one of this size that ends with it has the same maximum.
     first = (blocks.max(-1).indices * size).clamp_(max=logits.shape[-1] - size)
-    inside = logits.gather(1, first[:, None] + torch.arange(size)).max(-1)
+    inside = logits.gather(1, first[:, None] + torch.arange(size, device=logits.device)).max(-1)
     return inside.values, first + inside.indices
 
 
 def top(logits: torch.Tensor, count: int) -> torch.Tensor:
-    """Find the likeliest tokens of each row, the best first. *Shape:* `(rows, vocabulary)` to `(rows, count)`."""
+    """Find the likeliest tokens of each row, the best first; of equal ones any. *Shape:* `(rows, count)`.
+
+    Args:
+        logits: *Shape:* `(rows, vocabulary)`.
+        count: How many.
+    """
     depth = logits.shape[-1] // COLUMNS
     if logits.device.type != "cpu" or depth < COLUMNS // 8 or count > COLUMNS // 8:
         return logits.topk(count).indices
-    # None of them is in another column than the `count` whose greatest scores are highest.
+    # All are in the `count` columns whose greatest scores are highest, or behind the last whole row of columns.
     whole = logits[:, : depth * COLUMNS].view(-1, depth, COLUMNS)
     columns = whole.amax(1).topk(count).indices
     some = whole.gather(2, columns[:, None].expand(-1, depth, -1)).flatten(1)
-    places = (columns[:, None] + COLUMNS * torch.arange(depth)[:, None]).flatten(1)
-    rest = torch.arange(depth * COLUMNS, logits.shape[-1]).expand(len(logits), -1)
+    places = (columns[:, None] + COLUMNS * torch.arange(depth, device=logits.device)[:, None]).flatten(1)
+    rest = torch.arange(depth * COLUMNS, logits.shape[-1], device=logits.device).expand(len(logits), -1)
     found = torch.cat([some, logits[:, depth * COLUMNS :]], 1).topk(count).indices
     return torch.cat([places, rest], 1).gather(1, found)
 
