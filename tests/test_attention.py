@@ -245,6 +245,7 @@ def test_a_bias_that_is_trained_goes_to_torchs_kernel(*, bias: bool, monkeypatch
 
 
 @native
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # of functions that are cached
 @torch.no_grad()
 def test_what_is_traced_goes_to_torchs_kernel() -> None:
     """A compiled model gets its results, and no memory of lmkit's is in the graph or takes a stand-in's place."""
@@ -384,8 +385,8 @@ def alike(one: Any, other: Any) -> Iterator[tuple[float, float]]:
 
 @native
 @pytest.mark.parametrize("name", ["llama", "qwen3", "t5", "marian"])
-def test_prompts_in_bfloat16_score_as_torchs_kernel_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padded batches of texts, causal or encoded, have the log-probabilities that torch's kernel gives them."""
+def test_prompts_in_bfloat16_are_as_right_as_with_torchs_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities of padded batches, causal or encoded, are about as far from those of float32."""
     blocks: list[int] = []
     own = attention._in_blocks
 
@@ -397,13 +398,14 @@ def test_prompts_in_bfloat16_score_as_torchs_kernel_does(name: str, monkeypatch:
     task: Any = checkpoints.FAMILIES[name].task
     texts = checkpoints.texts(name)
     pairs = [texts, [texts[0]] * len(texts)] if task == "seq2seq" else [[f"{text} {text}" for text in texts]]
-    with lmkit.load(task, str(checkpoints.folder(name)), "bfloat16", "cpu") as loaded:
-        scored, used = [], []
-        for worth in (1, 10**9):
-            monkeypatch.setattr(attention, "WORTH_SCORES", worth)
-            scored.append(loaded.score(*pairs, **checkpoints.languages(name)))
-            used.append(len(blocks))
-    assert used[0] == used[1] > 0  # none more in the second run
-    ours, torchs = ([value for score in scores for value in score.token_logprobs] for scores in scored)
-    assert len(ours) == len(torchs) > 10
-    assert sum(abs(one - other) for one, other in zip(ours, torchs, strict=True)) / len(ours) < 0.05
+    scored, used = [], []
+    for precision, worth in (("float32", 1), ("bfloat16", 1), ("bfloat16", 10**9)):
+        monkeypatch.setattr(attention, "WORTH_SCORES", worth)
+        with lmkit.load(task, str(checkpoints.folder(name)), precision, "cpu") as loaded:
+            scores = loaded.score(*pairs, **checkpoints.languages(name))
+        scored.append(torch.tensor([value for score in scores for value in score.token_logprobs]))
+        used.append(len(blocks))
+    assert 0 == used[0] < used[1] == used[2]
+    exact, ours, torchs = scored
+    assert len(exact) > 10
+    assert (ours - exact).abs().mean() < 1.5 * (torchs - exact).abs().mean() < 0.5

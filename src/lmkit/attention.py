@@ -108,9 +108,8 @@ def attend(
         added = Added(attention_mask, position_bias, causal=causal and attention_mask is None)
         return _in_blocks((query, key, value), added, scale), None
     products = fast and rows * groups >= WORTH
-    if not width or (
-        width == 1 and (tokens > 1 or not near or unusual or (position_bias is not None and not products))
-    ):
+    biased = position_bias is not None and not products
+    if not width or (width == 1 and (tokens > 1 or not near or unusual or biased)):
         kwargs |= {"scaling": scaling, "position_bias": position_bias}
         attended, _ = _sdpa()(module, query, key, value, attention_mask, **kwargs)
         return attended, None
