@@ -233,8 +233,7 @@ def _in_blocks(states: Sequence[torch.Tensor], added: Added, scaling: float) -> 
     rows, heads, tokens, size = query.shape
     groups, columns = key.shape[1:3]
     grouped = query.reshape(rows, groups, -1, tokens, size)  # heads that share a key lie side by side
-    # What all keys have in common moves all scores alike, which changes nothing but what their rounding takes away.
-    key = key - key.mean(2, keepdim=True)
+    key = _less_common(key)
     attended = query.new_empty(rows, tokens, heads, value.shape[-1])
     row_scores = heads * tokens * columns
     with Room.of(heads * columns) as room:
@@ -250,6 +249,15 @@ def _in_blocks(states: Sequence[torch.Tensor], added: Added, scaling: float) -> 
                 found = as_groups @ value[some, :, :seen]
                 attended[some, part] = found.view(*rounded.shape[:3], -1).transpose(1, 2)
     return attended
+
+
+def _less_common(key: torch.Tensor) -> torch.Tensor:
+    """Subtract what all keys of a head have in common, where all are positive, or negative; else nothing, and exactly.
+
+    That moves all scores of a token alike, so its probabilities stay. But scores are rounded, the more coarsely the
+    larger they are: keys with a large bias would leave no digit of what tells them apart.
+    """
+    return key - (key.amin(2, keepdim=True).clamp(min=0) + key.amax(2, keepdim=True).clamp(max=0))
 
 
 def _slices(count: int, most: int) -> list[slice]:
