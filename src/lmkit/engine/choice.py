@@ -147,7 +147,8 @@ class Chooser:
             elif token_id is None:
                 row.error = EngineError(NO_CHOICE.format(step=len(row.token_ids) + 1))
             else:
-                row.accept(token_id, self._logprob(row, token_id, logits[place]))
+                count = row.request.logprobs
+                row.accept(token_id, None if count is None else self._logprob(count, token_id, logits[place]))
 
     def steering(self, row: Row) -> Steering:
         """Return what reshapes the row's scores, built as `generate` does, from the row's resolved config."""
@@ -230,10 +231,7 @@ class Chooser:
         token_ids: Any = torch.tensor([[row[0]] * (width - len(row)) + row for row in rows], device="cpu")
         return self.steering(row).processors(token_ids, scores)
 
-    def _logprob(self, row: Row, token_id: int, logits: torch.Tensor) -> TokenLogprob | None:
-        count = row.request.logprobs
-        if count is None:
-            return None
+    def _logprob(self, count: int, token_id: int, logits: torch.Tensor) -> TokenLogprob:
         values = logits.float().log_softmax(-1)
         top = values.topk(min(count, len(values)))
         return TokenLogprob(
