@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lmkit.errors import PlacementError, listed, nearest
 from lmkit.placement import BYTES_PER_SECOND
-from lmkit.results import Result
+from lmkit.results.base import Result
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lmkit.errors import OptionError
 from lmkit.fitting import Layout, ModulePlan, size, summed_names
-from lmkit.results import Result
+from lmkit.results.base import Result
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

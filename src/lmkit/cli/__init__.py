@@ -33,7 +33,7 @@ from lmkit.results import Unmasking
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from lmkit.results import Result
+    from lmkit.results.base import Result
 
 __all__ = ["app", "main"]
 

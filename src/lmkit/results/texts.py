@@ -1,35 +1,23 @@
-"""The frozen dataclasses that every call returns.
-
-The same shape whatever the input's: `str(result)` is the text, `to_dict()` plain JSON types, and in a
-notebook a result draws itself with everything escaped, because model output is untrusted text.
-"""
+"""What a call that writes returns."""
 
 from __future__ import annotations
 
-import dataclasses
-import html
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from lmkit.results.base import Result
+
 __all__ = [
-    "Candidate",
-    "Choice",
     "Completion",
     "EngineStats",
     "FinishReason",
     "Generation",
-    "MaskSlot",
-    "Ranking",
-    "Score",
     "Segment",
     "SegmentNote",
     "TextChunk",
     "Timing",
     "TokenLogprob",
     "Translation",
-    "Unmasking",
 ]
 
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "cancelled"]
@@ -49,30 +37,6 @@ SegmentNote: TypeAlias = Literal[
   it is likely to belong, or had come too often.
 - `"unmatched"`: the patterns to `keep` do not match in the text what they match in the source.
 """
-
-
-class Result:
-    """What all results share: `to_dict` and the notebook's picture."""
-
-    __slots__ = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain JSON types; a float that JSON cannot write becomes None."""
-        plain = _plain(self)
-        assert isinstance(plain, dict)  # noqa: S101 - narrows the type; a dataclass is a dict here
-        return plain
-
-    def _repr_html_(self) -> str:
-        """Draw the result as a table for a notebook, every cell escaped."""
-        rows = "".join(
-            f"<tr><th>{html.escape(name)}</th><td><pre>{html.escape(_cell(value))}</pre></td></tr>"
-            for name, value in self._shown().items()
-        )
-        return f"<table>{rows}</table>"
-
-    def _shown(self) -> dict[str, Any]:
-        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
-        return {name: getattr(self, name) for name in names if not name.startswith("_")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,208 +253,3 @@ class TextChunk(Result):
     def __str__(self) -> str:
         """Return the piece of text."""
         return self.text
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate(Result):
-    """A way of filling the masks: all of them, or one.
-
-    Attributes:
-        text: The whole text, filled.
-        fills: What each mask was filled with: the text of its token, or the target as given.
-        tokens: The text of each filled-in token, in order of the text; more than `fills` where targets have several.
-        token_ids: Their places in the vocabulary.
-        token_logprobs: Natural logarithm of the model's probability of each, given the text and the tokens filled in
-            before it.
-        order: In which order the tokens were filled in, as indices into `tokens`.
-    """
-
-    text: str
-    fills: tuple[str, ...]
-    tokens: tuple[str, ...]
-    token_ids: tuple[int, ...]
-    token_logprobs: tuple[float, ...]
-    order: tuple[int, ...]
-
-    def __str__(self) -> str:
-        """Return the filled text."""
-        return self.text
-
-    @property
-    def token(self) -> str:
-        """What the first mask was filled with."""
-        return self.fills[0]
-
-    @property
-    def token_id(self) -> int:
-        """Where the first mask's (first) token is in the vocabulary."""
-        return self.token_ids[0]
-
-    @property
-    def logprob(self) -> float:
-        """The sum of `token_logprobs`: by the chain rule, the logarithm of the tokens' joint probability."""
-        return math.fsum(self.token_logprobs)
-
-    @property
-    def logprob_per_token(self) -> float:
-        """The mean of `token_logprobs`, which does not favour fills of few tokens."""
-        return self.logprob / len(self.token_logprobs)
-
-    @property
-    def score(self) -> float:
-        """The tokens' probability (joint, by the chain rule, where there are several)."""
-        return math.exp(self.logprob)
-
-
-@dataclass(frozen=True, slots=True)
-class MaskSlot(Result):
-    """One mask of the text and the independent guesses for it.
-
-    Attributes:
-        start: Where the mask begins in the text as given, in characters.
-        end: Where it ends, exclusive.
-        candidates: Guesses for this mask alone, the others left masked; best first, or in the
-            order of `targets`.
-        seen_start: Where the part of the text begins that the model saw to fill it, in characters: 0, unless the text
-            is longer than the model takes.
-        seen_end: Where that part ends, exclusive.
-    """
-
-    start: int
-    end: int
-    candidates: tuple[Candidate, ...]
-    seen_start: int
-    seen_end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Unmasking(Result):
-    """What a text's masks were filled with.
-
-    Attributes:
-        text: The text as given.
-        masks: Its masks, each with independent guesses.
-        candidates: Ways of filling the whole text, best first; draws in the order in which they were drawn.
-        seed: What reproduces the draws, if the ways were drawn.
-    """
-
-    text: str
-    masks: tuple[MaskSlot, ...]
-    candidates: tuple[Candidate, ...]
-    seed: int | None = None
-
-    def __str__(self) -> str:
-        """Return the text filled in the best way."""
-        return self.candidates[0].text
-
-    def _shown(self) -> dict[str, Any]:
-        ways = {f"way {n}": f"{way.score:.3f}  {way.text}" for n, way in enumerate(self.candidates, start=1)}
-        return {"text": self.text} | ways
-
-
-@dataclass(frozen=True, slots=True)
-class Score(Result):
-    """How likely the model finds a text, or a continuation of one.
-
-    Attributes:
-        text: What was scored.
-        tokens: The text of each scored token, in order.
-        token_ids: Their places in the vocabulary.
-        token_logprobs: Natural logarithm of the model's probability of each.
-        greedy: Whether each is the likeliest in its place, so that greedy decoding would write them; None of a
-            masked model's score.
-    """
-
-    text: str
-    tokens: tuple[str, ...]
-    token_ids: tuple[int, ...]
-    token_logprobs: tuple[float, ...]
-    greedy: bool | None = None
-
-    @property
-    def logprob(self) -> float:
-        """The sum of `token_logprobs`."""
-        return math.fsum(self.token_logprobs)
-
-    @property
-    def perplexity(self) -> float:
-        """The exponential of the mean of `-token_logprobs`; infinite where that overflows."""
-        try:
-            return math.exp(-self.logprob / len(self.token_logprobs))
-        except OverflowError:
-            return math.inf
-
-    def _shown(self) -> dict[str, Any]:
-        tokens = "  ".join(f"{t!r} {p:.2f}" for t, p in zip(self.tokens, self.token_logprobs, strict=True))
-        return {"text": self.text, "logprob": self.logprob, "perplexity": self.perplexity, "tokens": tokens}
-
-
-@dataclass(frozen=True, slots=True)
-class Choice(Result):
-    """One of the texts that were ranked.
-
-    Attributes:
-        text: The text as given.
-        index: Its place among the choices as given.
-        logprob: What it was ranked by: its log-probability, normalized as `rank` was told.
-        probability: Its share among the choices, the softmax of their `logprob`s.
-        score: Its log-probability by tokens, before it was normalized.
-    """
-
-    text: str
-    index: int
-    logprob: float
-    probability: float
-    score: Score
-
-    @property
-    def tokens(self) -> tuple[str, ...]:
-        """The text of each scored token."""
-        return self.score.tokens
-
-    def __str__(self) -> str:
-        """Return the text."""
-        return self.text
-
-
-@dataclass(frozen=True, slots=True)
-class Ranking(Result):
-    """Texts in order of what the model finds likely.
-
-    Attributes:
-        choices: The likeliest first; equal ones as they were given.
-        normalize: How log-probabilities were made comparable.
-    """
-
-    choices: tuple[Choice, ...]
-    normalize: str
-
-    def __str__(self) -> str:
-        """Return the likeliest text."""
-        return self.choices[0].text
-
-    def _shown(self) -> dict[str, Any]:
-        return {f"{n}": f"{choice.probability:.3f}  {choice.text}" for n, choice in enumerate(self.choices, start=1)}
-
-
-def _plain(value: object) -> object:
-    """Turn dataclasses and tuples into dicts and lists, and floats JSON cannot write into None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
-        return {name: _plain(getattr(value, name)) for name in names + _derived(value)}
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    return value if value is None or isinstance(value, (str, int)) else str(value)
-
-
-def _derived(value: object) -> list[str]:
-    """Name the properties of a result, which its JSON carries as well."""
-    return [name for name in dir(type(value)) if isinstance(getattr(type(value), name), property)]
-
-
-def _cell(value: object) -> str:
-    return value if isinstance(value, str) else repr(value)

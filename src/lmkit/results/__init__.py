@@ -1,0 +1,39 @@
+"""The frozen dataclasses that every call returns.
+
+The same shape whatever the input's: `str(result)` is the text, `to_dict()` plain JSON types, and in a
+notebook a result draws itself with everything escaped, because model output is untrusted text.
+"""
+
+from lmkit.results.masks import Candidate, MaskSlot, Unmasking
+from lmkit.results.scores import Choice, Ranking, Score
+from lmkit.results.texts import (
+    Completion,
+    EngineStats,
+    FinishReason,
+    Generation,
+    Segment,
+    SegmentNote,
+    TextChunk,
+    Timing,
+    TokenLogprob,
+    Translation,
+)
+
+__all__ = [
+    "Candidate",
+    "Choice",
+    "Completion",
+    "EngineStats",
+    "FinishReason",
+    "Generation",
+    "MaskSlot",
+    "Ranking",
+    "Score",
+    "Segment",
+    "SegmentNote",
+    "TextChunk",
+    "Timing",
+    "TokenLogprob",
+    "Translation",
+    "Unmasking",
+]

@@ -1,0 +1,58 @@
+"""What all results share."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["Result"]
+
+
+class Result:
+    """What all results share: `to_dict` and the notebook's picture."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain JSON types; a float that JSON cannot write becomes None."""
+        plain = _plain(self)
+        assert isinstance(plain, dict)  # noqa: S101 - narrows the type; a dataclass is a dict here
+        return plain
+
+    def _repr_html_(self) -> str:
+        """Draw the result as a table for a notebook, every cell escaped."""
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td><pre>{html.escape(_cell(value))}</pre></td></tr>"
+            for name, value in self._shown().items()
+        )
+        return f"<table>{rows}</table>"
+
+    def _shown(self) -> dict[str, Any]:
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in names if not name.startswith("_")}
+
+
+def _plain(value: object) -> object:
+    """Turn dataclasses and tuples into dicts and lists, and floats JSON cannot write into None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
+        return {name: _plain(getattr(value, name)) for name in names + _derived(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    return value if value is None or isinstance(value, (str, int)) else str(value)
+
+
+def _derived(value: object) -> list[str]:
+    """Name the properties of a result, which its JSON carries as well."""
+    return [name for name in dir(type(value)) if isinstance(getattr(type(value), name), property)]
+
+
+def _cell(value: object) -> str:
+    return value if isinstance(value, str) else repr(value)

@@ -1,0 +1,96 @@
+"""What `score` and `rank` return."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lmkit.results.base import Result
+
+__all__ = ["Choice", "Ranking", "Score"]
+
+
+@dataclass(frozen=True, slots=True)
+class Score(Result):
+    """How likely the model finds a text, or a continuation of one.
+
+    Attributes:
+        text: What was scored.
+        tokens: The text of each scored token, in order.
+        token_ids: Their places in the vocabulary.
+        token_logprobs: Natural logarithm of the model's probability of each.
+        greedy: Whether each is the likeliest in its place, so that greedy decoding would write them; None of a
+            masked model's score.
+    """
+
+    text: str
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    token_logprobs: tuple[float, ...]
+    greedy: bool | None = None
+
+    @property
+    def logprob(self) -> float:
+        """The sum of `token_logprobs`."""
+        return math.fsum(self.token_logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean of `-token_logprobs`; infinite where that overflows."""
+        try:
+            return math.exp(-self.logprob / len(self.token_logprobs))
+        except OverflowError:
+            return math.inf
+
+    def _shown(self) -> dict[str, Any]:
+        tokens = "  ".join(f"{t!r} {p:.2f}" for t, p in zip(self.tokens, self.token_logprobs, strict=True))
+        return {"text": self.text, "logprob": self.logprob, "perplexity": self.perplexity, "tokens": tokens}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice(Result):
+    """One of the texts that were ranked.
+
+    Attributes:
+        text: The text as given.
+        index: Its place among the choices as given.
+        logprob: What it was ranked by: its log-probability, normalized as `rank` was told.
+        probability: Its share among the choices, the softmax of their `logprob`s.
+        score: Its log-probability by tokens, before it was normalized.
+    """
+
+    text: str
+    index: int
+    logprob: float
+    probability: float
+    score: Score
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The text of each scored token."""
+        return self.score.tokens
+
+    def __str__(self) -> str:
+        """Return the text."""
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking(Result):
+    """Texts in order of what the model finds likely.
+
+    Attributes:
+        choices: The likeliest first; equal ones as they were given.
+        normalize: How log-probabilities were made comparable.
+    """
+
+    choices: tuple[Choice, ...]
+    normalize: str
+
+    def __str__(self) -> str:
+        """Return the likeliest text."""
+        return self.choices[0].text
+
+    def _shown(self) -> dict[str, Any]:
+        return {f"{n}": f"{choice.probability:.3f}  {choice.text}" for n, choice in enumerate(self.choices, start=1)}
