@@ -146,7 +146,7 @@ def main() -> None:
             ways = (attending(rows, heads, groups, columns, worth) for worth in (10**9, 0))
             print(f"| {name}, {rows} rows of {columns} tokens |", " | ".join(f"{way * 1000:.0f}" for way in ways), "|")
     print("\n| attention of prompts in one layer, milliseconds | torch | products |\n| --- | --- | --- |")
-    for rows, tokens in ((1, 30), (1, 60), (1, 250), (10, 200), (1, 1000), (1, 2000)):
+    for rows, tokens in ((1, 30), (1, 60), (1, 128), (1, 250), (10, 200), (1, 1000), (1, 2000)):
         ways = (prompts(rows, 9, 3, tokens, worth) for worth in (10**12, 0))
         print(f"| SmolLM2, {rows} x {tokens} tokens |", " | ".join(f"{way:.2f}" for way in ways), "|")
     pools = [f"{in_another_thread(released=released):.0f}" for released in (False, True)]
