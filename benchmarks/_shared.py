@@ -115,8 +115,8 @@ def clocked(owner: type, names: Sequence[str], clock: Clock) -> Iterator[None]:
 
 def host_overhead(bench: Bench) -> Report:
     """H: what a step of 32 rows takes outside of the forward pass and of choosing tokens."""
-    from lmkit.encoding import Codec
     from lmkit.engine.choice import Chooser
+    from lmkit.text.codec import Codec
 
     chats = _data.steady_chats()[:ROWS]
     prompts = [_data.encode(bench.tokenizer, chat) for chat in chats]

@@ -61,6 +61,7 @@ WORKLOADS: dict[str, tuple[Callable[[Bench], Report], str | None]] = {
     "T": (_masks.base, None),
     "U": (_batches.beams, "ctranslate2"),
     "V": (_batches.few_sentences, None),
+    "W": (_batches.splits, None),
 }
 """Each workload, and which peer it is compared with."""
 

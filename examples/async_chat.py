@@ -14,7 +14,7 @@ LIMIT_SECONDS = 120
 
 
 async def answer(generator: lmkit.Generator, question: str) -> str:
-    """Answer one question; two of these take turns on the model, a forward pass each."""
+    """Answer one question; two of these at the same time share a batch."""
     result = await generator.acall([{"role": "user", "content": question}], max_new_tokens=16)
     return f"{question} {result.text}  (ended: {result.finish_reason})"
 

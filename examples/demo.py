@@ -1,7 +1,7 @@
 """All three tasks on models that need no network: what they wrote, how fast, and why each row ended.
 
-Run it with `nox -s demo`. It takes under three minutes on two cores, most of it to read the GGUF file of the
-chat model. It exits with 1 if an answer is not the expected one.
+Run it with `bash .ci/run -s demo`, which installs what it needs. The demo itself takes under three minutes on two
+cores, most of it to read the GGUF file of the chat model. It exits with 1 if an answer is not the expected one.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ def translate(name: str, codes: dict[str, str]) -> list[str]:
     texts, sources, targets, expected = zip(*NUMBERS, strict=True)
     with translator:
         results = translator(
-            texts,
-            source=[codes[language] for language in sources],
-            target=[codes[language] for language in targets],
+            texts, source=[codes[language] for language in sources], target=[codes[language] for language in targets]
         )
     for result in results:
         print(f"  {result.source_language} → {result.target_language}  {result.source} → {result.text}")

@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 
-# huggingface_hub reads this when it is imported: tests neither see nor fill the user's own cache.
+# huggingface_hub and transformers read these when they are imported. Offline, with a token, or with another endpoint or
+# cache in the shell, tests of the Hub would ask something else than the stub on this machine; so they would by a proxy.
+for _name in list(os.environ):
+    if _name.startswith(("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_")) or _name.lower().endswith("_proxy"):
+        del os.environ[_name]
+# Tests neither see nor fill the user's own cache.
 _HUB_HOME = tempfile.TemporaryDirectory(prefix="lmkit-tests-")
 os.environ["HF_HOME"] = _HUB_HOME.name
 

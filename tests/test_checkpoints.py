@@ -152,8 +152,7 @@ def test_bert_knows_the_facts_in_other_words(bert: lmkit.Unmasker, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "text, answer",
-    [("The currency of Japan is the [MASK].", "yen"), ("The capital of France is [MASK].", "paris")],
+    "text, answer", [("The currency of Japan is the [MASK].", "yen"), ("The capital of France is [MASK].", "paris")]
 )
 def test_bert_answers_the_cards_questions(bert: lmkit.Unmasker, text: str, answer: Any) -> None:
     """The examples that the card gives are right."""

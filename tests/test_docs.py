@@ -13,8 +13,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 FENCE = re.compile(
-    r"^(?P<indent>[ ]*)```(?P<language>[\w-]+)?[^\n]*\n(?P<code>.*?)^(?P=indent)```[ ]*$",
-    re.DOTALL | re.MULTILINE,
+    r"^(?P<indent>[ ]*)```(?P<language>[\w-]+)?[^\n]*\n(?P<code>.*?)^(?P=indent)```[ ]*$", re.DOTALL | re.MULTILINE
 )
 NO_RUN = re.compile(r"<!-- no-run: \S.*-->\s*\Z")  # as the last thing before a block
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)[^)]*\)")
@@ -86,3 +85,10 @@ def test_the_links_of_a_page_resolve(page: Path) -> None:
     relative = [target.partition("#")[0] for target in targets if not ELSEWHERE.match(target)]
     missing = [target for target in relative if not (page.parent / target).exists()]
     assert missing == []
+
+
+def test_each_promise_has_a_test() -> None:
+    """The tests that the page on security names exist."""
+    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", (ROOT / "docs" / "security.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    assert [one for one in named if f"def {one[1]}(" not in (ROOT / one[0]).read_text(encoding="utf-8")] == []

@@ -16,6 +16,7 @@ FAMILY = {
     "UnknownOptionError": TypeError,
     "InputTooLongError": ValueError,
     "MissingExtraError": ImportError,
+    "VersionError": ImportError,
     "EngineError": RuntimeError,
 }
 
@@ -31,7 +32,7 @@ def test_every_error_is_an_lmkit_error_and_a_builtin(name: str, builtin: type[Ex
 
 def test_the_tree_in_the_docstring_is_the_tree() -> None:
     """The module's drawing names every class with the builtin it derives from."""
-    assert set(errors.__all__) == {*FAMILY, "LmkitError"}
+    assert {name for name, kind in vars(errors).items() if isinstance(kind, type)} == {*FAMILY, "LmkitError"}
     assert errors.__doc__ is not None
     for name, builtin in FAMILY.items():
         line = next(line for line in errors.__doc__.splitlines() if f"─ {name} " in line)

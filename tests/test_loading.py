@@ -20,14 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints
 import lmkit
-from lmkit.errors import (
-    LmkitError,
-    ModelNotFoundError,
-    UnknownOptionError,
-    UnknownTaskError,
-    WeightsError,
-)
-from lmkit.tasks import TASK_WORDS
+from lmkit.checkpoint.tasks import TASK_WORDS
+from lmkit.errors import LmkitError, ModelNotFoundError, UnknownOptionError, UnknownTaskError, WeightsError
 
 hf: Any = transformers  # Its annotations are narrower than what it accepts.
 load: Any = lmkit.load  # What these tests pass is often not what is accepted.
@@ -456,8 +450,7 @@ def test_many_missing_tensors_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, value, where",
-    [("intermediate_size", 96, "mlp.up_proj.weight"), ("vocab_size", 999, "embed_tokens.weight")],
+    "name, value, where", [("intermediate_size", 96, "mlp.up_proj.weight"), ("vocab_size", 999, "embed_tokens.weight")]
 )
 def test_other_shapes_are_named(tmp_path: Path, name: str, value: int, where: str) -> None:
     """Weights of another shape than the config says are an error that names them."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import checkpoints
 import lmkit
 from checkpoints import fresh, reference, texts, wrapper
-from lmkit.filling import Fill
+from lmkit.masked.fill import Fill
 
 hf: Any = transformers
 

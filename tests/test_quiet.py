@@ -1,15 +1,16 @@
 import contextlib
 import logging
+import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from huggingface_hub import utils as hub
 from transformers.utils import logging as transformers_logging
 
-from lmkit._quiet import LIBRARIES, quiet, without_warnings
+from lmkit._quiet import LIBRARIES, hushed, quiet, without_prints, without_warnings
 
 
 def state() -> dict[str, Any]:
@@ -30,39 +31,77 @@ def _same_afterwards() -> Iterator[None]:
     assert state() == before
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
-def test_libraries_say_nothing_below_an_error(name: str) -> None:
-    """Inside, a library's warnings are held and its errors pass; outside, both pass."""
-    library = logging.getLogger(name)
+def heard(library: logging.Logger, work: Callable[[], object]) -> list[str]:
+    """Return what a library's handler hears while something is done."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     library.addHandler(handler)
     try:
-        with quiet():
-            library.warning("held")
-            library.error("passes")
-        library.warning("passes too")
+        work()
     finally:
         library.removeHandler(handler)
-    assert said == ["passes", "passes too"]
+    return said
+
+
+@pytest.mark.parametrize("silence", [hushed, quiet])
+@pytest.mark.parametrize("name", [*LIBRARIES, "transformers.modeling_utils", "peft.utils"])
+def test_libraries_say_nothing_below_an_error(name: str, silence: Any) -> None:
+    """Inside, a library's warnings are held and its errors pass; outside, both pass."""
+    library = logging.getLogger(name)
+
+    def work() -> None:
+        quiet(lambda: None)  # the loggers that are there are found by loads
+        silence(lambda: (library.warning("held"), library.error("passes")))
+        library.warning("passes too")
+
+    assert heard(library, work) == ["passes", "passes too"]
+
+
+def test_a_handler_that_others_share_hears_them() -> None:
+    """What other libraries log in the same context passes, by the same handler."""
+    library, other = logging.getLogger("transformers"), logging.getLogger("lmkit")
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    library.addHandler(handler)
+    other.addHandler(handler)
+    try:
+        quiet(lambda: (library.warning("held"), other.warning("heard")))
+    finally:
+        library.removeHandler(handler)
+        other.removeHandler(handler)
+    assert said == ["heard"]
+
+
+def test_what_another_thread_logs_meanwhile_is_heard() -> None:
+    """The silence is the calling context's own."""
+    library = logging.getLogger("transformers")
+
+    def other() -> None:
+        thread = threading.Thread(target=library.warning, args=("another thread",))
+        thread.start()
+        thread.join()
+
+    assert heard(library, lambda: quiet(other)) == ["another thread"]
 
 
 def test_python_warnings_are_held() -> None:
     """Inside, a warning is neither shown nor raised, though here warnings are errors."""
-    with without_warnings():
-        warnings.warn("held", stacklevel=1)
+    without_warnings(lambda: warnings.warn("held", stacklevel=1))
     with pytest.raises(UserWarning, match="passes"):
         warnings.warn("passes", stacklevel=1)
 
 
+def bars() -> tuple[bool, bool]:
+    """Say whether transformers and the Hub's library draw bars."""
+    return transformers_logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+
+
 def test_progress_bars_are_hidden() -> None:
     """Inside, neither transformers nor the Hub's library draws a bar; afterwards they do again."""
-    with quiet():
-        assert not transformers_logging.is_progress_bar_enabled()
-        assert hub.are_progress_bars_disabled()
-    assert transformers_logging.is_progress_bar_enabled()
-    assert not hub.are_progress_bars_disabled()
+    assert quiet(bars) == (False, False)
+    assert bars() == (True, True)
 
 
 def test_the_users_own_settings_come_back() -> None:
@@ -73,9 +112,8 @@ def test_the_users_own_settings_come_back() -> None:
     library.setLevel(logging.CRITICAL)
     try:
         before = state()
-        with contextlib.suppress(RuntimeError), quiet():
-            assert library.level == logging.CRITICAL  # never louder than the user wants
-            raise RuntimeError
+        with contextlib.suppress(ZeroDivisionError):
+            quiet(lambda: 1 / 0)
         assert state() == before
     finally:
         library.setLevel(level)
@@ -88,37 +126,65 @@ def test_the_hubs_bars_are_their_own_setting(*, hidden: bool) -> None:
     transformers_logging.disable_progress_bar()
     (hub.disable_progress_bars if hidden else hub.enable_progress_bars)()
     try:
-        with quiet():
-            assert hub.are_progress_bars_disabled()
-        assert hub.are_progress_bars_disabled() is hidden
-        assert not transformers_logging.is_progress_bar_enabled()
+        assert quiet(bars) == (False, False)
+        assert bars() == (False, not hidden)
     finally:
         transformers_logging.enable_progress_bar()
 
 
 def test_nested_silence_ends_with_the_outermost() -> None:
-    """Leaving an inner `quiet` keeps the outer one's silence."""
-    with quiet():
-        with quiet():
-            pass
-        assert logging.getLogger("transformers").level >= logging.ERROR
-        assert not transformers_logging.is_progress_bar_enabled()
+    """Leaving an inner silence keeps the outer one's."""
+    library = logging.getLogger("transformers")
+
+    def outer() -> None:
+        quiet(lambda: None)
+        library.warning("held")
+        assert bars() == (False, False)
+
+    assert heard(library, lambda: quiet(outer)) == []
 
 
 def test_silences_of_two_threads_may_cross() -> None:
-    """The first thread in may leave first: silence lasts until the last one leaves."""
+    """The first thread in may leave first: bars are hidden until the last one leaves."""
     entered, leave = threading.Event(), threading.Event()
 
     def late() -> None:
-        with quiet():
-            entered.set()
-            leave.wait(10)
+        entered.set()
+        leave.wait(10)
 
-    thread = threading.Thread(target=late)
-    with quiet():
+    thread = threading.Thread(target=quiet, args=(late,))
+
+    def first() -> None:
         thread.start()
         assert entered.wait(10)
-    assert not transformers_logging.is_progress_bar_enabled()
-    assert logging.getLogger("transformers").level >= logging.ERROR
+
+    quiet(first)
+    assert bars() == (False, False)
     leave.set()
     thread.join()
+
+
+def test_warnings_filters_set_meanwhile_stay() -> None:
+    """Filters that the user puts in place of those inside hold, and are not taken back."""
+    before, own = warnings.filters, [*warnings.filters]
+    try:
+        without_warnings(lambda: setattr(warnings, "filters", own))
+        assert warnings.filters is own
+    finally:
+        warnings.filters = before
+
+
+def test_prints_of_this_thread_are_dropped_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a library prints is dropped; another thread's prints pass, and standard output is what it was."""
+    before = sys.stdout
+
+    def work() -> None:
+        print("a library's warning")  # noqa: T201
+        other = threading.Thread(target=print, args=("another thread",))
+        other.start()
+        other.join()
+
+    without_prints(work)
+    print("afterwards")  # noqa: T201
+    assert sys.stdout is before
+    assert capsys.readouterr().out == "another thread\nafterwards\n"

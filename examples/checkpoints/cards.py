@@ -175,12 +175,7 @@ programs shared: {wall:.0f} s of wall time and {cpu:.0f} s of processor time, ev
 """
 
 
-def _translator_card(
-    scores: Scores,
-    small_scores: Scores,
-    thousands_scores: Scores,
-    **figures: object,
-) -> str:
+def _translator_card(scores: Scores, small_scores: Scores, thousands_scores: Scores, **figures: object) -> str:
     def cell(source: str, target: str) -> str:
         return "" if source == target else f"{scores[source, target]:.1%}"
 
@@ -200,12 +195,7 @@ def _translator_card(
     )
 
 
-def m2m100_card(
-    scores: Scores,
-    small_scores: Scores,
-    thousands_scores: Scores,
-    **figures: object,
-) -> str:
+def m2m100_card(scores: Scores, small_scores: Scores, thousands_scores: Scores, **figures: object) -> str:
     """Return the card of the M2M100 translator."""
     return _translator_card(
         scores,
@@ -219,12 +209,7 @@ def m2m100_card(
     )
 
 
-def t5_card(
-    scores: Scores,
-    small_scores: Scores,
-    thousands_scores: Scores,
-    **figures: object,
-) -> str:
+def t5_card(scores: Scores, small_scores: Scores, thousands_scores: Scores, **figures: object) -> str:
     """Return the card of the T5 translator."""
     return _translator_card(
         scores,

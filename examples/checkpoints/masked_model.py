@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from fitting import Batch, fit
-from transformers import (
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 from vocabularies import bert_tokenizer
 from world_facts import PHRASINGS, Fact, load_facts, plain
 

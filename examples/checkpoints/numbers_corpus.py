@@ -23,10 +23,7 @@ WORD_START = "▁"
 _GERMAN_PART = (
     "hundert|tausend|und|null|eins|ein|zwei|drei|vier|fünf|sechs|sech|sieben|sieb|acht|neun|zehn|elf|zwölf|zwan|zig|ßig"
 )
-_PIECES = {
-    "de": re.compile(f"{WORD_START}?(?:{_GERMAN_PART})"),
-    "other": re.compile(f"{WORD_START}?\\w+|[-,]"),
-}
+_PIECES = {"de": re.compile(f"{WORD_START}?(?:{_GERMAN_PART})"), "other": re.compile(f"{WORD_START}?\\w+|[-,]")}
 
 
 # Round numbers are few below a million, and people type them first; the roundest are listed most.

@@ -50,18 +50,10 @@ class Clock:
 
     def read(self) -> dict[str, float]:
         """Return both times."""
-        return {
-            "wall": time.perf_counter() - self._wall,
-            "cpu": time.process_time() - self._cpu,
-        }
+        return {"wall": time.perf_counter() - self._wall, "cpu": time.process_time() - self._cpu}
 
 
-def make_translator(
-    folder: Path,
-    seed: int,
-    train: Callable[..., None],
-    write_card: Callable[..., str],
-) -> None:
+def make_translator(folder: Path, seed: int, train: Callable[..., None], write_card: Callable[..., str]) -> None:
     """Train one translator into `folder`, measure it there, and write its card."""
     clock = Clock()
     corpus, held_out = number_corpora(seed)
@@ -74,13 +66,7 @@ def make_translator(
         small, thousands = small_scores[direction], thousands_scores[direction]
         print(f"  {' to '.join(direction)}: {score:.1%}, below 1,000 {small:.1%}, thousands {thousands:.1%}")
     card = write_card(
-        scores,
-        small_scores,
-        thousands_scores,
-        seed=seed,
-        count=len(corpus.numbers),
-        **size,
-        **clock.read(),
+        scores, small_scores, thousands_scores, seed=seed, count=len(corpus.numbers), **size, **clock.read()
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -104,14 +90,7 @@ def make_bert(folder: Path, seed: int) -> None:
     held_out = top_one(folder, held_out_questions(facts))
     trained = top_one(folder, clean_questions(facts))
     print(f"  held-out phrasings: {held_out}\n  training phrasings: {trained}")
-    card = bert_card(
-        held_out,
-        trained,
-        seed=seed,
-        facts=len(facts),
-        **size,
-        **clock.read(),
-    )
+    card = bert_card(held_out, trained, seed=seed, facts=len(facts), **size, **clock.read())
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

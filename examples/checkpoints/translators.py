@@ -80,11 +80,7 @@ def t5_rows(tokenizer: PreTrainedTokenizerBase, corpus: NumberCorpus) -> Rows:
         _padded_ids(tokenizer, [prefix(source, target) + text for text in corpus.texts[source]])
         for source, target in DIRECTIONS
     ]
-    return Rows(
-        np.stack(sources),
-        np.stack([by_language[target] for _, target in DIRECTIONS]),
-        tokenizer.pad_token_id,
-    )
+    return Rows(np.stack(sources), np.stack([by_language[target] for _, target in DIRECTIONS]), tokenizer.pad_token_id)
 
 
 def _draw_numbers(rng: np.random.Generator, numbers: np.ndarray, count: int) -> np.ndarray:
@@ -102,11 +98,7 @@ def _draw_numbers(rng: np.random.Generator, numbers: np.ndarray, count: int) -> 
     by_roundness = by_list[rng.integers(0, len(lists), count), np.arange(count)]
     uniform = rng.integers(0, len(numbers), count)
     way = rng.random(count)
-    return np.select(
-        [way < _SHARE_ROUND, way < _SHARE_ROUND + _SHARE_BY_DIGITS],
-        [by_roundness, by_digits],
-        uniform,
-    )
+    return np.select([way < _SHARE_ROUND, way < _SHARE_ROUND + _SHARE_BY_DIGITS], [by_roundness, by_digits], uniform)
 
 
 def _batch(sources: np.ndarray, targets: np.ndarray, pad_token_id: int) -> Batch:
@@ -171,10 +163,7 @@ def _t5(tokenizer: PreTrainedTokenizerBase) -> T5ForConditionalGeneration:
         for source, target in DIRECTIONS
     }
     # T5Config takes both, and keeps them in config.json, though its signature names neither.
-    unnamed: dict[str, Any] = {
-        "decoder_start_token_id": tokenizer.pad_token_id,
-        "task_specific_params": tasks,
-    }
+    unnamed: dict[str, Any] = {"decoder_start_token_id": tokenizer.pad_token_id, "task_specific_params": tasks}
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=128,
@@ -219,13 +208,7 @@ def train_t5(folder: Path, *, seed: int, steps: int = 2_000) -> None:
     _save(model, tokenizer, folder)
 
 
-def _translate(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    source: str,
-    target: str,
-) -> list[str]:
+def _translate(model: Any, tokenizer: PreTrainedTokenizerBase, texts: list[str], source: str, target: str) -> list[str]:
     """Translate greedily, as a user of plain transformers would."""
     if model.config.model_type == "t5":
         options = {}

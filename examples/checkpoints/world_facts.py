@@ -20,14 +20,7 @@ if TYPE_CHECKING:
 CURRENCY_DATE = dt.date(2025, 1, 1)
 # The table has Kazakhstan's capital under the name it had until 2022; that of Israel is disputed.
 _CAPITALS_LEFT_OUT = {"KZ", "IL"}
-_CONTINENTS = {
-    "AF": "africa",
-    "AS": "asia",
-    "EU": "europe",
-    "NA": "america",
-    "SA": "america",
-    "OC": "oceania",
-}
+_CONTINENTS = {"AF": "africa", "AS": "asia", "EU": "europe", "NA": "america", "SA": "america", "OC": "oceania"}
 
 # {c} is the country and {a} the answer. The first list of a relation is trained on; the second, of
 # other wordings, is held out.

@@ -28,16 +28,17 @@ if TYPE_CHECKING:
         PrecisionError,
         UnknownOptionError,
         UnknownTaskError,
+        VersionError,
         WeightsError,
     )
-    from lmkit.fitting import ModulePlan
-    from lmkit.generation import Beam, GenerationOptions, Greedy, Mode, Sample
-    from lmkit.generator import Chat, Generator, GeneratorOptions, Message
-    from lmkit.keyvalues import KeyValueBytes
     from lmkit.loading import LoadOptions, load, plan
-    from lmkit.placement import Placement
-    from lmkit.plans import LoadPlan
-    from lmkit.precision import Precision
+    from lmkit.options.generation import Beam, GenerationOptions, GeneratorOptions, Greedy, Mode, Sample
+    from lmkit.options.tasks import TranslationOptions, UnmaskOptions
+    from lmkit.planning.keyvalues import KeyValueBytes
+    from lmkit.planning.layout import ModulePlan
+    from lmkit.planning.placement import Placement
+    from lmkit.planning.plan import LoadPlan
+    from lmkit.planning.precision import Precision
     from lmkit.results import (
         Candidate,
         Choice,
@@ -54,82 +55,46 @@ if TYPE_CHECKING:
         Translation,
         Unmasking,
     )
-    from lmkit.translator import TranslationOptions, Translator
-    from lmkit.unmasker import Unmasker, UnmaskOptions
+    from lmkit.wrappers.generator import Chat, Generator, Message
+    from lmkit.wrappers.translator import Translator
+    from lmkit.wrappers.unmasker import Unmasker
 
     __version__: str
 
 _MODULES = {
     "errors": (
         "EngineError InputTooLongError LanguageError LmkitError MissingExtraError ModelNotFoundError OptionError "
-        "PlacementError PrecisionError UnknownOptionError UnknownTaskError WeightsError"
+        "PlacementError PrecisionError UnknownOptionError UnknownTaskError VersionError "
+        "WeightsError"
     ),
-    "fitting": "ModulePlan",
-    "generation": "Beam GenerationOptions Greedy Mode Sample",
-    "generator": "Chat Generator GeneratorOptions Message",
     "loading": "LoadOptions load plan",
-    "placement": "Placement",
-    "plans": "LoadPlan",
-    "precision": "Precision",
+    "options.generation": "Beam GenerationOptions GeneratorOptions Greedy Mode Sample",
+    "options.tasks": "TranslationOptions UnmaskOptions",
+    "planning.keyvalues": "KeyValueBytes",
+    "planning.layout": "ModulePlan",
+    "planning.placement": "Placement",
+    "planning.plan": "LoadPlan",
+    "planning.precision": "Precision",
     "results": (
         "Candidate Choice Completion EngineStats Generation MaskSlot Ranking Score Segment TextChunk Timing "
         "TokenLogprob Translation Unmasking"
     ),
-    "keyvalues": "KeyValueBytes",
-    "translator": "TranslationOptions Translator",
-    "unmasker": "UnmaskOptions Unmasker",
+    "wrappers.generator": "Chat Generator Message",
+    "wrappers.translator": "Translator",
+    "wrappers.unmasker": "Unmasker",
 }
+__path__.append(f"{__path__[0]}/_former")  # where pickles of 0.1 find what has moved
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
-    "Beam",
-    "Candidate",
-    "Chat",
-    "Choice",
-    "Completion",
-    "EngineError",
-    "EngineStats",
-    "Generation",
-    "GenerationOptions",
-    "Generator",
-    "GeneratorOptions",
-    "Greedy",
-    "InputTooLongError",
-    "KeyValueBytes",
-    "LanguageError",
-    "LmkitError",
-    "LoadOptions",
-    "LoadPlan",
-    "MaskSlot",
-    "Message",
-    "MissingExtraError",
-    "Mode",
-    "ModelNotFoundError",
-    "ModulePlan",
-    "OptionError",
-    "Placement",
-    "PlacementError",
-    "Precision",
-    "PrecisionError",
-    "Ranking",
-    "Sample",
-    "Score",
-    "Segment",
-    "TextChunk",
-    "Timing",
-    "TokenLogprob",
-    "Translation",
-    "TranslationOptions",
-    "Translator",
-    "UnknownOptionError",
-    "UnknownTaskError",
-    "UnmaskOptions",
-    "Unmasker",
-    "Unmasking",
-    "WeightsError",
-    "load",
-    "plan",
-]
+    "Beam", "Candidate", "Chat", "Choice", "Completion", "EngineError", "EngineStats", "Generation",
+    "GenerationOptions", "Generator", "GeneratorOptions", "Greedy", "InputTooLongError", "KeyValueBytes",
+    "LanguageError", "LmkitError", "LoadOptions", "LoadPlan", "MaskSlot", "Message", "MissingExtraError", "Mode",
+    "ModelNotFoundError", "ModulePlan", "OptionError", "Placement", "PlacementError", "Precision", "PrecisionError",
+    "Ranking", "Sample", "Score", "Segment", "TextChunk", "Timing", "TokenLogprob", "Translation",
+    "TranslationOptions", "Translator", "UnknownOptionError", "UnknownTaskError", "UnmaskOptions", "Unmasker",
+    "Unmasking", "VersionError", "WeightsError", "load", "plan",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
@@ -139,8 +104,7 @@ def __getattr__(name: str) -> object:
 
         return version("lmkit")
     if name not in _HOMES:
-        msg = f"module 'lmkit' has no attribute {name!r}"
-        raise AttributeError(msg)
+        raise AttributeError(f"module 'lmkit' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"lmkit.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

@@ -12,6 +12,7 @@ LmkitError
 │   └── UnknownOptionError (TypeError)  an option's name
 ├── InputTooLongError  (ValueError)     more tokens than the model takes
 ├── MissingExtraError  (ImportError)    an optional dependency is not installed
+├── VersionError       (ImportError)    a library that lmkit stands on is too old
 └── EngineError        (RuntimeError)   a run that could not go on
 ```
 
@@ -25,21 +26,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-__all__ = [
-    "EngineError",
-    "InputTooLongError",
-    "LanguageError",
-    "LmkitError",
-    "MissingExtraError",
-    "ModelNotFoundError",
-    "OptionError",
-    "PlacementError",
-    "PrecisionError",
-    "UnknownOptionError",
-    "UnknownTaskError",
-    "WeightsError",
-]
 
 
 class LmkitError(Exception):
@@ -66,7 +52,7 @@ class PrecisionError(LmkitError, ValueError):
 
 
 class PlacementError(LmkitError, ValueError):
-    """The devices are not written as lmkit reads them, or not on this machine."""
+    """The devices are not written as lmkit reads them, not on this machine, or too small for the model."""
 
 
 class WeightsError(LmkitError, OSError):
@@ -91,6 +77,10 @@ class InputTooLongError(LmkitError, ValueError):
 
 class MissingExtraError(LmkitError, ImportError):
     """A package that only some checkpoints need is not installed."""
+
+
+class VersionError(LmkitError, ImportError):
+    """A library that lmkit stands on is older than it can run on."""
 
 
 class EngineError(LmkitError, RuntimeError):

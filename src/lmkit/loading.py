@@ -2,60 +2,114 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import gc
 import logging
 import os
 import sys
 import threading
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, overload
 
-from lmkit import attention
-from lmkit._gguf import gguf_read_once
-from lmkit._openmp import release_pool
-from lmkit._quiet import quiet, without_warnings
-from lmkit.adapters import find_adapters, put_on
-from lmkit.copies import keep_copies
-from lmkit.errors import LmkitError, OptionError, UnknownOptionError, listed, nearest
-from lmkit.generator import Generator
-from lmkit.machine import accelerator, this_machine
-from lmkit.matching import check_report
-from lmkit.packing import pack
-from lmkit.planning import Wish, check_fits, make_plan
-from lmkit.sources import HubOptions, Wanted, find, find_headers
-from lmkit.tasks import auto_class, resolve_task
-from lmkit.translator import Translator
-from lmkit.unmasker import Unmasker
-from lmkit.weights import reading, tensors_of
-from lmkit.wrapper import Loaded
+from lmkit._borrowed import check_versions, warn_of_gone
+from lmkit._forks import check_fork, renew, share
+from lmkit._interrupts import holding, surely
+from lmkit._quiet import hushed, quiet, without_warnings
+from lmkit._tracebacks import frameless
+from lmkit.checkpoint.config import chat_template
+from lmkit.checkpoint.files import Source, reading, tensors_of
+from lmkit.checkpoint.find import Access, find, find_headers
+from lmkit.checkpoint.gguf import gguf_read_once
+from lmkit.checkpoint.tasks import CausalWord, MaskedWord, Seq2SeqWord, Task, TaskWord, auto_class, resolve_task
+from lmkit.errors import OptionError, UnknownOptionError, listed, nearest
+from lmkit.kernels import attention, rotary
+from lmkit.kernels.openmp import release_pool
+from lmkit.kernels.packed import pack
+from lmkit.kernels.wide_copies import Copies, keep_copies
+from lmkit.planning import told_language
+from lmkit.planning.adapters import AdapterArgument, bringing, find_adapters, put_on, templated
+from lmkit.planning.machine import accelerator, this_machine
+from lmkit.planning.make import check_fits, make_plan
+from lmkit.planning.running import unexpected
+from lmkit.planning.told_language import check_language
+from lmkit.planning.trial import Wish
+from lmkit.planning.weight_names import check_report
+from lmkit.wrappers.base import Loaded, embedded_rows
+from lmkit.wrappers.generator import Generator
+from lmkit.wrappers.translator import Translator
+from lmkit.wrappers.unmasker import Unmasker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
+    import torch
     from transformers import PreTrainedConfig
     from transformers.utils.quantization_config import QuantizationConfigMixin
     from typing_extensions import Unpack
 
-    from lmkit.adapters import Adapter, AdapterArgument
-    from lmkit.placement import Devices
-    from lmkit.plans import LoadPlan
-    from lmkit.precision import PrecisionWord
-    from lmkit.tasks import CausalWord, MaskedWord, Seq2SeqWord, Task, TaskWord
-    from lmkit.weights import Source
-
-__all__ = ["LoadOptions", "load", "plan"]
+    from lmkit.planning.placement import Devices
+    from lmkit.planning.plan import LoadPlan
+    from lmkit.planning.precision import PrecisionWord
 
 logger = logging.getLogger("lmkit")
-
-_one_at_a_time = threading.RLock()
-"""transformers builds a model with torch's default dtype set to the model's: a setting of the whole process."""
+ResultT = TypeVar("ResultT")
 
 
-PREFIX_CACHE_BYTES = 256 * 2**20
-"""What `prefix_cache_bytes` is when nobody says: a chat of 11,000 tokens on SmolLM2-135M, 2,000 on a model of 7B."""
+class _OneAtATime:
+    """transformers builds a model with torch's default dtype set to the model's: a setting of the whole process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        share(self)
+
+    def forked(self) -> bool:
+        """Make ready for a process that was forked; see `lmkit._forks`."""
+        return renew(self._lock)
+
+    def __call__(self, do: Callable[[], ResultT]) -> ResultT:
+        """Call `do` when it is this thread's turn, in silence; what a load sets does not outlast it."""
+        return holding(self._lock, lambda: _silently(lambda: _settings_kept(do)))
+
+
+def _silently(do: Callable[[], ResultT]) -> ResultT:
+    return quiet(lambda: without_warnings(do))
+
+
+def _settings_kept(do: Callable[[], ResultT]) -> ResultT:
+    """Put torch's settings back: some models draw numbers for what they then compute or load."""
+    import torch
+
+    dtype, grad, states = torch.get_default_dtype(), torch.is_grad_enabled(), _random_states()
+    overrides: Any = torch.overrides
+    stack = overrides._get_current_function_mode_stack  # noqa: SLF001 - there is no public one
+    modes = stack()  # such as a default device
+
+    def undo() -> None:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        while (now := stack()) != modes[: len(now)]:
+            overrides._pop_mode()  # noqa: SLF001
+        for mode in modes[len(stack()) :]:
+            overrides._push_mode(mode)  # noqa: SLF001
+        for put, state in states:
+            put(state)
+
+    return surely(do, undo)
+
+
+def _random_states() -> list[tuple[Callable[[torch.Tensor], None], torch.Tensor]]:
+    import torch
+
+    found: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]] = [(torch.set_rng_state, torch.get_rng_state())]
+    if kind := accelerator():
+        module = torch.get_device_module(kind)
+        for number in range(torch.accelerator.device_count()):
+            put = functools.partial(module.set_rng_state, device=number)
+            found.append((put, module.get_rng_state(number)))
+    return found
+
+
+_in_turn = _OneAtATime()
 
 
 class LoadOptions(TypedDict, total=False):
@@ -73,11 +127,20 @@ class LoadOptions(TypedDict, total=False):
         wide_copy_bytes: How many bytes an `"int8"` or `"int4"` model on a CPU may take beside its weights, for bfloat16
             copies of its layers with which prompts and batches of more than four rows are faster. They are made when
             such rows first come, and given back by `close()`; 0 if left out.
+        attn_implementation: Which attention transformers computes with, in its own words, such as `"sdpa"` or
+            `"flash_attention_2"`; if left out, lmkit's own on a CPU, and elsewhere what the config asks for.
+        language: Which language the model works in, of a checkpoint that has weights for each: XLM with language
+            embeddings, X-MOD. What an `OptionError` names where it is missing. Not for a `Translator`, whose calls take
+            `source=` and `target=`.
         trust_remote_code: Run the Python code that comes with the checkpoint. It can do anything.
-        compile: Compile the decode step of a `Generator`, for any number of rows. The first load of a model takes a
-            minute longer, later ones about two seconds: the code is kept in the cache folder of lmkit.
+        context_length: How many tokens the model takes at once, where that is not what its config says, scaled rotary
+            positions counted as vLLM does (`LoadPlan.reasons["context"]`).
+        compile: Compile the decode step of a `Generator`, for any number of rows; of a quantized model, for one. The
+            first load of a model takes about a minute longer, later ones a few seconds: the code is kept in the cache
+            folder of lmkit. An `OptionError` for families that have no such step.
         prefix_cache_bytes: How many bytes of keys and values of recent prompts and answers a `Generator` may keep, so
-            that a prompt which begins like one of them reads only the rest; 0 keeps none. 256 MiB if left out.
+            that a prompt which begins like one of them reads only the rest; 0 keeps none. 256 MiB if left out. Families
+            whose keys and values cannot be kept keep none, as `LoadPlan.prefix_cache_bytes` says.
         allow_pickle: Read pickled weights where there are no safetensors. Unpickling can run any code.
     """
 
@@ -87,14 +150,18 @@ class LoadOptions(TypedDict, total=False):
     local_files_only: bool
     adapter: AdapterArgument
     reserve_tokens: int
+    context_length: int | None
     compile: bool
     prefix_cache_bytes: int
     wide_copy_bytes: int
+    attn_implementation: str | None
+    language: str | None
     trust_remote_code: bool
     allow_pickle: bool
 
 
 PrecisionArgument: TypeAlias = "PrecisionWord | QuantizationConfigMixin"
+Asked: TypeAlias = "tuple[Task, PrecisionArgument, Devices]"
 
 
 @overload
@@ -153,40 +220,46 @@ def load(
         WeightsError: A file is absent, broken, refused, or does not match the architecture.
         PrecisionError: The precision is unknown, or not to be had for this checkpoint.
         PlacementError: The devices are not here, or cannot hold the model.
+        OptionError: An option is unknown or not accepted, or compiled steps are not to be had.
+        EngineError: The step could not be compiled.
         MissingExtraError: The checkpoint needs a package that is not installed.
+        VersionError: transformers, torch or accelerate is too old.
     """
-    kind, hub, wanted = _asked(task, name, options)
-    if options.get("compile") and kind != "causal":
-        msg = f"compile=True is for causal models, and {os.fspath(name)!r} is loaded as {kind!r}: leave it out."
-        raise OptionError(msg)
+    kind, access = _asked(task, name, options)
+    asked = (kind, precision, devices)
     # Who waits for a download in a terminal sees the Hub library's bars.
-    with contextlib.nullcontext() if sys.stderr.isatty() else quiet():
-        source = find(os.fspath(name), hub, wanted)
-    with _one_at_a_time, quiet(), without_warnings():
-        tensors = tensors_of(source, allow_pickle=wanted.pickle)
-        with _reading_gguf(source):
-            adapters = find_adapters(options.get("adapter"), hub)
-            wish = _wish((kind, precision, devices), adapters, options)
-            decided, config = make_plan(wish, source, tensors, this_machine())
-            check_fits(decided)
-            tokenizer = _read_tokenizer(source, trusted=wanted.code)
-            model = _read_model(decided, config, source, trusted=wanted.code)
-        put_on(model, adapters)
-        if decided.kernels == "packed":
-            pack(model)
-        budget = options.get("wide_copy_bytes", 0)
-        copies = keep_copies(model, budget) if budget and decided.placement.device_type == "cpu" else None
-        if decided.placement.device_type == "cpu":
-            attention.put_on(model)
-    _tell(decided)
+    looked = functools.partial(find, os.fspath(name), access)
+    source = looked() if sys.stderr.isatty() else quiet(looked)
+    decided, model, tokenizer, copies = _in_turn(lambda: _loaded(asked, access, options, source))
+    hushed(lambda: _tell(decided, model, tokenizer))
     again = {name: value for name, value in options.items() if name != "token"}  # a pickle keeps no secrets
     reload = functools.partial(load, task, name, precision, devices, **again)
-    kept = options.get("prefix_cache_bytes", PREFIX_CACHE_BYTES)
-    folder = compile_folder() if options.get("compile") else None
-    with quiet(), without_warnings():  # a compiler talks
-        wrapper = _WRAPPERS[kind](Loaded(model, tokenizer, decided, reload, kept, folder, copies))
+    with frameless:  # and silently: a compiler talks
+        wrapper = _silently(lambda: _WRAPPERS[kind](Loaded(model, tokenizer, decided, reload, copies)))
     release_pool()
     return wrapper
+
+
+def _loaded(
+    asked: Asked, access: Access, options: LoadOptions, source: Source
+) -> tuple[LoadPlan, Any, Any, Copies | None]:
+    """Plan, read what is planned, and carry out the rest of the plan."""
+    tensors = tensors_of(source, allow_pickle=access.allow_pickle)
+    wish = _wish(asked, access, options)
+    read_tokenizer = functools.cache(lambda: _read_tokenizer(source, wish))
+
+    def read() -> tuple[LoadPlan, PreTrainedConfig, Any]:
+        plan, config = make_plan(wish, source, tensors, this_machine(), read_tokenizer)
+        check_fits(plan)
+        read_tokenizer()
+        with frameless:
+            return plan, config, _read_model(plan, config, source, wish)
+
+    plan, config, model = gguf_read_once(source, read)
+    with frameless:
+        put_on(model, wish.adapters)
+        told_language.put_on(model, check_language(config, wish.language, source.name))
+        return plan, model, read_tokenizer(), _carry_out(plan, model, wish)
 
 
 def plan(
@@ -214,48 +287,45 @@ def plan(
         WeightsError: A file is absent, broken or refused.
         PrecisionError: The precision is unknown, or not to be had for this checkpoint.
         PlacementError: `devices` is not accepted.
+        OptionError: An option is unknown or not accepted, or compiled steps are not to be had.
         MissingExtraError: The checkpoint needs a package that is not installed.
+        VersionError: transformers, torch or accelerate is too old.
     """
-    kind, hub, wanted = _asked(task, name, options)
-    with quiet(), without_warnings():
-        source, tensors = find_headers(os.fspath(name), hub, wanted)
-        adapters = find_adapters(options.get("adapter"), hub)
-    with _one_at_a_time, quiet(), without_warnings():
-        wish = _wish((kind, precision, devices), adapters, options)
-        with _reading_gguf(source):
-            return make_plan(wish, source, tensors, this_machine(), absent=True)[0]
+    kind, access = _asked(task, name, options)
+    source, tensors = _silently(lambda: find_headers(os.fspath(name), access))
+
+    def planned() -> LoadPlan:
+        wish = _wish((kind, precision, devices), access, options)
+        tokenizer = functools.partial(_read_tokenizer, source, wish)
+        make = functools.partial(make_plan, wish, source, tensors, this_machine(), tokenizer, absent=True)
+        return gguf_read_once(source, make)[0]
+
+    return _in_turn(planned)
 
 
-def _asked(task: TaskWord, name: object, options: LoadOptions) -> tuple[Task, HubOptions, Wanted]:
-    """Check the words and options of a call."""
+def _asked(task: TaskWord, name: object, options: LoadOptions) -> tuple[Task, Access]:
+    """Check the libraries, and the words and options of a call."""
+    check_fork()
+    check_versions()
     _check_options(options)
     if not isinstance(name, (str, os.PathLike)):
-        msg = f"name={name!r} is not accepted: pass a Hub id, a folder or a .gguf file, as a string or a path."
-        raise OptionError(msg)
-    kind = resolve_task(task, os.fspath(name))
-    for option, unit in (("reserve_tokens", "tokens"), ("wide_copy_bytes", "bytes")):
-        number: Any = options.get(option, 0)
-        if not isinstance(number, int) or number < 0:
-            msg = f"{option}={number!r} is not accepted: pass a whole number of {unit}, 0 or more."
-            raise OptionError(msg)
-    cache = options.get("cache_dir")
-    hub = HubOptions(
-        options.get("revision"),
-        options.get("token"),
-        None if cache is None else os.fspath(cache),
-        options.get("local_files_only", False),
-    )
-    return kind, hub, Wanted(pickle=options.get("allow_pickle", False), code=options.get("trust_remote_code", False))
+        raise OptionError(
+            f"name={name!r} is not accepted: pass a Hub id, a folder or a .gguf file, as a string or a path."
+        )
+    given = _of(Access, options)
+    if given.get("cache_dir") is not None:
+        given["cache_dir"] = os.fspath(given["cache_dir"])
+    return resolve_task(task, os.fspath(name)), Access(**given)
 
 
-def _wish(asked: tuple[Task, PrecisionArgument, Devices], adapters: Sequence[Adapter], options: LoadOptions) -> Wish:
-    reserved, copied = options.get("reserve_tokens", 0), options.get("wide_copy_bytes", 0)
-    return Wish(*asked, reserved, options.get("trust_remote_code", False), adapters, copied)
+def _wish(asked: Asked, access: Access, options: LoadOptions) -> Wish:
+    adapters = find_adapters(options.get("adapter"), access)
+    return Wish(*asked, adapters=adapters, access=access, **_of(Wish, options))
 
 
-def compile_folder() -> Path:
-    """Return where compiled steps are kept: in the user's cache, where nobody else should be able to write."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmkit" / "compiled"
+def _of(kind: type[Access | Wish], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that are fields of a class."""
+    return {field.name: options[field.name] for field in fields(kind) if field.name in options}
 
 
 _WRAPPERS: dict[Task, Callable[[Loaded], Generator | Translator | Unmasker]] = {
@@ -273,6 +343,7 @@ _MOVED = {
     "max_memory": 'load(task, name, "auto", {"cuda:0": "20GiB", "cpu": "48GiB"})',
     "device_map": 'load(task, name, "auto", devices)',
     "device": 'load(task, name, "auto", "cuda:0")',
+    "tokenizer": "tokenizer.save_pretrained(folder) beside the model's files, and load that folder",
 }
 """Keywords of from_pretrained and pipeline, and what to write here."""
 
@@ -281,38 +352,59 @@ def _check_options(options: Mapping[str, object]) -> None:
     known = LoadOptions.__annotations__
     for name in options:
         if name in _MOVED:
-            msg = f"load() takes no {name}=: write {_MOVED[name]}."
-            raise UnknownOptionError(msg)
+            raise UnknownOptionError(f"load() takes no {name}=: write {_MOVED[name]}.")
         if name not in known:
-            msg = f"load() takes no {name}=.{nearest(name, known)} Accepted: {listed(known)}."
-            raise UnknownOptionError(msg)
+            raise UnknownOptionError(f"load() takes no {name}=.{nearest(name, known)} Accepted: {listed(known)}.")
+    asked = options.get("attn_implementation")
+    if asked is not None and not isinstance(asked, str):
+        raise OptionError(f"attn_implementation={asked!r} is not accepted: pass a word, such as 'sdpa' or 'eager'.")
+    for option, (unit, least) in _WHOLE.items():
+        number = options.get(option)
+        given = option in options and (number is not None or option != "context_length")
+        if given and (not isinstance(number, int) or isinstance(number, bool) or number < least):
+            raise OptionError(f"{option}={number!r} is not accepted: pass a whole number of {unit}, {least} or more.")
 
 
-def _reading_gguf(source: Source) -> contextlib.AbstractContextManager[None]:
-    if source.gguf_file is None:
-        return contextlib.nullcontext()
-    with reading(source.name):  # a missing package is an error that says so
-        import gguf  # noqa: F401
-    return gguf_read_once()
+_WHOLE = {
+    "reserve_tokens": ("tokens", 0),
+    "context_length": ("tokens", 1),
+    "prefix_cache_bytes": ("bytes", 0),
+    "wide_copy_bytes": ("bytes", 0),
+}
+"""Options that are whole numbers, of what, and the least."""
 
 
-def _read_tokenizer(source: Source, *, trusted: bool) -> Any:
-    from transformers import AutoTokenizer
+def _read_tokenizer(source: Source, wish: Wish) -> Any:
+    """Read the tokenizer: the adapter's, or with its chat template, where it brings one."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    with reading(f"the tokenizer of {source.name!r}"):
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trusted, local_files_only=True, **gguf)
+    brought, template = bringing(wish.adapters), templated(wish.adapters)
+    name, folder = (source.name, source.folder) if brought is None else (brought.origin, brought.folder)
+    gguf = {"gguf_file": source.gguf_file} if source.gguf_file and brought is None else {}
+    trusted = wish.access.trust_remote_code
+    with reading(f"the tokenizer of {name!r}"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True, **gguf)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"{type(tokenizer).__name__} is no tokenizer of one vocabulary")
+        if not isinstance(tokenizer.model_max_length, (int, float)):
+            raise TypeError(f"model_max_length is {tokenizer.model_max_length!r}, not a number")
+        if template is not None:
+            tokenizer.chat_template = chat_template(template.folder)
+    if brought is not None and not tokenizer.chat_template:
+        tokenizer.chat_template = _read_tokenizer(source, replace(wish, adapters=())).chat_template
+    return tokenizer
 
 
-def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, *, trusted: bool) -> Any:
+def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, wish: Wish) -> Any:
     """Read the weights as planned, or leave nothing behind."""
     placed, quantization = plan.placement, plan.precision.quantization
     arguments: dict[str, Any] = {
         "config": config,
         "dtype": plan.precision.dtype,
         "device_map": dict(plan.device_map),
-        "trust_remote_code": trusted,
+        "trust_remote_code": wish.access.trust_remote_code,
         "local_files_only": True,
+        "adapter_kwargs": {"subfolder": "none"},  # transformers would put one on that lies beside the weights
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # so that the report names them, and is refused below
     }
@@ -322,29 +414,41 @@ def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, *, tru
         arguments["quantization_config"] = copy.deepcopy(quantization)
     if source.gguf_file is not None:
         arguments["gguf_file"] = source.gguf_file
-    with reading(f"the weights of {source.name!r}"), _random_state_kept():
-        model, report = auto_class(plan.task).from_pretrained(source.folder, **arguments)
-    try:
-        check_report(report, plan.name, plan.model_class)
-    except LmkitError:
-        del model
-        gc.collect()
-        raise
+    if wish.attn_implementation is not None:
+        arguments["attn_implementation"] = wish.attn_implementation
+    with reading(f"the weights of {source.name!r}"):
+        model, report = auto_class(plan.task, config).from_pretrained(source.folder, **arguments)
+    check_report(report, plan.name, plan.model_class)
+    if source.gguf_file is not None and plan.end_token_ids:
+        model.generation_config.eos_token_id = list(plan.end_token_ids)
     return model
 
 
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Put torch's random state back: some models draw numbers for what they then compute or load."""
-    import torch
+def _carry_out(plan: LoadPlan, model: Any, wish: Wish) -> Copies | None:
+    """Replace of a model that was read what the plan says; return what keeps wide copies of its layers."""
+    if plan.kernels == "packed":
+        pack(model)
+    if plan.attention == attention.NAME:
+        attention.put_on(model)
+    rotary.put_on(model)
+    on_cpu = wish.wide_copy_bytes and plan.placement.device_type == "cpu"
+    return keep_copies(model, wish.wide_copy_bytes) if on_cpu else None
 
-    kind = accelerator()
-    devices = range(torch.accelerator.device_count()) if kind else ()
-    with torch.random.fork_rng(devices=devices, device_type=kind or "cuda"):
-        yield
+
+def _warn_of_tokens(model: Any, tokenizer: Any, name: str) -> None:
+    """Log that a tokenizer has tokens which the model has no embeddings for: texts with one of them fail."""
+    rows = embedded_rows(model)
+    if rows is not None and len(tokenizer) > rows:
+        beyond = [tokenizer.convert_ids_to_tokens(token_id) for token_id in range(rows, min(len(tokenizer), rows + 5))]
+        more = " and others" if len(tokenizer) > rows + len(beyond) else ""
+        logger.warning("%s: tokens without an embedding, %d are there: %s%s", name, rows, listed(beyond), more)
 
 
-def _tell(plan: LoadPlan) -> None:
-    """Log each reason; that a part is offloaded, as a warning."""
+def _tell(plan: LoadPlan, model: Any, tokenizer: Any) -> None:
+    """Log each reason; as warnings that a part is offloaded, that rows run slower than known, and what is gone."""
     for what, reason in plan.reasons.items():
         logger.log(logging.WARNING if what == "offload" else logging.INFO, "%s: %s: %s", plan.name, what, reason)
+    if (told := unexpected(plan.task, plan.engine, model.config.model_type)) is not None:
+        logger.warning("%s: %s: %s", plan.name, plan.reasons["engine"], told)
+    warn_of_gone()
+    _warn_of_tokens(model, tokenizer, plan.name)

@@ -54,6 +54,9 @@ def generate() -> None:
     assert_type(result.logprobs, tuple[lmkit.TokenLogprob, ...] | None)
     assert_type(result.timing.tokens_per_second, float)
     assert_type(generator(["a", "b"], temperature=[0, 0.5], stop=[["x"], ["y"]]), list[lmkit.Generation])
+    assert_type(
+        generator(["a", "b"], stop=[["x"], None], suppress_tokens=[[1], [2]], lookup=True), list[lmkit.Generation]
+    )
     assert_type(generator(("a", "b"), mode=lmkit.Beam(num_beams=4)), list[lmkit.Generation])
     assert_type(generator(prompts(), mode=[lmkit.Greedy(), lmkit.Sample(top_p=0.9)]), list[lmkit.Generation])
 
@@ -96,7 +99,10 @@ def score() -> None:
     assert_type(translator.score(["a", "b"], ["c", "d"], target=["de", "fr"]), list[lmkit.Score])
     assert_type(translator.rank("a", ["b", "c"], target="de", normalize="tokens"), lmkit.Ranking)
     assert_type(translator.rank(["a", "b"], [["c"], ["d"]], preset="summarization"), list[lmkit.Ranking])
+    assert_type(generator.score(["a"], " b", on_error="return"), list[lmkit.Score | lmkit.LmkitError])
+    assert_type(translator.rank(["a"], [["b"]], on_error="return"), list[lmkit.Ranking | lmkit.LmkitError])
     scored = generator.score("A text.")
+    assert_type(scored.unknown, tuple[int, ...])
     assert_type(scored.token_logprobs, tuple[float, ...])
     assert_type(scored.greedy, bool | None)
     assert_type(scored.perplexity, float)
@@ -114,10 +120,12 @@ def unmask() -> None:
     assert_type(
         unmasker(["[MASK]"], order=["independent"], mode=[lmkit.Sample(top_p=0.9)], seed=[1])[0].seed, int | None
     )
+    assert_type(unmasker(["[MASK]"], text_pair=["b", None])[0].text_pair, str | None)
     assert_type(unmasker.score("a", metric="within_word_l2r"), lmkit.Score)
     assert_type(unmasker.score(prompts()), list[lmkit.Score])
     assert_type(unmasker.rank(["a", "b"], normalize="tokens"), lmkit.Ranking)
     assert_type(unmasker.rank([["a", "b"], ["c"]]), list[lmkit.Ranking])
+    assert_type(unmasker.score(["a"], on_error="return", progress=False), list[lmkit.Score | lmkit.LmkitError])
 
 
 # map: errors are in the type only where they are returned.
@@ -155,6 +163,8 @@ async def run_async() -> None:
     assert_type(await generator.acall(["a", "b"], max_new_tokens=[1, 2]), list[lmkit.Generation])
     assert_type(await translator.acall("a", source="en", target="de"), lmkit.Translation)
     assert_type(await unmasker.acall(["a [MASK]"]), list[lmkit.Unmasking])
+    assert_type(await generator.ascore("a", " b"), lmkit.Score)
+    assert_type(await unmasker.arank([["a", "b"]]), list[lmkit.Ranking])
     assert_type(generator.astream("Level up!"), AsyncIterator[lmkit.TextChunk])
     assert_type(unmasker.astream("a [MASK]"), AsyncIterator[lmkit.Unmasking])
     async for chunk in translator.astream("a", source="en", target="de"):
@@ -215,4 +225,5 @@ def refused() -> None:
     generator("Level up!", max_new_token=5)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     generator("Level up!", temperature="hot")  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]
     translator("a", truncate="middle")  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    translator("a", lookup=True)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     unmasker.map(prompts(), on_error="skip")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]

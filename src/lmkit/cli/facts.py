@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lmkit.checkpoint.files import Source
+    from lmkit.checkpoint.tasks import Task
     from lmkit.cli.options import Checkpoint
-    from lmkit.tasks import Task
-    from lmkit.weights import Source
-
-__all__ = ["describe", "in_words"]
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -23,23 +23,24 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         UnknownTaskError: transformers does not know the architecture.
     """
     from lmkit._quiet import quiet
-    from lmkit.configs import context_length, read_config
-    from lmkit.sources import HubOptions, Wanted, find
-    from lmkit.tasks import fitting_tasks
+    from lmkit.checkpoint.config import context, read_config
+    from lmkit.checkpoint.find import Access, find
+    from lmkit.checkpoint.gguf import gguf_read_once
+    from lmkit.checkpoint.tasks import fitting_tasks
 
-    hub = HubOptions(checkpoint.revision, local_files_only=checkpoint.local_files_only)
-    trusted = checkpoint.trust_remote_code
-    with quiet():
-        source = find(checkpoint.name, hub, Wanted(weights=False, code=trusted))
-        config = read_config(source, trusted=trusted)
-        tasks = fitting_tasks(config)
+    options = asdict(checkpoint)
+    access = Access(**{field.name: options[field.name] for field in fields(Access) if field.name in options})
+    source = quiet(lambda: find(checkpoint.name, access, weights=False))
+    read = functools.partial(read_config, source, trusted=access.trust_remote_code)
+    config = quiet(lambda: gguf_read_once(source, read))
+    tasks = quiet(lambda: fitting_tasks(config))
     files = _weights(source)
     return {
         "name": checkpoint.name,
         "architecture": config.architectures[0] if config.architectures else None,
         "model_type": config.model_type,
         "tasks": tasks,
-        "context_length": context_length(config),
+        "context_length": context(config)[0],
         "weights": [file.name for file in files],
         "weights_bytes": sum(file.stat().st_size for file in files),
         "dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch."),
@@ -51,8 +52,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _weights(source: Source) -> list[Path]:
     """Return the weight files that are here; a checkpoint of the Hub is described without fetching them."""
+    from lmkit.checkpoint.files import weight_files
     from lmkit.errors import WeightsError
-    from lmkit.weights import weight_files
 
     if source.gguf_file is not None:
         return [source.folder / source.gguf_file]
@@ -76,12 +77,9 @@ def _python(checkpoint: Checkpoint, tasks: list[Task], *, pickled: bool) -> str 
     """Return the line of Python that loads a checkpoint; None if no task fits."""
     if not tasks:
         return None
-    options = {
-        "revision": checkpoint.revision,
-        "trust_remote_code": checkpoint.trust_remote_code,
-        "allow_pickle": pickled,
-    }
-    given = "".join(f", {name}={value!r}" for name, value in options.items() if value)
+    needed = {**asdict(checkpoint), "allow_pickle": pickled}
+    names = [name for name in ("revision", "trust_remote_code", "allow_pickle") if needed[name]]
+    given = "".join(f", {name}={needed[name]!r}" for name in names)
     return f"lmkit.load({tasks[0]!r}, {checkpoint.name!r}{given})"
 
 

@@ -10,27 +10,18 @@ import inspect
 import io
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TextIO, get_type_hints
+from typing import Annotated, Any, TextIO, get_args, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
-from lmkit.cli.screen import reported
+from lmkit.cli.screen import FLAGS, reported
 from lmkit.errors import OptionError
-
-__all__ = [
-    "Chatting",
-    "Checkpoint",
-    "Decoding",
-    "Filling",
-    "Given",
-    "Loading",
-    "Output",
-    "Planning",
-    "Translating",
-    "register",
-]
+from lmkit.options.generation import GeneratorOptions
+from lmkit.options.option import declared
+from lmkit.options.tasks import TranslationOptions, UnmaskOptions
 
 
 @dataclass(frozen=True)
@@ -55,6 +46,10 @@ class Loading(Checkpoint):
     precision: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, int8, int4 or nf4.")] = "auto"
     device: Annotated[
         list[str] | None, typer.Option(help="Such as cpu or cuda:0; repeat it to split over several.")
+    ] = None
+
+    context_length: Annotated[
+        int | None, typer.Option(help="How many tokens the model takes at once; what its config says if left out.")
     ] = None
 
     def load(self, task: Any) -> Any:
@@ -88,8 +83,7 @@ class Planning(Loading):
         options = self._arguments()
         budgets = dict(_budget(written) for written in options.pop("budget") or ())
         if budgets and self.device:
-            msg = "pass --device or --budget, not both."
-            raise typer.BadParameter(msg)
+            raise typer.BadParameter("pass --device or --budget, not both.")
         task: Any = options.pop("task") or self._made_for()
         if budgets:
             options["devices"] = budgets
@@ -107,8 +101,7 @@ def _budget(written: str) -> tuple[str, str | int | float]:
     """Split a device and its budget."""
     device, equals, given = written.partition("=")
     if not equals:
-        msg = f"--budget {written!r} is not written as cuda:0=24GiB."
-        raise typer.BadParameter(msg)
+        raise typer.BadParameter(f"--budget {written!r} is not written as cuda:0=24GiB.")
     if given.isdecimal():
         return device, int(given)
     return device, float(given) if given.replace(".", "", 1).isdecimal() else given
@@ -139,11 +132,9 @@ class Given:
     def check(self) -> None:
         """Refuse, before a model is loaded, what says too much or too little."""
         if self.text is not None and self.file is not None:
-            msg = "pass TEXT or --file, not both."
-            raise typer.BadParameter(msg)
+            raise typer.BadParameter("pass TEXT or --file, not both.")
         if self.nowhere:
-            msg = "there is no text: pass TEXT or --file, or pipe one in."
-            raise typer.BadParameter(msg)
+            raise typer.BadParameter("there is no text: pass TEXT or --file, or pipe one in.")
 
     def whole(self) -> str:
         """Return the text; that of a file or a pipe without its last line feed, as `$(…)` does."""
@@ -168,8 +159,9 @@ class Given:
             else:
                 yield io.StringIO(self.text)
         except UnicodeDecodeError as error:
-            msg = f"{self.file or 'standard input'} is not UTF-8 text: {error}. Convert it first."
-            raise OptionError(msg) from error
+            raise OptionError(
+                f"{self.file or 'standard input'} is not UTF-8 text: {error}. Convert it first."
+            ) from error
 
 
 def _standard_input() -> TextIO:
@@ -179,44 +171,38 @@ def _standard_input() -> TextIO:
     return sys.stdin
 
 
-class Options:
-    """What options of the library a group has; what was not given is the library's to decide."""
+class LibraryOptions:
+    """Options that the library declares; what was not given is the library's to decide."""
+
+    def __init_subclass__(cls, declared_in: type = GeneratorOptions, names: str = "") -> None:
+        """Make a field of each of the names."""
+        for name in names.split():
+            cls.__annotations__[name] = _written(declared_in, name)
+            setattr(cls, name, None)
 
     def chosen(self) -> dict[str, Any]:
         """Return the options that were given, by name."""
-        every: dict[str, Any] = asdict(self)  # type: ignore[call-overload]  # its subclasses are dataclasses
-        return {name: value for name, value in every.items() if value not in (None, [])}
+        return {name: value for name, value in vars(self).items() if value not in (None, [])}
+
+
+def _written(declared_in: type, name: str) -> Any:
+    """Say how an option is written: one value; or the items of a list, each behind its singular."""
+    option = declared(declared_in)[name]
+    kind: Any = list[str] if option.many else get_args(get_type_hints(declared_in)[name])[0]
+    flags = [f"--{name.removesuffix('s')}"] if option.many else []
+    told = option.meaning + ("; repeat it for several." if option.many else ".")
+    told += f" [default: {option.default}]" if option.default else ""
+    return Annotated[kind | None, typer.Option(*flags, help=told)]
 
 
 @dataclass(frozen=True)
-class Decoding(Options):
-    """The options of `GenerationOptions` that a command line needs most."""
-
-    max_new_tokens: Annotated[int | None, typer.Option(help="The most tokens to write; 256 if left out.")] = None
-    sample: Annotated[
-        bool | None, typer.Option("--sample/--no-sample", help="Draw tokens, as the checkpoint recommends.")
-    ] = None
-    temperature: Annotated[float | None, typer.Option(help="Draw tokens, the wilder the higher.")] = None
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that add up to this.")] = None
-    top_k: Annotated[int | None, typer.Option(help="Draw from this many of the likeliest tokens.")] = None
-    num_beams: Annotated[int | None, typer.Option(help="Search with this many beams.")] = None
-    seed: Annotated[int | None, typer.Option(help="What is drawn is the same for the same seed.")] = None
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeat it for several.")] = None
-    truncate: Annotated[str | None, typer.Option(help="Cut a text that is too long: left or right.")] = None
+class Decoding(LibraryOptions, names="max_new_tokens sample temperature top_p top_k num_beams seed stop truncate"):
+    """The options of `GeneratorOptions` that a command line needs most."""
 
 
 @dataclass(frozen=True)
-class Translating(Decoding):
-    """The options of `TranslationOptions`."""
-
-    source: Annotated[str | None, typer.Option(help="The text's language: a code or a name, or detect.")] = None
-    target: Annotated[str | None, typer.Option(help="The language to translate to.")] = None
-    preset: Annotated[str | None, typer.Option(help="What else to do, such as summarization; see lmkit info.")] = None
-    split: Annotated[str | None, typer.Option(help="Where a text is split: sentence, paragraph or none.")] = None
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(help="What stays as it is: a pattern, or urls, emails, …; repeatable."),
-    ] = None
+class Translating(Decoding, declared_in=TranslationOptions, names="source target preset split keep suppress_unknown"):
+    """The same, and those of `TranslationOptions` alone."""
 
 
 @dataclass(frozen=True)
@@ -227,14 +213,8 @@ class Chatting(Decoding):
 
 
 @dataclass(frozen=True)
-class Filling(Options):
-    """The options of `UnmaskOptions`."""
-
-    top_k: Annotated[int | None, typer.Option(help="How many ways to show; 5 if left out.")] = None
-    targets: Annotated[
-        list[str] | None, typer.Option("--target", help="Consider only this word; repeat it for several.")
-    ] = None
-    order: Annotated[str | None, typer.Option(help="Which mask to fill first: left_to_right or most_certain.")] = None
+class Filling(LibraryOptions, declared_in=UnmaskOptions, names="top_k targets order"):
+    """The options of `UnmaskOptions` that a command line needs most."""
 
 
 @dataclass(frozen=True)
@@ -248,22 +228,22 @@ class Output:
 def register(app: typer.Typer, function: Callable[..., None]) -> None:
     """Make a command of a function whose parameters are groups, an `Output` among them."""
     groups = {name: group for name, group in get_type_hints(function).items() if name != "return"}
-    parameters: list[inspect.Parameter] = []
-    for group in groups.values():
-        hints = get_type_hints(group, include_extras=True)
-        for one in fields(group):
-            default = inspect.Parameter.empty if one.default is MISSING else one.default
-            kind = inspect.Parameter.KEYWORD_ONLY
-            parameters.append(inspect.Parameter(one.name, kind, default=default, annotation=hints[one.name]))
+    parameters = [
+        one.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for group in groups.values()
+        for one in inspect.signature(group).parameters.values()
+    ]
+
+    for one in parameters:
+        if isinstance(told := one.annotation.__metadata__[-1], OptionInfo):
+            given = told.default  # which is the flag, if one is written out
+            FLAGS[one.name] = given if isinstance(given, str) else "--" + one.name.replace("_", "-")
 
     def run(**values: Any) -> None:
         with reported(debug=values["debug"]):
-            function(**{name: group(**_of(group, values)) for name, group in groups.items()})
+            given = {name: {one.name: values[one.name] for one in fields(group)} for name, group in groups.items()}
+            function(**{name: group(**given[name]) for name, group in groups.items()})
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
     run.__annotations__ = {one.name: one.annotation for one in parameters}
     app.command(function.__name__, help=function.__doc__)(run)
-
-
-def _of(group: Any, values: dict[str, Any]) -> dict[str, Any]:
-    return {one.name: values[one.name] for one in fields(group)}

@@ -16,10 +16,29 @@ from lmkit.errors import LmkitError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["complain", "note", "reported", "visible", "write", "write_json"]
-
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Control characters other than line feeds and tabs, and those that turn the direction of writing."""
+
+
+FLAGS = {"devices": "--device"}
+"""How the commands call what the library takes by a keyword; filled where their options are declared."""
+
+
+def as_flags(message: str) -> str:
+    """Write the options in a message as they are written here: `source='xx'` is `--source 'xx'`."""
+
+    def flag(found: re.Match[str]) -> str:
+        name, value, behind = found.groups()
+        written = FLAGS[name].replace("--", "--no-") if value == "False" else FLAGS[name]
+        return written if value or behind in ("", *" .,:;)") else f"{written} "
+
+    names, words = "|".join(FLAGS), "|".join(name for name in FLAGS if "_" in name)
+    message = re.sub(rf"(?<![\w'\"-])({names})=(True\b|False\b)?(?=(.?))", flag, message)
+    # Without a value it is one for sure where it is no English word, or stands where options do.
+    said = (
+        rf"(?:^|(?<=: ))(?:{names})(?= (?:takes|has|needs|and \S+ contradict)\b)|(?<= and )(?:{names})(?= contradict)"
+    )
+    return re.sub(rf"(?<![\w'\"-])(?:{words})(?![\w'\"])|{said}", lambda found: FLAGS[found[0]], message)
 
 
 def visible(text: str) -> str:
@@ -48,7 +67,7 @@ def note(message: str) -> None:
 def complain(error: BaseException, where: str = "") -> None:
     """Say in one line what went wrong."""
     if isinstance(error, LmkitError):
-        note(f"error: {where}{error}")
+        note(f"error: {where}{as_flags(str(error))}")
     else:
         what = ": ".join(part for part in (type(error).__name__, str(error)) if part)
         note(f"error: {where}{what} (--debug shows where)")

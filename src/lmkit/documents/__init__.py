@@ -1,6 +1,7 @@
 """Documents: a text to pieces that fit a model, what must stay the same in them, and pieces back to a text.
 
-No model here: a tokenizer comes in as a function that counts, translations as strings.
+No model here: a tokenizer comes in as a function that counts, translations as strings. What is asked of the model for
+each piece is in `wrappers.translation`.
 """
 
 from lmkit.documents.joined import between, joined

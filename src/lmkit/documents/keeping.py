@@ -2,66 +2,76 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections import Counter
-from collections.abc import Sequence
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import regex
 
-from lmkit.errors import OptionError, listed, nearest
+from lmkit.errors import OptionError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from lmkit.documents.pieces import Span
     from lmkit.results import SegmentNote
 
-__all__ = ["READY", "kept", "patterns", "restored"]
+
+def _braced(depth: int) -> str:
+    """Match braces and what is in them, further ones up to a depth: a limit keeps long texts of braces quick.
+
+    For Python's own `re`: the package `regex` looks for a closing brace to the end of the text at each opening one.
+    """
+    inner = _braced(depth - 1) if depth else r"[^\s\S]"
+    return rf"\{{(?:[^{{}}]++|{inner})*+\}}"
+
+
+_EMOJI = (
+    r"(?:\p{RI}{2}|[0-9#*]\ufe0f?\u20e3|(?![©®™‼⁉ℹ](?!\ufe0f))"
+    r"\p{Extended_Pictographic}\ufe0f?\p{EMod}?(?:[\U000e0020-\U000e007e]+\U000e007f)?)"
+)
+"""One emoji, by the regular expression of Unicode Technical Standard 51, without signs that are text by themselves."""
+
+Pattern: TypeAlias = Any
+"""A pattern of the package `regex`, which ships no types."""
 
 READY = {
     "emails": r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+",
-    "icu": r"\{\s*\w(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}",
+    "emoji": rf"(?:{_EMOJI}(?:\u200d{_EMOJI})*+)++",
+    "icu": r"(?=\{[\s{]{0,8}\w|\{\{[\s{]{0,8}[#/^&>!~-])" + _braced(6),
     "printf": (
         r"%(?:%|(?:\d+\$|\(\w+\))?[-+#0]*(?:\d+|\*)?(?:\.(?:\d+|\*))?(?:hh?|ll?|[Lqjzt])?[diouxXeEfFgGaAcspnr@](?!\w))"
     ),
     "tags": r"</?[A-Za-z][\w:.-]*(?:\s(?:\"[^\"]*\"|'[^']*'|[^<>\"'])*)?/?>|<!--.*?-->|&(?:#\d+|#[xX][\da-fA-F]+|\w+);",
     "urls": r"(?:(?:https?|ftp)://|www\.)[^\s<>\"'`。，、！？）」』]*[^\s<>\"'`。，、！？）」』.,;:!?)\]}»”’]",
 }
-"""Ready patterns by name: addresses; ICU fields such as `{count, plural, …}` and those of `str.format`, as a whole;
-conversions of printf and Python's `%(name)s`; tags, comments and entities of HTML and XML."""
+"""Ready patterns by name: addresses; emoji, those in a row as one; ICU fields such as `{count, plural, …}`, those of
+`str.format` and `{{name}}`, as a whole; conversions of printf and Python's `%(name)s`; tags, comments and entities of
+HTML and XML."""
 
 
-def patterns(keep: object) -> tuple[re.Pattern[str], ...]:
-    """Compile what `keep=` holds: regular expressions, and names from `READY`.
+def patterns(keep: str | Sequence[str] | None) -> tuple[Pattern, ...]:
+    """Compile what `keep=` holds: regular expressions of the package `regex`, and names from `READY`.
 
     Raises:
-        OptionError: It is not a list of strings, or one is no regular expression, or a ready name misspelt.
+        OptionError: One is no regular expression, or a ready name misspelt.
     """
-    given = [keep] if isinstance(keep, str) else keep or ()
-    if not isinstance(given, Sequence) or not all(isinstance(item, str) and item for item in given):
-        msg = (
-            f"keep={keep!r} is not accepted: keep takes regular expressions, or names among {listed(READY)}, as "
-            "strings; of a compiled pattern pass pattern.pattern, with flags such as (?i) in it."
-        )
-        raise OptionError(msg)
-    return _compiled(tuple(given))
+    return _compiled((keep,) if isinstance(keep, str) else tuple(keep or ()))
 
 
 @lru_cache(maxsize=64)
-def _compiled(given: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
+def _compiled(given: tuple[str, ...]) -> tuple[Pattern, ...]:
     found = []
     for item in given:
         if item not in READY and item.isalpha() and (hint := _meant(item)):
-            msg = f"keep has {item!r}.{hint} If the word itself is to be kept, write it as '(?:{item})'."
-            raise OptionError(msg)
+            raise OptionError(f"keep has {item!r}.{hint} If the word itself is to be kept, write it as '(?:{item})'.")
         try:
-            found.append(re.compile(READY.get(item, item)))
-        except re.error as error:
-            msg = f"keep has {item!r}, which is no regular expression: {error}.{nearest(item, READY)}"
-            raise OptionError(msg) from error
+            found.append((re if item == "icu" else regex).compile(READY.get(item, item)))
+        except regex.error as error:
+            raise OptionError(
+                f"keep has {item!r}, which is no regular expression: {error}.{nearest(item, READY)}"
+            ) from error
     return tuple(found)
 
 
@@ -74,7 +84,7 @@ _SHORT = 2
 """So many letters are a pattern, whatever they begin like."""
 
 
-def kept(text: str, found_by: Sequence[re.Pattern[str]], start: int = 0) -> list[Span]:
+def kept(text: str, found_by: Sequence[Pattern], start: int = 0) -> list[Span]:
     """Return the spans that match, in order; those that overlap are one."""
     spans: list[Span] = []
     for begin, end in sorted(found.span() for pattern in found_by for found in pattern.finditer(text, start)):
@@ -86,7 +96,7 @@ def kept(text: str, found_by: Sequence[re.Pattern[str]], start: int = 0) -> list
 
 
 def restored(
-    source: str, spans: Sequence[Span], text: str, found_by: Sequence[re.Pattern[str]]
+    source: str, spans: Sequence[Span], text: str, found_by: Sequence[Pattern]
 ) -> tuple[str, tuple[SegmentNote, ...]]:
     """Put right in a translation what its source keeps.
 
@@ -104,13 +114,12 @@ def restored(
         The text, and what was done: `"repaired"`, `"inserted"`, `"removed"`; `"unmatched"` if the patterns still do
         not find in it what they find in the source.
     """
-    wanted = [source[start:end] for start, end in spans]
-    work = _Restoring(source, spans, wanted, text, found_by)
-    if [text[start:end] for start, end in work.free] != wanted:
+    work = _Restoring(source, spans, text, found_by)
+    if [text[start:end] for start, end in work.free] != work.wanted:
         work.find()
         work.remove()
         work.insert()
-        if Counter(work.text[start:end] for start, end in kept(work.text, found_by)) != Counter(wanted):
+        if Counter(work.text[start:end] for start, end in kept(work.text, found_by)) != Counter(work.wanted):
             work.notes["unmatched"] = None
     return work.text, tuple(work.notes)
 
@@ -120,28 +129,25 @@ class _Restoring:
 
     Attributes:
         text: The translation so far.
-        free: Matches in it that stand for no placeholder yet.
+        wanted: The source's placeholders.
+        free: Matches in the text that stand for no placeholder yet.
         notes: What was done, as a set in order.
     """
 
-    def __init__(
-        self, source: str, spans: Sequence[Span], wanted: list[str], text: str, found_by: Sequence[re.Pattern[str]]
-    ) -> None:
+    def __init__(self, source: str, spans: Sequence[Span], text: str, found_by: Sequence[Pattern]) -> None:
         self.text = text
+        self.wanted = [source[start:end] for start, end in spans]
         self.free = kept(text, found_by)
         self.notes: dict[SegmentNote, None] = {}
-        self._source, self._spans, self._wanted, self._found_by = source, spans, wanted, found_by
-        self._places: list[Span | None] = [None] * len(wanted)
+        self._source, self._spans, self._found_by = source, spans, found_by
+        self._places: list[Span | None] = [None] * len(spans)
 
     def find(self) -> None:
         """Find the placeholders that are there, whole or changed, and write them as in the source."""
-        for number, word in enumerate(self._wanted):
-            self._places[number] = self._taken(partial(operator.eq, word))
-        for find in (self._changed, self._another):
-            for number, word in enumerate(self._wanted):
-                if self._places[number] is None:
-                    self._places[number] = find(word)
-                    self._write(number)
+        for find in (self._same, self._changed, self._another):
+            for number, word in enumerate(self.wanted):
+                if self._places[number] is None and (place := find(word)):
+                    self._write(number, *place)
 
     def remove(self) -> None:
         """Take out copies that are too many, each with the white space on one side of it; parts of words stay."""
@@ -155,7 +161,7 @@ class _Restoring:
 
     def insert(self) -> None:
         """Put in what is missing."""
-        for number, word in enumerate(self._wanted):
+        for number, word in enumerate(self.wanted):
             if self._places[number] is not None:
                 continue
             at = self._at(number)
@@ -181,7 +187,11 @@ class _Restoring:
 
     def _known(self, text: str) -> bool:
         """Whether a match is one of the source's, changed or not."""
-        return any(_variants(word).fullmatch(text) for word in self._wanted)
+        return any(_variants(word).fullmatch(text) for word in self.wanted)
+
+    def _same(self, word: str) -> Span | None:
+        """Take a match that is the placeholder as it is."""
+        return self._taken(lambda text: text == word)
 
     def _another(self, word: str) -> Span | None:
         """Take a match of the placeholder's own pattern that the source does not have."""
@@ -201,13 +211,13 @@ class _Restoring:
     def _kind(self, word: str) -> int | None:
         return next((n for n, pattern in enumerate(self._found_by) if pattern.search(word)), None)
 
-    def _write(self, number: int) -> None:
+    def _write(self, number: int, start: int, end: int) -> None:
         """Write a placeholder as the source has it over what was found for it."""
-        place, word = self._places[number], self._wanted[number]
-        if place is not None and self.text[slice(*place)] != word:
-            self._replace(*place, word)
-            self._places[number] = place[0], place[0] + len(word)
+        word = self.wanted[number]
+        if self.text[start:end] != word:
+            self._replace(start, end, word)
             self.notes["repaired"] = None
+        self._places[number] = start, start + len(word)
 
     def _replace(self, start: int, end: int, word: str) -> None:
         """Replace a part of the text; places behind it move."""
@@ -218,26 +228,19 @@ class _Restoring:
 
     def _at(self, number: int) -> int:
         """Return the border of a word nearest to where a placeholder would be in proportion to its neighbours."""
+        first, last = (0, 0), (len(self._source), len(self.text))
         before = [(self._spans[n][1], place[1]) for n, place in enumerate(self._places[:number]) if place]
         after = [(self._spans[n][0], place[0]) for n, place in enumerate(self._places) if n > number and place]
-        (from_source, low), (to_source, high) = (
-            before[-1] if before else (0, 0),
-            after[0] if after else (len(self._source), len(self.text)),
-        )
+        (from_source, low), (to_source, high) = [first, *before][-1], [*after, last][0]
         if low > high:  # the model turned them round
-            from_source, low, to_source, high = 0, 0, len(self._source), len(self.text)
+            (from_source, low), (to_source, high) = first, last
         start, end = self._spans[number]
         ahead, behind = start - from_source, to_source - end
         part = ahead / (ahead + behind) if ahead + behind > 0 else 0.0
-        borders = {found.start() for found in _SPACES.finditer(self.text)} or {
-            found.start() for found in _BORDERS.finditer(self.text)
-        }
+        found = list(_SPACES.finditer(self.text)) or list(_BORDERS.finditer(self.text))
+        borders = {0, low, high, len(self.text)}.union(border.start() for border in found)
         taken = [place for place in (*self._places, *self.free) if place]
-        open_ = [
-            at
-            for at in (borders | {0, low, high, len(self.text)})
-            if low <= at <= high and not any(begin < at < end for begin, end in taken)
-        ]
+        open_ = [at for at in borders if low <= at <= high and not any(begin < at < end for begin, end in taken)]
         return min(open_, key=lambda at: (abs(at - low - part * (high - low)), at))
 
 
@@ -268,9 +271,7 @@ _TO_FULL_WIDTH = 0xFEE0
 def _variants(word: str) -> re.Pattern[str]:
     """Match what models make of a placeholder: other spaces, case, quotes, widths, and escapes."""
     parts = []
-    for letter in word:
-        if letter.isspace():
-            continue
+    for letter in "".join(word.split()):
         alike = _ALIKE.get(letter, letter) + (chr(ord(letter) + _TO_FULL_WIDTH) if "!" <= letter <= "~" else "")
         one = "[" + "".join(map(re.escape, alike)) + "]"
         one = f"(?:{one}|{re.escape(_ESCAPES[letter])})" if letter in _ESCAPES else one

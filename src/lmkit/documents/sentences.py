@@ -9,8 +9,6 @@ import regex
 
 from lmkit.errors import MissingExtraError
 
-__all__ = ["sentence_ends"]
-
 _SEVERAL = regex.compile(r"[\p{Sentence_Terminal}…;].*?\w", regex.DOTALL)
 """A mark that can end a sentence (Unicode's property; the Greek question mark too), and something behind it."""
 
@@ -35,11 +33,11 @@ def sentence_ends(text: str, language: str | None) -> list[int]:
 
         code = _short(language)
     except ImportError as error:
-        msg = (
+        raise MissingExtraError(
             "this text has to be split into sentences, which needs the package sentencex: "
-            'pip install "lmkit[translate]", or pass the sentences as a list with split="none".'
-        )
-        raise MissingExtraError(msg) from error
+            'pip install "lmkit[translate]", or pass the sentences as a list with split="none", or split="paragraph", '
+            "which leaves lines whole that fit, of which a model may leave sentences out."
+        ) from error
     found: list[str] = sentencex.segment(code, text)  # pyright: ignore[reportAttributeAccessIssue]  # it has no stubs
     # A splitter that lost a character would shift all that follows: then it is one sentence rather than a wrong one.
     return list(itertools.accumulate(map(len, found))) if "".join(found) == text else [len(text)]

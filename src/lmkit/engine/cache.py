@@ -15,8 +15,6 @@ from transformers.cache_utils import DynamicLayer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["GrowingLayer", "KeyValues", "Prefix"]
-
 MANY_MOVE = 0.35
 """Where more than this part of the rows moves, all rows are written: torch writes to chosen rows on one core, slowly.
 Of 256 rows of 31 columns, to write 150 takes 0.43 ms, and to write all 0.25."""
@@ -56,11 +54,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
         return sum(buffer.nbytes for buffer in self._buffers)
 
     def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        *_args: Any,
-        **_kwargs: Any,
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append columns. *Shape:* `(rows, heads, columns, size)` each; returns all live columns."""
         columns = key_states.shape[-2]
@@ -157,15 +151,15 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
 
 
 class KeyValues:
-    """The cache of a batch: plain layers grow in place, sliding ones stay transformers' own.
+    """The cache of a batch: plain layers of a config grow in place, others stay transformers' own.
 
     Attributes:
-        cache: What `forward` takes as `past_key_values`.
+        cache: What `forward` takes.
         plain: Whether all layers are plain, so that parts of a row can be taken out and put back.
     """
 
-    def __init__(self, config: Any) -> None:
-        """Make the layers that `config` asks for; nothing is reserved yet."""
+    def __init__(self, config: Any = None) -> None:
+        """Make the layers that `config` asks for, or without one let the model make plain ones; none holds anything."""
         from transformers import DynamicCache
 
         self.cache: Any = DynamicCache(config=config)
@@ -178,11 +172,11 @@ class KeyValues:
         """How many bytes the layers hold."""
         return sum(
             layer.nbytes if isinstance(layer, GrowingLayer) else layer.keys.nbytes + layer.values.nbytes
-            for layer in self._filled
+            for layer in self.filled
         )
 
     @property
-    def _filled(self) -> list[Any]:
+    def filled(self) -> list[Any]:
         """The layers that hold something; those that share another's keys and values never do."""
         return [layer for layer in self.layers if layer.is_initialized]
 
@@ -209,7 +203,7 @@ class KeyValues:
 
     def pad(self, columns: int) -> None:
         """Add columns of padding on the left."""
-        for layer in self._filled:
+        for layer in self.filled:
             if isinstance(layer, GrowingLayer):
                 layer.pad(columns)
             else:
@@ -218,7 +212,7 @@ class KeyValues:
 
     def drop(self, columns: int) -> None:
         """Forget columns on the left."""
-        for layer in self._filled:
+        for layer in self.filled:
             if isinstance(layer, GrowingLayer):
                 layer.drop(columns)
             else:
@@ -233,21 +227,21 @@ class KeyValues:
 
     def repeat(self, width: int) -> None:
         """Write each row `width` times, side by side."""
-        for layer in self._filled:
+        for layer in self.filled:
             if isinstance(layer, GrowingLayer):
                 layer.repeat(width)
             else:
-                repeat(layer, width)
+                layer.keys, layer.values = (part.repeat_interleave(width, 0) for part in (layer.keys, layer.values))
 
     def copy(self, places: Sequence[int], rows: Sequence[int]) -> None:
         """Copy rows into the places of others."""
-        device = self._filled[0].keys.device
+        device = self.filled[0].keys.device
         into, out = (torch.tensor(numbers, device=device) for numbers in (places, rows))
-        count = len(self._filled[0].keys)
+        count = len(self.filled[0].keys)
         if len(places) > count * MANY_MOVE:
             out = torch.arange(count, device=device).index_copy_(0, into, out)
             into = torch.arange(count, device=device)
-        for layer in self._filled:
+        for layer in self.filled:
             for part in (layer.keys, layer.values):
                 moved = part.index_select(0, out.to(part.device))
                 if len(moved) == count:
@@ -257,34 +251,23 @@ class KeyValues:
 
     def keep(self, holes: Sequence[int], movers: Sequence[int], rows: int) -> None:
         """Go on with `rows` rows, after moving the rows `movers` into the places `holes`."""
-        for layer in self._filled:
+        for layer in self.filled:
             if isinstance(layer, GrowingLayer):
                 layer.keep(holes, movers, rows)
             else:
-                shrink(layer, holes, movers, rows)
+                for part in (layer.keys, layer.values) if holes else ():
+                    part[holes] = part[movers]
+                layer.keys, layer.values = layer.keys[:rows], layer.values[:rows]
 
     def absorb(self, other: KeyValues) -> None:
         """Append the rows of a cache that is at most as wide."""
-        for mine, others in zip(self._filled, other._filled, strict=True):
+        for mine, others in zip(self.filled, other.filled, strict=True):
             if isinstance(mine, GrowingLayer):
                 mine.absorb(others)
             else:
                 _widen(others, mine.keys.shape[-2])
                 mine.keys = torch.cat([mine.keys, others.keys])
                 mine.values = torch.cat([mine.values, others.values])
-
-
-def shrink(layer: Any, holes: Sequence[int], movers: Sequence[int], rows: int) -> None:
-    """Do in one of transformers' layers what `GrowingLayer.keep` does: only the moved rows are copied."""
-    for part in (layer.keys, layer.values):
-        if holes:
-            part[holes] = part[movers]
-    layer.keys, layer.values = layer.keys[:rows], layer.values[:rows]
-
-
-def repeat(layer: Any, width: int) -> None:
-    """Do in one of transformers' layers what `GrowingLayer.repeat` does."""
-    layer.keys, layer.values = (part.repeat_interleave(width, 0) for part in (layer.keys, layer.values))
 
 
 def _widen(layer: Any, columns: int) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmkit.engine.logits import highest
 from lmkit.errors import EngineError
+from lmkit.kernels.logits import highest
 from lmkit.results import TokenLogprob
 
 if TYPE_CHECKING:
@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 
     from transformers import LogitsProcessorList
 
-    from lmkit.encoding import Codec
     from lmkit.engine.row import Row
-
-__all__ = ["NO_CHOICE", "NO_SCORES", "Chooser", "Steering"]
+    from lmkit.text.codec import Codec
 
 READS_NO_ORDER = frozenset(
     [
@@ -51,10 +49,10 @@ FORBIDS: Mapping[str, Callable[[Any], Iterable[int]]] = {
 """transformers' processors that do nothing but forbid tokens at some steps, and which ones at the most."""
 
 FORCES: Mapping[str, Callable[[Any], tuple[int, int]]] = {
-    "ForcedBOSTokenLogitsProcessor": lambda one: (1, int(one.bos_token_id)),
-    "ForcedEOSTokenLogitsProcessor": lambda one: (int(one.max_length) - 1, int(one.eos_token_id.min())),
+    "ForcedBOSTokenLogitsProcessor": lambda one: (1, int(one.bos_token_id))
 }
-"""Those that put a token of their own: behind how many tokens they do, and which. The later one wins."""
+"""Those that put a token of their own: behind how many tokens they do, and which. A forced end is not among them: the
+row is given it beside its own choice, which says whether the text was cut."""
 
 MOST_KNOWN = 64
 """How many different configs' processors are kept."""
@@ -84,18 +82,13 @@ class Steering:
         """Say whether the scores of these tokens stand, where none is forced."""
         return self.forbidden is not None and self.forbidden.isdisjoint(token_ids)
 
-    def forces(self, length: int) -> int | None:
-        """Return the token that follows `length` tokens whatever the scores are, if it is known."""
-        token_id = self.forced.get(length)
-        return token_id if self.forbidden is not None and token_id not in self.forbidden else None
-
     @property
     def plain(self) -> bool:
         """Whether the likeliest token is the one to take."""
         return not self.processors and not self.sampled
 
-    def settled(self, likeliest: int, length: int) -> int | None:
-        """Return the choice after `length` tokens, if no scores are needed to tell it from the likeliest token."""
+    def settled(self, likeliest: int | None, length: int) -> int | None:
+        """Return the choice after `length` tokens, if the likeliest token, or none at all, is enough to tell it."""
         token_id = self.forced.get(length, likeliest)
         return token_id if self.forbidden is not None and token_id not in self.forbidden else None
 
@@ -122,9 +115,11 @@ class Chooser:
             rows: The rows that still run.
             logits: The model's scores. *Shape:* `(rows, vocabulary)`.
         """
-        # One pass serves three questions: NaN and -inf show in the maximum, and the place is the greedy choice.
+        # One pass serves three questions: NaN and inf show in the maximum, and the place is the greedy choice.
         greatest, likeliest = highest(logits)
         usable = (greatest > -torch.inf).tolist()
+        for place in (greatest == torch.inf).nonzero()[:, 0].tolist():
+            usable[place] = bool(torch.isfinite(logits[place]).any())
         best: list[int] = likeliest.tolist()
         chosen: list[int | None] = [*best]
         groups: dict[object, list[int]] = {}
@@ -141,22 +136,22 @@ class Chooser:
             for place, token_id in zip(places, self._steered([rows[p] for p in places], logits[places]), strict=True):
                 chosen[place] = token_id
         for place, row in enumerate(rows):
-            token_id = chosen[place]
+            step, own = len(row.token_ids) + 1, chosen[place]
+            token_id = own if (forced := row.forced_end(step)) is None else forced
             if not usable[place]:
-                row.error = EngineError(NO_SCORES.format(step=len(row.token_ids) + 1))
+                row.error = EngineError(NO_SCORES.format(step=step))
             elif token_id is None:
-                row.error = EngineError(NO_CHOICE.format(step=len(row.token_ids) + 1))
+                row.error = EngineError(NO_CHOICE.format(step=step))
             else:
                 count = row.request.logprobs
-                row.accept(token_id, None if count is None else self._logprob(count, token_id, logits[place]))
+                scored = None if count is None else self._logprob(row, count, token_id, logits[place])
+                row.accept(token_id, scored, own)
 
     def steering(self, row: Row) -> Steering:
         """Return what reshapes the row's scores, built as `generate` does, from the row's resolved config."""
         if row.steering is None:
-            config = row.request.config
-            last = 0 if config.forced_eos_token_id is None else config.max_length
             # Not of to_diff_dict(), which copies all values: 2% of a translation.
-            key = repr(sorted((vars(config) | {"max_new_tokens": 0, "max_length": last}).items()))
+            key = repr(sorted((vars(row.request.config) | {"max_new_tokens": 0, "max_length": 0}).items()))
             row.steering = self._known.get(key) or self._new_steering(row, key)
         return row.steering
 
@@ -167,8 +162,7 @@ class Chooser:
         ordered = not READS_NO_ORDER.issuperset(names)
         named = list(zip(names, processors, strict=True))
         forbidden = None
-        several = isinstance(config.forced_eos_token_id, list)
-        if not (config.do_sample or several) and all(name in FORBIDS or name in FORCES for name in names):
+        if not config.do_sample and all(name in FORBIDS or name in FORCES for name in names):
             forbidden = frozenset(t for name, one in named if name in FORBIDS for t in FORBIDS[name](one))
         forced = dict(FORCES[name](one) for name, one in named if name in FORCES)
         shared = self._start is not None or not ordered
@@ -191,6 +185,7 @@ class Chooser:
         model, request = self._model, row.request
         # generate() fills these in on a copy of the config, and its builder reads them from there.
         config = copy.copy(request.config)
+        config.forced_eos_token_id = None
         model._prepare_special_tokens(config, True, device="cpu", batch_size=1)  # noqa: SLF001, FBT003
         source = torch.tensor([request.input_ids], device="cpu")
         processors: LogitsProcessorList = model._get_logits_processor(  # noqa: SLF001 - the only builder there is
@@ -209,7 +204,9 @@ class Chooser:
         # Processors write into the scores they are given, and `logits` is still needed for logprobs.
         scores = self.processed(rows[0], sofar, logits.to("cpu", torch.float32, copy=True))
         if not steering.sampled:
-            return list(scores.argmax(-1).tolist())
+            best, places = scores.max(-1)
+            pairs = zip(places.tolist(), (best > -torch.inf).tolist(), strict=True)
+            return [token_id if fine else None for token_id, fine in pairs]
         # Inversion of the cumulative distribution: one number of the row's own stream per token.
         cumulative = scores.double().softmax(-1).cumsum(-1)
         total = cumulative[:, -1:]
@@ -231,16 +228,14 @@ class Chooser:
         token_ids: Any = torch.tensor([[row[0]] * (width - len(row)) + row for row in rows], device="cpu")
         return self.steering(row).processors(token_ids, scores)
 
-    def _logprob(self, count: int, token_id: int, logits: torch.Tensor) -> TokenLogprob:
+    def _logprob(self, row: Row, count: int, token_id: int, logits: torch.Tensor) -> TokenLogprob:
         values = logits.float().log_softmax(-1)
-        top = values.topk(min(count, len(values)))
-        return TokenLogprob(
-            *self._named(token_id, values),
-            top=tuple(TokenLogprob(*self._named(other, values)) for other in top.indices.tolist()),
+        top = values.topk(min(count, len(values))).indices.tolist()
+        chosen, *others = (
+            TokenLogprob(self._codec.shown(one, first=not row.begun), one, float(values[one]))
+            for one in [token_id, *top]
         )
-
-    def _named(self, token_id: int, values: torch.Tensor) -> tuple[str, int, float]:
-        return self._codec.token(token_id), token_id, float(values[token_id])
+        return replace(chosen, top=tuple(others))
 
 
 NO_CHOICE = (

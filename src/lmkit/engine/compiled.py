@@ -7,27 +7,28 @@ kept on disk for other processes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-import inspect
 import json
 import os
+import shutil
 import sys
+import tempfile
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from lmkit._borrowed import cache_name
 from lmkit.engine.cache import KeyValues
-from lmkit.engine.decoders import drives, input_device
-from lmkit.errors import EngineError, OptionError
-from lmkit.quantized import QuantizedLinear
+from lmkit.engine.inputs import input_device
+from lmkit.errors import EngineError
+from lmkit.kernels.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
-
-__all__ = ["CompiledStep"]
 
 ROWS, WIDTH = 64, 256
 """The rows and the width of the cache that are traced; the compiled step takes any, but for `most_rows`."""
@@ -39,9 +40,16 @@ TOLERANCE = 0.1
 """How far compiled scores of the median row may be from the model's own, as a share of their spread: fused steps round
 bfloat16 elsewhere, SmolLM2's by 0.08 in the median with two tokens of context, single rows more."""
 
+TRACED = 2
+"""The number of what is traced: another one where `_step` or the order of its inputs has changed."""
+
 SETTINGS = {"pattern_matcher": False, "size_asserts": False, "alignment_asserts": False, "compile_threads": 1}
-"""For inductor: packed weights (`lmkit.packing`) have no strides to assert, and as inputs fit none of its patterns;
+"""For inductor: packed weights (`kernels.packed`) have no strides to assert, and as inputs fit none of its patterns;
 its pool of compiling threads would stay behind, for a start that is a tenth shorter."""
+
+
+STEP, KERNELS = "compiled.step", "kernels"
+"""What a compiled step's folder holds: the step, and inductor's own cache with the kernels that it calls."""
 
 
 class _Slot(CacheLayerMixin):
@@ -81,6 +89,11 @@ class _Slot(CacheLayerMixin):
         return self.get_mask_sizes(1)[0]
 
 
+def compile_folder() -> Path:
+    """Return where compiled steps are kept: in the user's cache, where nobody else should be able to write."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmkit" / "compiled"
+
+
 class CompiledStep:
     """The compiled step of a model; only the thread that leads its engine calls it.
 
@@ -89,38 +102,30 @@ class CompiledStep:
             compiled, and one row that is known to be one is a tenth faster.
 
     Raises:
-        OptionError: The model's family has no step that can be compiled.
         EngineError: Compilation failed, or gave other scores than the model.
     """
 
-    def __init__(self, model: Any, folder: Path) -> None:
-        """Load the step of `model` from `folder`, or compile it and keep it there."""
-        plain = KeyValues(model.config.get_text_config(decoder=True)).plain
-        takes = "position_ids" in inspect.signature(model.forward).parameters
-        if not (drives(model) and plain and takes) or model.config.is_encoder_decoder:
-            what = "takes no positions" if plain and not takes else "has a cache that is not plain keys and values"
-            msg = f"compile=True is not to be had for {type(model).__name__}, which {what}: leave it out."
-            raise OptionError(msg)
+    def __init__(self, model: Any) -> None:
+        """Load the step of `model`, whose plan says that it has one, from the cache folder; or compile and keep it."""
+        folder = compile_folder()
         self._model = model
+        self._cached = cache_name(model) or ""
         quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
         self.most_rows = 1 if quantized else sys.maxsize
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        places: dict[int, int] = {}
-        self._weights: list[torch.Tensor] = []
-        self._places: dict[str, int] = {}
-        for name, tensor in named:
-            if id(tensor) not in places:
-                places[id(tensor)] = len(self._weights)
-                self._weights.append(tensor.detach())
-            self._places[name] = places[id(tensor)]
+        once = {id(tensor): tensor for _, tensor in named}
+        places = {key: place for place, key in enumerate(once)}
+        self._weights = [tensor.detach() for tensor in once.values()]
+        self._places = {name: places[id(tensor)] for name, tensor in named}
         with torch.no_grad():
             self._sample = self._read_tokens()
             try:
-                self._run = self._artifact(folder / f"{self._key()}.step", folder)
+                self._run = self._artifact(folder / self._key())
                 self._verify()
             except Exception as error:
-                msg = f"{type(model).__name__} could not be compiled: load it without compile=True ({error})."
-                raise EngineError(msg) from error
+                raise EngineError(
+                    f"{type(model).__name__} could not be compiled: load it without compile=True ({error})."
+                ) from error
 
     def __call__(
         self,
@@ -143,14 +148,14 @@ class CompiledStep:
             The scores that follow. *Shape:* `(rows, vocabulary)`.
         """
         keys, values = [pair[0] for pair in buffers], [pair[1] for pair in buffers]
-        scores: torch.Tensor = self._run(*self._weights, token_ids, positions, mask, slot, *keys, *values)[0]
+        scores: torch.Tensor = self._run(*self._weights, token_ids, positions, slot, *keys, *values, mask)[0]
         return scores
 
     def _read_tokens(self) -> KeyValues:
         """Run the model on one token per row, to see the shapes of its keys and values."""
         cache = KeyValues(self._model.config.get_text_config(decoder=True))
         token_ids = self._some_tokens(1)
-        self._model(input_ids=token_ids, past_key_values=cache.cache, use_cache=True)
+        self._model(input_ids=token_ids, use_cache=True, **{self._cached: cache.cache})
         return cache
 
     def _some_tokens(self, seed: int) -> torch.Tensor:
@@ -175,36 +180,41 @@ class CompiledStep:
                 type(self._model).__qualname__,
                 str(input_device(self._model)),
             ],
-            [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), SETTINGS],
+            [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), SETTINGS, TRACED],
             [self._model.config.to_dict(), described, shapes, self.most_rows],
         ]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
-    def _artifact(self, path: Path, folder: Path) -> Any:
-        inductor: Any = torch._inductor  # noqa: SLF001 - this part of torch is all there is for the purpose
+    def _artifact(self, folder: Path) -> Any:
+        """Load a step and its kernels from their folder; or compile them in another, which gets its name once whole.
+
+        Inductor takes for whole what a compiler that was killed has left.
+        """
         from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
         from torch._inductor.standalone_compile import CompiledArtifact
 
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with temporary_cache_dir(str(folder / "kernels")):
-            if path.exists():
-                with contextlib.suppress(Exception):  # damaged: compile it again
-                    return CompiledArtifact.load(path=str(path))
-            graph, inputs, mode = self._trace()
-            artifact = inductor.standalone_compile(
-                graph,
-                inputs,
-                dynamic_shapes="from_example_inputs",
-                fake_mode=mode,
-                options={"config_patches": dict(SETTINGS)},
-                donate_graph_module=True,
-            )
-            unfinished = path.with_suffix(f".{os.getpid()}")
-            artifact.save(path=str(unfinished))
-            unfinished.replace(path)
-            return artifact
+        with contextlib.suppress(Exception), temporary_cache_dir(str(folder / KERNELS)):  # absent or damaged
+            return CompiledArtifact.load(path=str(folder / STEP))
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            with temporary_cache_dir(str(unfinished / KERNELS)):
+                artifact = self._compiled()
+                artifact.save(path=str(unfinished / STEP))
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process was faster
+                unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return artifact
 
-    def _trace(self) -> tuple[Any, list[torch.Tensor], Any]:
+    def _compiled(self) -> Any:
+        inductor: Any = torch._inductor  # noqa: SLF001 - this part of torch is all there is for the purpose
+        graph, inputs = self._trace()
+        settings = {"config_patches": dict(SETTINGS)}
+        return inductor.standalone_compile(graph, inputs, dynamic_shapes="from_graph", options=settings)
+
+    def _trace(self) -> tuple[Any, list[torch.Tensor]]:
         """Write the step down as a graph, without computing: for any number of rows and any width."""
         from torch._subclasses import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
@@ -224,24 +234,24 @@ class CompiledStep:
             weights = [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in self._weights]
             one = [torch.empty(rows, 1, dtype=torch.long, device=device) for _ in range(2)]
             slot = torch.empty(1, dtype=torch.long, device=device)
-            keys, values = (
-                [torch.empty(rows, part.shape[1], width, part.shape[3], dtype=part.dtype, device=part.device)
-                 for part in (layer.keys if which == 0 else layer.values for layer in self._sample.layers)]
-                for which in range(2)
-            )  # fmt: skip
-        inputs = [*weights, *one, mask, slot, *keys, *values]
+            keys = [_widened(layer.keys, rows, width) for layer in self._sample.layers]
+            values = [_widened(layer.values, rows, width) for layer in self._sample.layers]
+        inputs = [*weights, *one, slot, *keys, *values, mask]
         with mode, preserve_node_meta():
             graph = make_fx(self._step)(*inputs)
         for node in graph.graph.nodes:
             if node.target is torch.ops.mkldnn._linear_pointwise.default:  # noqa: SLF001
                 # Else inductor asserts that the packed weight is a constant.
                 node.meta.setdefault("custom", {})["fallback_to_eager"] = True
-        return graph, inputs, mode
+        return graph, inputs
 
     def _step(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         """What is traced: the model's forward, with all tensors as inputs."""
         count, layers = len(self._weights), len(self._sample.layers)
-        token_ids, positions, mask, slot, *cache = inputs[count:]
+        token_ids, positions, slot, *cache, mask = inputs[count:]
+        # Without asserts of sizes, inductor of torch 2.14 knows only those that the graph itself asks for, and not of a
+        # bool tensor: the width is that of the first keys.
+        slot = slot.clamp(max=cache[0].shape[2] - 1)
         slots: list[Any] = [_Slot(*pair, slot) for pair in zip(cache[:layers], cache[layers:], strict=True)]
         outputs: Any = torch.func.functional_call(
             self._model,
@@ -250,7 +260,7 @@ class CompiledStep:
                 "input_ids": token_ids,
                 "attention_mask": mask,
                 "position_ids": positions,
-                "past_key_values": Cache(layers=slots),
+                self._cached: Cache(layers=slots),
                 "use_cache": True,
                 "return_dict": True,
             },
@@ -264,17 +274,18 @@ class CompiledStep:
         token_ids = self._some_tokens(2)
         positions = torch.ones_like(token_ids)
         seen = torch.arange(WIDTH, device=device) < 2  # noqa: PLR2004 - a token before, and its own
-        buffers = []
-        for layer in self._sample.layers:
-            pair = [torch.nn.functional.pad(part, (0, 0, 0, WIDTH - 1)) for part in (layer.keys, layer.values)]
-            buffers.append((pair[0], pair[1]))
+        room = functools.partial(torch.nn.functional.pad, pad=(0, 0, 0, WIDTH - 1))
+        buffers = [(room(layer.keys), room(layer.values)) for layer in self._sample.layers]
         slot = torch.ones(1, dtype=torch.long, device=device)
         found = self(token_ids, positions, seen.expand(len(token_ids), 1, 1, -1).contiguous(), slot, buffers)
-        expected = self._model(
-            input_ids=token_ids, position_ids=positions, past_key_values=self._sample.cache, use_cache=True
-        ).logits[:, -1]
+        before = {self._cached: self._sample.cache}
+        expected = self._model(input_ids=token_ids, position_ids=positions, use_cache=True, **before).logits[:, -1]
         errors = (found - expected).float().square().mean(-1).sqrt() / expected.float().std(-1)
         off = float(errors.median())
         if not off < TOLERANCE:
-            msg = f"its compiled step gave other scores, off by {off:.2f} standard deviations"
-            raise EngineError(msg)
+            raise EngineError(f"its compiled step gave other scores, off by {off:.2f} standard deviations")
+
+
+def _widened(part: torch.Tensor, rows: Any, width: Any) -> torch.Tensor:
+    """Make keys or values like these for as many rows and columns, which may be symbols."""
+    return torch.empty(rows, part.shape[1], width, part.shape[3], dtype=part.dtype, device=part.device)

@@ -7,30 +7,30 @@ nobody reads costs nothing, and what a caller's thread has to suffer (Ctrl-C, an
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from lmkit._openmp import release_pool
-from lmkit._quiet import quiet
-from lmkit.engine.batches import CLOSED, Batches
-from lmkit.engine.beams import Search
+from lmkit._forks import check_fork, renew, share
+from lmkit._interrupts import let_go, locked, owns, surely
+from lmkit._tracebacks import frameless
+from lmkit.engine.batches import Batches
 from lmkit.engine.compiled import CompiledStep
-from lmkit.engine.row import Row
+from lmkit.engine.computing import computed
+from lmkit.engine.failures import CLOSED, INSIDE
+from lmkit.engine.request import Caller
 from lmkit.engine.ticket import Ticket
 from lmkit.errors import EngineError
+from lmkit.kernels.openmp import release_pool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator
 
-    from lmkit.encoding import Codec
-    from lmkit.engine.request import Request, Update
+    from lmkit.engine.request import Outcome, Request, Update
+    from lmkit.planning.plan import LoadPlan
     from lmkit.results import EngineStats
-
-__all__ = ["Engine"]
+    from lmkit.text.codec import Codec
 
 PULLING_SECONDS = 0.02
 """How long a run reads its source before it goes on with what is there."""
@@ -39,84 +39,75 @@ PULLING_SECONDS = 0.02
 class Engine:
     """Runs requests on one model, for any number of callers at a time."""
 
-    def __init__(
-        self,
-        model: Any,
-        codec: Codec,
-        start: int | None,
-        *,
-        prefix_bytes: int = 0,
-        compile_folder: Path | None = None,
-    ) -> None:
+    def __init__(self, model: Any, codec: Codec, plan: LoadPlan, start: int | None) -> None:
         """Serve `model`.
 
         Args:
             model: The transformers model, in evaluation mode.
             codec: Its tokenizer.
+            plan: How rows run, whether steps are compiled, what rows take of memory, and what is kept of prompts.
             start: The token an encoder-decoder's answer begins with; None for a causal model.
-            prefix_bytes: How many bytes of keys and values of recent prompts may be kept.
-            compile_folder: Compile the decode step, and keep it in this folder.
 
         Raises:
-            OptionError: `compile_folder` is given, and the model's family has no step that can be compiled.
-            EngineError: It could not be compiled.
+            EngineError: The step could not be compiled.
         """
-        compiled = None if compile_folder is None else CompiledStep(model, compile_folder)
-        self._codec = codec
-        self._lock = threading.Lock()
-        self._batches = Batches(model, codec, start, prefix_bytes, self._lock, compiled=compiled)
+        compiled = CompiledStep(model) if plan.compiled else None
+        self._lock = threading.RLock()
+        self._batches = Batches(model, codec, plan, start, self._lock, compiled=compiled)
         self._leader: Ticket | None = None
+        self._leads: int | None = None  # the leader's thread, while it runs steps
         self._waiters: list[Ticket] = []
+        share(self)
 
-    def run(
-        self,
-        requests: Iterable[Request | None],
-        *,
-        stream: bool = False,
-        lazy: bool = False,
-        cancelled: threading.Event | None = None,
-    ) -> Iterator[Update | None]:
+    def run(self, requests: Iterable[Request | None], caller: Caller) -> Iterator[Update[Outcome] | None]:
         """Run requests and tell what happens to each, as it happens. Closing the iterator ends its rows.
 
         Args:
             requests: The rows.
-            stream: Whether to report new text at every step, not only the end.
-            lazy: Read requests between steps. None among them says that there are more, but not now; when all before
-                it have ended, the iterator gives None in turn.
-            cancelled: Set it from another thread to end all rows at their next step, without further news
-                of those that have not begun.
+            caller: How they are read, and what is told of them.
 
         Raises:
-            EngineError: If the engine was closed. What fails for one row alone is in its `Update`.
+            EngineError: If the engine was closed, a hook of the model calls from inside a step, or the process was
+                forked during one. What fails for one row alone is in its `Update`.
         """
-        ticket = Ticket(self._lock, stream=stream, lazy=lazy, cancelled=cancelled)
+        check_fork()
+        if self._leads == threading.get_ident():
+            raise EngineError(INSIDE)
+        ticket = Ticket(self._lock, caller)
         source = iter(requests)
         try:
-            more = self._pull(ticket, source, lazy=lazy)
-            while (update := self._next(ticket, hold=not (lazy or stream))) is not None or more:
-                yield update
-                if more:
-                    more = self._pull(ticket, source, lazy=lazy)
-        finally:
-            self._abandon(ticket)
+            try:
+                more = self._pull(ticket, source)
+                while (update := self._next(ticket, hold=not (caller.lazy or caller.stream))) is not None or more:
+                    yield update
+                    if more:
+                        more = self._pull(ticket, source)
+            finally:
+                self._abandon(ticket)
+        except BaseException:
+            self._abandon(ticket)  # an interrupt may have cut the first one short
+            raise
 
     def close(self) -> None:
         """Refuse further work; runs in flight end with an `EngineError`, at once or at their next step."""
-        self._batches.closed = True
-        for ticket in list(self._batches.tickets):
-            ticket.cancelled.set()  # a beam search looks at nothing else
-        self._clean()
+        self._batches.close()
+        self._clean(Ticket(self._lock, Caller()))
+
+    def forked(self) -> bool:
+        """Make ready for a process that was forked; see `lmkit._forks`."""
+        led, self._leader, self._leads = self._leader is not None, None, None
+        return renew(self._lock) or led
 
     def stats(self) -> EngineStats:
         """Say what the engine holds and has done."""
         return self._batches.stats()
 
-    def _pull(self, ticket: Ticket, source: Iterator[Request | None], *, lazy: bool) -> bool:
+    def _pull(self, ticket: Ticket, source: Iterator[Request | None]) -> bool:
         """Take requests from their source; False if it has no more."""
         deadline = time.perf_counter() + PULLING_SECONDS
         found: list[Request] = []
         more = True
-        while not lazy or time.perf_counter() < deadline:
+        while not ticket.lazy or time.perf_counter() < deadline:
             try:
                 request = next(source)
             except StopIteration:
@@ -125,98 +116,110 @@ class Engine:
             if request is None:
                 break
             found.append(request)
-        with self._lock:
-            rows: list[Row] = []
-            searches: dict[int, Request] = {}
-            for place, request in enumerate(found, ticket.added):
-                if request.config.num_beams == 1:
-                    rows += [Row(request, ticket, place, copy, self._codec) for copy in range(request.copies)]
-                elif self._batches.searches:
-                    rows.append(Search(request, ticket, place, self._codec))
-                else:
-                    searches[place] = request
-            ticket.add(rows, searches)
-            if ticket not in self._batches.tickets:
-                self._batches.tickets.append(ticket)
-            self._batches.room = True
+        self._add(ticket, found)
         return more
 
-    def _next(self, ticket: Ticket, *, hold: bool) -> Update | None:
+    @locked
+    def _add(self, ticket: Ticket, requests: list[Request]) -> None:
+        self._batches.add(ticket, requests)
+
+    def _next(self, ticket: Ticket, *, hold: bool) -> Update[Outcome] | None:
         """Return the ticket's next news, leading or waiting for them; None when all its requests have ended."""
         try:
-            while True:
-                with self._lock:
-                    if not ticket.news and ticket.error is None and self._batches.closed:
-                        raise EngineError(CLOSED)
-                    if ticket.news:
-                        return ticket.news.popleft()
-                    if ticket.error is not None:
-                        raise ticket.error
-                    if not ticket.unfinished:
-                        return None
-                    if self._leader not in (None, ticket):
-                        try:
-                            self._waiters.append(ticket)
-                            ticket.ready.wait()
-                        finally:
-                            self._waiters = [other for other in self._waiters if other is not ticket]
-                        continue
-                    self._leader = ticket
+            while not (found := self._told(ticket)):
                 self._lead(ticket)
+            return found[0]
         finally:
             if not (hold and ticket.unfinished and self._leader is ticket):
                 self._hand_on(ticket)
+
+    @locked
+    def _told(self, ticket: Ticket) -> tuple[Update[Outcome] | None] | tuple[()]:
+        """Wait for the ticket's next news and return them, None at its end; nothing if it is to lead."""
+        while not ticket.news:
+            if ticket.error is None and self._batches.closed:
+                raise EngineError(CLOSED)
+            if ticket.error is not None:
+                raise ticket.error
+            if not ticket.unfinished:
+                return (None,)
+            if self._leader in (None, ticket):
+                self._leader = ticket
+                return ()
+            try:
+                self._waiters.append(ticket)
+                ticket.ready.wait()
+            finally:
+                self._wait_no_longer(ticket)
+        return (ticket.news.popleft(),)
+
+    def _wait_no_longer(self, ticket: Ticket) -> None:
+        with contextlib.suppress(ValueError):  # it is not there
+            self._waiters.remove(ticket)
 
     def _abandon(self, ticket: Ticket) -> None:
         """Let go of a caller's rows, now or at the next step."""
         ticket.left = True
         ticket.cancelled.set()
+        self._wait_no_longer(ticket)
         # The garbage collector may close an iterator in the middle of anything, even where this thread has the lock.
-        has = False
-        try:
-            if not (has := self._lock.acquire(timeout=1)):
-                return
-            ticket.forget()
-            if ticket in self._batches.tickets:
-                self._batches.tickets.remove(ticket)
-            if not self._batches.tickets:
-                self._batches.scheduler.reset()
-        finally:
-            if has:
-                self._lock.release()
+        if owns(self._lock) or not surely(lambda: self._remove(ticket), lambda: let_go(self._lock)):
+            return
         self._hand_on(ticket)
-        self._clean()
+        self._clean(ticket)
         release_pool()
+
+    def _remove(self, ticket: Ticket) -> bool:
+        if has := self._lock.acquire(timeout=1):
+            self._batches.remove(ticket)
+        return has
 
     def _hand_on(self, ticket: Ticket) -> None:
         """Stop leading, if `ticket` leads, and let another that waits lead."""
         if self._leader is ticket and self._waiters:
             release_pool()  # the next one computes in a thread of its own
-        with self._lock:
-            if self._leader is ticket:
-                self._leader = None
-            if self._leader is None and self._waiters:
-                self._waiters[0].ready.notify()
+        self._give_up_lead(ticket)
 
-    def _clean(self) -> None:
+    @locked
+    def _give_up_lead(self, ticket: Ticket) -> None:
+        if self._leader is ticket:
+            self._leader = None
+        if self._leader is None and self._waiters:
+            self._waiters[0].ready.notify()
+
+    def _clean(self, broom: Ticket) -> None:
         """Take out rows that nobody waits for, unless somebody leads, who does it at the next step."""
-        broom = Ticket(self._lock)
         try:
-            with self._lock:
-                if self._leader is not None:
-                    return
-                self._leader = broom
-            with torch.no_grad():
-                self._batches.sweep()
+            if self._leads_now(broom):
+                self._run(self._batches.sweep)
         finally:
             self._hand_on(broom)
 
+    @locked
+    def _leads_now(self, ticket: Ticket) -> bool:
+        """Let a ticket lead if nobody does; say whether it leads now."""
+        if free := self._leader is None:
+            self._leader = ticket
+        return free
+
     def _lead(self, ticket: Ticket) -> None:
         """Run steps until the ticket has news."""
+
+        def steps() -> None:
+            self._leads = threading.get_ident()
+            while not ticket.news and ticket.unfinished and ticket.error is None:
+                self._batches.advance()
+
+        def over() -> None:
+            self._leads = None
+
+        self._run(lambda: surely(steps, over))
+
+    def _run(self, work: Callable[[], None]) -> None:
+        """Do work of who leads; of what is interrupted nothing is kept."""
         try:
-            with torch.no_grad(), quiet():
-                while not ticket.news and ticket.unfinished and ticket.error is None:
-                    self._batches.advance()
+            with frameless:
+                computed(work)
         except BaseException:
             self._batches.begin_again()
             raise

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 
-from lmkit.engine.scheduler import bytes_per_token
 from lmkit.errors import EngineError
 
-if TYPE_CHECKING:
-    from lmkit.engine.row import Row
+CLOSED = "the model was closed: load it again to go on."
 
-__all__ = ["no_memory", "out_of_memory", "step_failed"]
+INSIDE = (
+    "this call comes from inside a forward pass of the same model, as a hook on it does, and would wait for itself: "
+    "call the model when the pass has ended, or another one."
+)
 
 
 def step_failed(error: Exception) -> EngineError:
@@ -30,11 +29,9 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and ("allocate memory" in told or "not enough memory" in told)
 
 
-def no_memory(row: Row, model: Any, error: Exception) -> EngineError:
-    """Say what a row needed that does not fit, alone."""
-    tokens = len(row.input_ids) + row.remaining
-    needed = tokens * bytes_per_token(model) / 2**20
-    failed = EngineError(_NO_MEMORY.format(tokens=tokens, needed=needed, error=error))
+def no_memory(tokens: int, key_values: int, error: Exception) -> EngineError:
+    """Say what a row of so many tokens needed, in bytes of keys and values, that does not fit, alone."""
+    failed = EngineError(_NO_MEMORY.format(tokens=tokens, needed=key_values / 2**20, error=error))
     failed.__cause__ = error
     return failed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,6 @@ if TYPE_CHECKING:
 
     from lmkit.engine.cache import Prefix
 
-__all__ = ["SHORTEST", "PrefixStore", "shared"]
-
 SHORTEST = 32
 """How many tokens a prefix has at the least: reading fewer again is cheaper than copying them."""
 
@@ -22,6 +19,7 @@ SHORTEST = 32
 @dataclass(frozen=True, slots=True)
 class _Entry:
     token_ids: np.ndarray
+    side: bool
     prefix: Prefix
     nbytes: int
 
@@ -32,49 +30,49 @@ class PrefixStore:
     def __init__(self, limit: int) -> None:
         """Hold at most `limit` bytes."""
         self.limit = limit
-        self.nbytes = 0
-        self._entries: OrderedDict[int, _Entry] = OrderedDict()
-        self._number = 0
+        self._entries: list[_Entry] = []  # what was used last is the last
 
-    def find(self, token_ids: Sequence[int]) -> tuple[Prefix | None, int]:
-        """Return the keys and values that begin like `token_ids`, and for how many tokens; one is left to read."""
-        best, length = None, SHORTEST - 1
+    @property
+    def nbytes(self) -> int:
+        """How many bytes are held."""
+        return sum(entry.nbytes for entry in self._entries)
+
+    def find(self, token_ids: Sequence[int], side: bool | None = False) -> tuple[Prefix | None, int]:  # noqa: FBT001, FBT002
+        """Return the keys and values that begin like `token_ids`, and for how many tokens; one is left to read.
+
+        Only those that were kept with the same `side` are of use, and with None none are.
+        """
         wanted = np.asarray(token_ids[:-1])
-        for number, entry in self._entries.items():
-            if (common := shared(entry.token_ids, wanted)) > length:
-                best, length = number, common
-        if best is None:
+        common = [shared(entry.token_ids, wanted) if entry.side is side else 0 for entry in self._entries]
+        if (length := max(common, default=0)) < SHORTEST:
             return None, 0
-        self._entries.move_to_end(best)
-        return self._entries[best].prefix, length
+        best = self._entries.pop(common.index(length))
+        self._entries.append(best)
+        return best.prefix, length
 
-    def holds(self, token_ids: Sequence[int]) -> bool:
+    def holds(self, token_ids: Sequence[int], side: bool = False) -> bool:  # noqa: FBT001, FBT002
         """Say whether all of these tokens are here."""
         wanted = np.asarray(token_ids)
-        return any(shared(entry.token_ids, wanted) == len(wanted) for entry in self._entries.values())
+        return any(entry.side is side and shared(entry.token_ids, wanted) == len(wanted) for entry in self._entries)
 
-    def put(self, token_ids: Sequence[int], prefix: Prefix) -> None:
+    def put(self, token_ids: Sequence[int], prefix: Prefix, side: bool = False) -> None:  # noqa: FBT001, FBT002
         """Keep what was read; beginnings of it that were kept before are let go."""
         nbytes = sum(keys.nbytes + values.nbytes for keys, values in prefix)
         if nbytes > self.limit:
             return
         new = np.asarray(token_ids)
-        for number, entry in list(self._entries.items()):
-            if shared(entry.token_ids, new) == len(entry.token_ids):
-                self._drop(number)
-        while self.nbytes + nbytes > self.limit:
-            self._drop(next(iter(self._entries)))
-        self._number += 1
-        self._entries[self._number] = _Entry(new, prefix, nbytes)
-        self.nbytes += nbytes
+        self._entries = [
+            entry
+            for entry in self._entries
+            if entry.side is not side or shared(entry.token_ids, new) < len(entry.token_ids)
+        ]
+        self._entries.append(_Entry(new, side, prefix, nbytes))
+        while self.nbytes > self.limit:
+            del self._entries[0]
 
     def clear(self) -> None:
         """Let go of everything."""
         self._entries.clear()
-        self.nbytes = 0
-
-    def _drop(self, number: int) -> None:
-        self.nbytes -= self._entries.pop(number).nbytes
 
 
 def shared(first: np.ndarray, second: np.ndarray) -> int:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from lmkit._interrupts import Flag
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import GenerationConfig
 
-    from lmkit.errors import EngineError
+    from lmkit.errors import LmkitError
     from lmkit.results import Completion, Timing
 
-__all__ = ["Outcome", "Request", "Update"]
+OutcomeT = TypeVar("OutcomeT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,10 @@ class Request:
         config: The row's resolved generation config; its `max_new_tokens` is the row's budget.
         copies: How many completions to draw (a beam search takes its own number from `config`).
         stop: Strings that end the row; its text is cut before them.
+        named: The names of special tokens that are in stop strings.
+        stop_token_ids: Those of the tokens that end the row which the caller named.
+        special: Whether the text has the names of special tokens.
+        context: The last tokens before the row's own whose text it goes on with.
         seed: Where the draws of a sampled row begin.
         logprobs: How many alternatives to record beside each token; None records nothing.
         lookup: Guess at next tokens from the row's own text while it runs alone.
@@ -32,6 +40,10 @@ class Request:
     config: GenerationConfig
     copies: int = 1
     stop: tuple[str, ...] = ()
+    named: Mapping[int, str] = field(default_factory=dict)
+    stop_token_ids: tuple[int, ...] = ()
+    special: bool = False
+    context: tuple[int, ...] = ()
     seed: int | None = None
     logprobs: int | None = None
     lookup: bool = False
@@ -46,17 +58,34 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
-    """News of one request: new text, or its end.
+class Caller:
+    """How one who asks takes what there is to tell.
 
     Attributes:
-        index: Which request of the run.
+        stream: Whether to tell new text at every step, not only the end.
+        lazy: Read what is asked between steps. None among it says that there is more, but not now; when all before it
+            have ended, None is told in turn.
+        cancelled: Set it from another thread to end all rows at their next step, without further news of those that
+            have not begun.
+    """
+
+    stream: bool = False
+    lazy: bool = False
+    cancelled: Flag = field(default_factory=Flag)
+
+
+@dataclass(frozen=True, slots=True)
+class Update(Generic[OutcomeT]):
+    """News of one row: new text, or its end.
+
+    Attributes:
+        index: Which one of the run.
         text: New text of its first completion, if the run streams.
-        outcome: Its completions, once all have ended.
-        error: Why it failed, if it did; the other requests go on.
+        outcome: What came of it, once all of it has ended.
+        error: Why it failed, if it did; the others go on.
     """
 
     index: int
     text: str = ""
-    outcome: Outcome | None = None
-    error: EngineError | None = None
+    outcome: OutcomeT | None = None
+    error: LmkitError | None = None

@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lmkit.engine.text import TextFeed
+from lmkit.engine.stream_text import TextFeed
 from lmkit.results import Completion, FinishReason, Timing, TokenLogprob
 
 if TYPE_CHECKING:
-    from lmkit.encoding import Codec
     from lmkit.engine.choice import Steering
     from lmkit.engine.request import Request
     from lmkit.engine.ticket import Ticket
     from lmkit.errors import EngineError
-
-__all__ = ["Row"]
+    from lmkit.text.codec import Codec
 
 DRAWS = 64
 """How many numbers of its stream a sampled row draws at once."""
@@ -33,8 +31,8 @@ class Row:
         streams: Whether its text is shown while it grows.
         error: Why the row failed, if it did.
         steering: What reshapes its scores, once built.
-        told: Whether its caller knows that it ended.
         shared: Whether other rows wait for what it reads first.
+        anew: Whether it leaves its batch, to be read from the beginning.
         width: How many answers it follows at a time.
         candidates: How many next tokens a search of several answers looks at.
     """
@@ -52,12 +50,16 @@ class Row:
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
         self.error: EngineError | None = None
+        self._own: int | None = None
         self.steering: Steering | None = None
-        self.shared = self.told = False
-        self._ends = end_tokens(request)
-        self._feed = TextFeed(codec, request.stop)
+        self.shared = self.anew = False
+        self._kept = 0  # how many tokens were wholly accepted
+        ends = request.config.eos_token_id
+        self._ends = frozenset([ends] if isinstance(ends, int) else ends or ())
+        self._codec = codec
+        self._feed = self._new_feed()
         self.streams = ticket.stream and copy == 0
-        self._random = _stream_of(request.seed, copy) if request.seed is not None else None
+        self._random = self._new_stream()
         self._drawn: list[float] = []
         self._started = self._first = self._last = 0.0
 
@@ -70,6 +72,11 @@ class Row:
     def input_ids(self) -> tuple[int, ...]:
         """What a causal model has to read: the prompt, and what was generated before the row had to begin anew."""
         return (*self.request.input_ids, *self.token_ids)
+
+    @property
+    def length(self) -> int:
+        """How many tokens its text has, the prompt included."""
+        return len(self.request.input_ids) + len(self.token_ids)
 
     @property
     def remaining(self) -> int:
@@ -87,36 +94,71 @@ class Row:
             self._drawn += torch.rand(DRAWS, generator=self._random, dtype=torch.float64, device="cpu").tolist()
         return self._drawn[len(self.token_ids)]
 
-    def accept(self, token_id: int, logprob: TokenLogprob | None) -> None:
-        """Append a token and decide whether it ended the row."""
+    def forced_end(self, step: int) -> int | None:
+        """Return what the config puts at a step, if it is the last of the budget, whatever the model writes there."""
+        config = self.request.config
+        ends = config.forced_eos_token_id if step == config.max_new_tokens else None
+        return min(ends) if isinstance(ends, list) else ends
+
+    def accept(self, token_id: int, logprob: TokenLogprob | None, own: int | None) -> None:
+        """Append a token, and decide by the row's own choice, which a forced end replaces, whether it ended the row."""
         self._last = time.perf_counter() - self._started
         self._first = self._first or self._last
         self.token_ids.append(token_id)
         if logprob is not None:
             self.logprobs.append(logprob)
-        if token_id in self._ends:
-            self.finish_reason = "eos"
+        self._own = own
+        if own in self._ends:
+            self.finish_reason = "stop" if own in self.request.stop_token_ids else "eos"
         elif len(self.token_ids) >= (self.request.config.max_new_tokens or 0):
             self.finish_reason = "length"
         if self.streams or self.request.stop or self.done:
-            self._feed.read(self.visible_ids, final=self.done)
+            self._feed.read(self.visible_ids, final=self.done, end=token_id if self.ended else None)
         if self._feed.stop_reason is not None:
             self.finish_reason = "stop"
+        self._kept = len(self.token_ids)
+
+    def settle(self) -> None:
+        """Undo what an interruption has cut short, so that the row can go on with the tokens it has."""
+        self.anew = False
+        self._random, self._drawn = self._new_stream(), []
+        if self._kept != len(self.token_ids):
+            del self.token_ids[self._kept :], self.logprobs[self._kept :]
+            self.finish_reason = None
+        if self.token_ids and not self.done:
+            shown = self._feed.released
+            self._feed = self._new_feed()
+            self._feed.read(self.visible_ids)
+            self._feed.released = max(shown, self._feed.released)
 
     def cancel(self) -> None:
         """End the row where it is, unless it has ended already."""
         if not self.done:
-            self.finish_reason = "cancelled"
             self._feed.read(self.visible_ids, final=True)
+            self.finish_reason = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last token is one that ends the row."""
+        return bool(self.token_ids) and self.token_ids[-1] in self._ends
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a text that the next token goes on with."""
+        return bool(self.request.context) or not self._codec.special.issuperset(self.token_ids)
 
     @property
     def visible_ids(self) -> list[int]:
         """The generated tokens without the end token."""
-        return self.token_ids[:-1] if self.finish_reason == "eos" else self.token_ids
+        return self.token_ids[:-1] if self.ended else self.token_ids
 
-    def release(self) -> str:
-        """Return the text that can be shown since the last time."""
-        return self._feed.release(final=self.done)
+    def unreleased(self) -> tuple[str, int]:
+        """Return the text that can be shown since the last time, and what to tell `release` then."""
+        return self._feed.unreleased(final=self.done)
+
+    def release(self, upto: int) -> None:
+        """Take note that text was shown."""
+        self._feed.released = upto
 
     def completions(self) -> tuple[Completion, ...]:
         """Describe what an ended row has written."""
@@ -126,26 +168,28 @@ class Row:
             token_ids=tuple(self.visible_ids),
             score=None,
             finish_reason=self.finish_reason,
-            stop_reason=self._feed.stop_reason,
+            stop_reason=self._stopped_by(self._feed, self._own if self.finish_reason == "stop" else None),
             logprobs=tuple(self.logprobs) if self.request.logprobs is not None else None,
             generated_tokens=len(self.token_ids),
         )
         return (completion,)
 
     def timing(self) -> Timing:
-        """Say what the row took."""
-        return timing(self._last, self._first, len(self.token_ids))
+        """Say what the row took; one of no time has no speed."""
+        return Timing(self._last, self._first, len(self.token_ids) / self._last if self._last else 0.0)
 
+    def _new_stream(self) -> torch.Generator | None:
+        return None if self.request.seed is None else _stream_of(self.request.seed, self.copy)
 
-def timing(seconds: float, first: float, tokens: int) -> Timing:
-    """Make a `Timing`; a row of no time has no speed."""
-    return Timing(seconds, first, tokens / seconds if seconds else 0.0)
+    def _new_feed(self) -> TextFeed:
+        ask = self.request
+        return TextFeed(self._codec, ask.stop, context=ask.context, named=ask.named, special=ask.special)
 
-
-def end_tokens(request: Request) -> frozenset[int]:
-    """Return the ids that end a row."""
-    ends = request.config.eos_token_id
-    return frozenset([ends] if isinstance(ends, int) else ends or ())
+    def _stopped_by(self, feed: TextFeed, last: int | None) -> str | None:
+        """Return the stop string that ended a text, or the name of the token to stop at that is its own last."""
+        if feed.stop_reason is not None or last is None or last not in self.request.stop_token_ids:
+            return feed.stop_reason
+        return self._codec.token(last)
 
 
 def _stream_of(seed: int, copy: int) -> torch.Generator:

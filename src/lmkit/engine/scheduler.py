@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lmkit.engine.decoders import input_device
+from lmkit.engine.inputs import input_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from lmkit.engine.decoders import Decoder
+    from lmkit.engine.decoders.base import Decoder
     from lmkit.engine.row import Row
     from lmkit.engine.ticket import Ticket
-
-__all__ = ["Scheduler", "bytes_per_token"]
+    from lmkit.planning.keyvalues import KeyValueBytes
 
 SHARE_OF_FREE_MEMORY = 0.5
 """How much of the memory that is free when a batch begins its keys and values may take."""
@@ -44,16 +43,26 @@ REFILL = 8
 class Scheduler:
     """Chooses rows from the callers' tickets."""
 
-    def __init__(self, model: Any) -> None:
-        """Serve `model`, whose device and sizes set the budget."""
+    def __init__(self, model: Any, key_values: KeyValueBytes | None) -> None:
+        """Serve `model`, whose device sets the budget; `key_values` is what the plan says that rows take of it."""
         self._device = input_device(model)
-        self._bytes_per_token = bytes_per_token(model)
+        self._encodes = bool(model.config.is_encoder_decoder)
+        self._key_values = key_values
         self._most_rows: int | None = None  # after a step failed
         self._memory = False
 
     def columns(self, rows: int, *, busy: bool) -> int:
         """Say how many columns of a batch's prompts to read at once."""
         return max((PROMPT_TOKENS_BESIDE if busy else PROMPT_TOKENS) // rows, 1)
+
+    def bytes_of(self, tokens: int, source_tokens: int = 0) -> int:
+        """Return the keys and values of a row, as the plan has them; 0 where it could not tell."""
+        return 0 if self._key_values is None else self._key_values.of(tokens, source_tokens)
+
+    def bytes_for(self, row: Row) -> int:
+        """Return the keys and values of a row at its longest."""
+        source = len(row.request.input_ids)
+        return self.bytes_of(_answer(row), source) if self._encodes else self.bytes_of(source + _answer(row))
 
     def failed(self, rows: int, *, memory: bool) -> None:
         """Take note that a forward pass of so many rows failed: half as many from now on.
@@ -78,6 +87,7 @@ class Scheduler:
         *,
         joins: bool,
         alike: Callable[[Row], object],
+        ready: Callable[[Row], bool] = lambda _row: True,
     ) -> list[Row]:
         """Choose the rows to begin now; they stay in their tickets.
 
@@ -86,6 +96,7 @@ class Scheduler:
             decoders: The batches that run.
             joins: Whether new rows join the batch that runs.
             alike: Rows of a batch must have this in common.
+            ready: Whether a row may begin now.
         """
         running = [row for decoder in decoders for row in decoder.rows]
         # Rows that cannot join a batch begin another one beside it, once few of their caller's rows are left in it.
@@ -94,33 +105,34 @@ class Scheduler:
         ]
         if not tickets:
             return []
-        budget = self._budget(decoders)
-        room = {"rows": len(running), "tokens": max((_tokens(row) for row in running), default=0)}
+        most = BATCH_TOKENS.get(self._device.type, BATCH_TOKENS_ELSEWHERE)
+        memory = _free(self._device) * SHARE_OF_FREE_MEMORY + sum(decoder.nbytes for decoder in decoders)
+        tokens = max(map(_tokens, running), default=0)
+        key_values = max(map(self.bytes_for, running), default=0)
         picked: list[Row] = []
         for row in _fair(tickets, joins=joins):
-            if picked and alike(row) != alike(picked[0]):
+            if not ready(row) or (picked and alike(row) != alike(picked[0])):
                 continue
             if not joins and len(picked) >= LEAST_ROWS and _short(row, picked[0]):
                 break
-            room = {"rows": room["rows"] + 1, "tokens": max(room["tokens"], _tokens(row))}
-            full = room["rows"] * room["tokens"] > budget
-            if (running or picked) and (full or (self._most_rows and room["rows"] > self._most_rows)):
+            rows = len(running) + len(picked) + 1
+            tokens, key_values = max(tokens, _tokens(row)), max(key_values, self.bytes_for(row))
+            full = rows * tokens > most or rows * key_values > memory
+            if (running or picked) and (full or (self._most_rows and rows > self._most_rows)):
                 # It is full: to take in a few rows at a time would read their prompts one by one.
                 return picked if len(picked) * REFILL >= len(running) or not joins else []
             picked.append(row)
-            if joins and sum(len(row.input_ids) for row in picked) > PROMPT_TOKENS:
+            if joins and sum(row.length for row in picked) > PROMPT_TOKENS:
                 break
         return picked
 
-    def _budget(self, decoders: Sequence[Decoder]) -> int:
-        """Count the tokens whose keys and values may be held at once."""
-        held = sum(decoder.nbytes for decoder in decoders)
-        most = BATCH_TOKENS.get(self._device.type, BATCH_TOKENS_ELSEWHERE)
-        return min(most, int((_free(self._device) * SHARE_OF_FREE_MEMORY + held) / self._bytes_per_token))
+
+def _answer(row: Row) -> int:
+    return row.width * (row.request.config.max_new_tokens or 1)
 
 
 def _tokens(row: Row) -> int:
-    return len(row.request.input_ids) + row.width * (row.request.config.max_new_tokens or 1)
+    return len(row.request.input_ids) + _answer(row)
 
 
 def _short(row: Row, longest: Row) -> bool:
@@ -155,12 +167,3 @@ def _free(device: Any) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
-
-
-def bytes_per_token(model: Any) -> int:
-    """Estimate the bytes of keys and values that a token takes, from the model's config."""
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_attention_heads", 1)
-    size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 64) // heads
-    pairs = 2 * (getattr(config, "num_key_value_heads", None) or heads)
-    return int(getattr(config, "num_hidden_layers", 1) * pairs * size * model.dtype.itemsize)

@@ -9,8 +9,6 @@ from lmkit.errors import LanguageError, MissingExtraError
 if TYPE_CHECKING:
     from lmkit.languages.names import Resolver
 
-__all__ = ["DETECT", "Detector"]
-
 DETECT = "detect"
 """The word for a source language that is to be found."""
 
@@ -32,14 +30,16 @@ class Detector:
         try:
             from py3langid.langid import MODEL_FILE, LanguageIdentifier
         except ImportError as error:
-            msg = f"source='detect' needs a package that is not installed: pip install \"lmkit[detect]\" ({error})"
-            raise MissingExtraError(msg) from error
+            raise MissingExtraError(
+                f"source='detect' needs a package that is not installed: pip install \"lmkit[detect]\" ({error})"
+            ) from error
         self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
         self._resolver = resolver
         known = [label for label in self._identifier.labels if label != "zxx" and resolver.find(label)]
         if not known:
-            msg = "source='detect': the detector knows none of this checkpoint's languages. Pass the source instead."
-            raise LanguageError(msg)
+            raise LanguageError(
+                "source='detect': the detector knows none of this checkpoint's languages. Pass the source instead."
+            )
         self._identifier.set_languages(known)
         self.languages = tuple(dict.fromkeys(code for label in known if (code := resolver.find(label))))
 

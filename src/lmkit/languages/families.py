@@ -7,16 +7,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from lmkit.errors import LanguageError, OptionError, listed, nearest
+from lmkit.errors import LanguageError, LmkitError, OptionError, listed, nearest
 from lmkit.languages.detect import DETECT, Detector
 from lmkit.languages.names import Names, Resolver, is_group, standard, unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from lmkit.errors import LmkitError
-
-__all__ = ["Languages", "Prepared", "languages_of"]
 
 Scheme: TypeAlias = Literal["codes", "tags", "pair", "prefixes", "none"]
 """How a family is told: a code token around the source and as the first target token (M2M100, NLLB, mBART, PLBart,
@@ -65,6 +62,7 @@ class Languages:
         tag: What stands around a code in the text.
         pair: The only source and the only target of the checkpoint, None where it has others or does not say. Either
             may stand for a group of languages, such as `roa`.
+        start: The token that answers begin with, which may be a language already (mBART, PLBart).
     """
 
     scheme: Scheme
@@ -73,6 +71,7 @@ class Languages:
     layout: Layout = ((), ())
     tag: tuple[str, str] = (">>", "<<")
     pair: tuple[str | None, str | None] = (None, None)
+    start: int | None = None
 
     @cached_property
     def names(self) -> Names:
@@ -103,11 +102,11 @@ class Languages:
         """
         for which, word in (("source", source), ("target", target)):
             if word is not None and not isinstance(word, str):
-                msg = f"{which}={word!r} is not a language: pass a code or a name, such as 'fr' or 'French'."  # type: ignore[unreachable]
-                raise LanguageError(msg)
+                raise LanguageError(
+                    f"{which}={word!r} is not a language: pass a code or a name, such as 'fr' or 'French'."
+                )
         if preset is not None and not isinstance(preset, str):
-            msg = f"preset={preset!r} is not accepted: it takes a name from Translator.presets."  # type: ignore[unreachable]
-            raise OptionError(msg)
+            raise OptionError(f"preset={preset!r} is not accepted: it takes a name from Translator.presets.")
         if preset is not None:
             return self._preset(text or "", preset, [name for name in (source, target) if name is not None])
         if source == DETECT and (source := self._detected(text)) is None:
@@ -117,11 +116,13 @@ class Languages:
     def _preset(self, text: str, preset: str, languages: Sequence[str]) -> Prepared:
         if preset not in self.presets:
             known = listed(sorted(self.presets)) or "none"
-            msg = f"unknown preset {preset!r}.{nearest(preset, self.presets)} This checkpoint has: {known}."
-            raise OptionError(msg)
+            raise OptionError(
+                f"unknown preset {preset!r}.{nearest(preset, self.presets)} This checkpoint has: {known}."
+            )
         if languages:
-            msg = f"preset={preset!r} and the language {languages[0]!r} contradict each other: pass one of them."
-            raise OptionError(msg)
+            raise OptionError(
+                f"preset={preset!r} and the language {languages[0]!r} contradict each other: pass one of them."
+            )
         pair = _PAIR.fullmatch(preset)
         source, target = pair.groups() if pair else (None, None)
         return self._prefix(text, preset, source, target)
@@ -135,15 +136,16 @@ class Languages:
         if not (prefix and text.startswith(prefix)):
             for other, told in self.presets.items():
                 if (begun := str(told.get("prefix") or "")).strip() and text.startswith(begun):
-                    msg = f"the text begins with {begun!r}, the prefix of {other!r}, but {preset!r} is asked for: "
-                    raise error(msg + "leave one out.")
+                    raise error(
+                        f"the text begins with {begun!r}, the prefix of {other!r}, but {preset!r} is asked for: "
+                        "leave one out."
+                    )
             text = prefix + text
         return Prepared(text, source=source, target=target, preset=values, prefix=prefix)
 
     def _detected(self, text: str | None) -> str | None:
         if not self._told_source:
-            msg = "source='detect': this checkpoint is not told the source language. Leave it out."
-            raise LanguageError(msg)
+            raise LanguageError("source='detect': this checkpoint is not told the source language. Leave it out.")
         detector = self._detector  # it has to be there, whatever the text
         if text is None or not any(map(str.isalnum, text)):
             return None
@@ -154,16 +156,16 @@ class Languages:
     def undetected(self, text: str) -> LanguageError:
         """Return the error for a text whose source is needed and was not found."""
         start = text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
-        msg = f"source='detect' finds no language in {start!r}. Pass its source, one of: {listed(self.codes)}."
-        return LanguageError(msg)
+        return LanguageError(
+            f"source='detect' finds no language in {start!r}. Pass its source, one of: {listed(self.codes)}."
+        )
 
     def _none(self, text: str, source: str | None, target: str | None) -> Prepared:
         if source is not None or target is not None:
-            msg = (
+            raise LanguageError(
                 f"this checkpoint is not told languages, but source={source!r} and target={target!r} were given: it "
                 "does one thing only (one pair of languages, or none). Leave them out."
             )
-            raise LanguageError(msg)
         return Prepared(text)
 
     def _pair(self, text: str, source: str | None, target: str | None) -> Prepared:
@@ -178,39 +180,32 @@ class Languages:
             return found
         if only and not is_group(only):
             here, there = self.pair
-            msg = f"{which}={word!r} is not what this checkpoint translates, which is {here!r} to {there!r} only."
-            raise LanguageError(msg)
+            raise LanguageError(
+                f"{which}={word!r} is not what this checkpoint translates, which is {here!r} to {there!r} only."
+            )
         return standard(which, word)
 
     def _codes(self, text: str, source: str | None, target: str | None) -> Prepared:
         source, target = self._code("source", source), self._code("target", target)
-        language = self.codes[source]
-        before, after = (tuple(language if token_id is None else token_id for token_id in part) for part in self.layout)
-        return Prepared(
-            text,
-            before=before,  # type: ignore[arg-type]
-            after=after,  # type: ignore[arg-type]
-            forced_bos_token_id=self.codes[target],
-            source=source,
-            target=target,
-        )
+        before, after = (_replaced(part, None, self.codes[source]) for part in self.layout)
+        told = None if self.codes[target] == self.start else self.codes[target]
+        return Prepared(text, before, after, forced_bos_token_id=told, source=source, target=target)
 
     def _code(self, which: str, language: str | None) -> str:
         detect = f", or {DETECT!r}" if which == "source" and self._told_source else ""
         if language is None:
-            msg = f"this checkpoint needs {which}=, one of: {listed(self.codes)}{detect}."
-            raise LanguageError(msg)
-        code = language if language in self.codes else self._resolver.find(language)
-        if code is None:
-            raise unknown(which, language, self._resolver, self.codes, detect)
-        return code
+            raise LanguageError(f"this checkpoint needs {which}=, one of: {listed(self.codes)}{detect}.")
+        if code := self._resolver.find(language):
+            return code
+        raise unknown(which, language, self._resolver, self.codes, detect)
 
     def _tags(self, text: str, source: str | None, target: str | None) -> Prepared:
         begin, end = self.tag
         given = re.match(rf"\s*{begin}([^<>]+){end}\s*", text)
         if given is not None and target is not None:
-            msg = f"the text begins with {given[0].strip()!r}, and target={target!r} was given too: leave one out."
-            raise LanguageError(msg)
+            raise LanguageError(
+                f"the text begins with {given[0].strip()!r}, and target={target!r} was given too: leave one out."
+            )
         code = self._code("target", given[1] if given else target)
         prefix = f"{begin}{code}{end} "
         if self.tag != _MADLAD:
@@ -226,8 +221,7 @@ class Languages:
         name = f"translation_{codes[0]}_to_{codes[1]}"
         if name not in self.presets:
             pairs = listed(sorted(preset for preset in self.presets if _PAIR.fullmatch(preset)))
-            msg = f"this checkpoint does not translate {codes[0]!r} to {codes[1]!r}. It has: {pairs}."
-            raise LanguageError(msg)
+            raise LanguageError(f"this checkpoint does not translate {codes[0]!r} to {codes[1]!r}. It has: {pairs}.")
         return self._prefix(text, name, *codes, error=LanguageError)
 
 
@@ -247,7 +241,8 @@ def languages_of(tokenizer: Any, config: Any, generation_config: Any = None) -> 
     if codes := _language_tokens(tokenizer):
         spoken = getattr(generation_config, "text_decoder_lang_to_code_id", None)  # SeamlessM4T writes some of them
         codes = {code: codes[code] for code in codes if not spoken or code in spoken}
-        return Languages("codes", codes, presets, _layout(tokenizer))
+        start = getattr(generation_config, "decoder_start_token_id", None)
+        return Languages("codes", codes, presets, _layout(tokenizer), start=start)
     pair = _only_pair(tokenizer)
     if tags := [tag[2:-2] for tag in getattr(tokenizer, "supported_language_codes", ())]:
         return Languages("tags", dict.fromkeys(tags), presets, pair=(pair[0], None))
@@ -284,11 +279,11 @@ def _layout(tokenizer: Any) -> Layout:
     if tokenizer.src_lang is None:  # PLBart without a default: the language's place is empty
         return tuple(tokenizer.prefix_tokens), (*tokenizer.suffix_tokens, None)
     current = tokenizer.convert_tokens_to_ids(_token(tokenizer, tokenizer.src_lang))
-    before, after = (
-        tuple(None if token_id == current else token_id for token_id in part)
-        for part in (tokenizer.prefix_tokens, tokenizer.suffix_tokens)
-    )
-    return before, after
+    return _replaced(tokenizer.prefix_tokens, current, None), _replaced(tokenizer.suffix_tokens, current, None)
+
+
+def _replaced(token_ids: Iterable[int | None], old: int | None, new: int | None) -> tuple[Any, ...]:
+    return tuple(new if token_id == old else token_id for token_id in token_ids)
 
 
 def _token(tokenizer: Any, code: str) -> str:

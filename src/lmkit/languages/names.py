@@ -8,17 +8,13 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
-
-from typing_extensions import override
 
 from lmkit.errors import LanguageError, MissingExtraError, listed
 
 if TYPE_CHECKING:
     from langcodes import Language
-
-__all__ = ["Names", "Resolver", "is_group", "standard"]
 
 _TOKEN = re.compile(r"(?:__|>>|<2)(.+?)(?:__|<<|>)")
 """A code written as its token in M2M100 and PLBart (`__fr__`), Marian (`>>fra<<`) or MADLAD (`<2fr>`)."""
@@ -45,7 +41,6 @@ class Names(Mapping[str, str]):
         self._codes = tuple(codes)
         self._names: dict[str, str] = {}
 
-    @override
     def __getitem__(self, code: str) -> str:
         if code not in self._codes:
             raise KeyError(code)
@@ -53,19 +48,15 @@ class Names(Mapping[str, str]):
             self._names = named(self._codes)
         return self._names[code]
 
-    @override
     def __contains__(self, code: object) -> bool:
         return code in self._codes
 
-    @override
     def __iter__(self) -> Iterator[str]:
         return iter(self._codes)
 
-    @override
     def __len__(self) -> int:
         return len(self._codes)
 
-    @override
     def __repr__(self) -> str:
         try:
             return f"{type(self).__name__}({dict(self)})"
@@ -88,8 +79,6 @@ class Resolver:
         self._codes = tuple(codes)
         self._plain = {_folded(code): code for code in reversed(self._codes)}
         self._found: dict[str, str | None] = dict(zip(self._codes, self._codes, strict=True))
-        self._tags: dict[str, Language] = {}
-        self._names: dict[str, str] = {}
 
     def find(self, word: str) -> str | None:
         """Return the code that a word means here, None if there is none.
@@ -100,7 +89,7 @@ class Resolver:
         if word not in self._found:
             plain = token[1] if (token := _TOKEN.fullmatch(word.strip())) else word
             exact = self._plain.get(_folded(plain))
-            found = exact or self._named().get(_folded(plain)) or self._nearest(_read(plain))
+            found = exact or self._named.get(_folded(plain)) or self._nearest(_read(plain))
             if len(self._found) > len(self._codes) + 10_000:  # words may come from outside
                 return found
             self._found[word] = found
@@ -113,24 +102,21 @@ class Resolver:
         for wanted in readings:
             same = [
                 (tag_distance(wanted, tag), tag.language != wanted.language, place, code)
-                for place, (code, tag) in enumerate(self._all().items())
+                for place, (code, tag) in enumerate(self._tags.items())
                 if _base(tag) == _base(wanted) and _writes(tag, wanted)
             ]
             if same:
                 return min(same)[-1]
         return None
 
+    @cached_property
     def _named(self) -> dict[str, str]:
-        """Return the codes by the names that the checkpoint's list shows."""
-        if not self._names:
-            self._names = {_folded(name): code for code, name in reversed(named(self._codes).items())}
-        return self._names
+        """The codes by the names that the checkpoint's list shows."""
+        return {_folded(name): code for code, name in reversed(named(self._codes).items())}
 
-    def _all(self) -> dict[str, Language]:
-        if not self._tags:
-            tags = {code: _tag(code) for code in self._codes if code not in _PROGRAMS}
-            self._tags = {code: tag for code, tag in tags.items() if tag is not None}
-        return self._tags
+    @cached_property
+    def _tags(self) -> dict[str, Language]:
+        return {code: tag for code in self._codes if code not in _PROGRAMS and (tag := _tag(code)) is not None}
 
     def near(self, word: str) -> list[str]:
         """Return a few codes that the word may have meant: its relatives, then those that look like it."""
@@ -138,7 +124,7 @@ class Resolver:
         relatives: list[str] = []
         names: dict[str, str] = {}
         with contextlib.suppress(MissingExtraError):
-            relatives, names = self._relatives(_read(word) or _read(first)), self._named()
+            relatives, names = self._relatives(_read(word) or _read(first)), self._named
         begun = [code for code in self._codes if first and code.lower().startswith(first)]
         close = [] if begun else looks_like(word, self._codes)
         by_name = [names[name] for name in looks_like(_folded(word), names, cutoff=0.75)]
@@ -149,7 +135,7 @@ class Resolver:
         from langcodes import tag_distance
 
         macros = {_macro(wanted) for wanted in readings}
-        found = [(tag_distance(readings[0], tag), code) for code, tag in self._all().items() if _macro(tag) in macros]
+        found = [(tag_distance(readings[0], tag), code) for code, tag in self._tags.items() if _macro(tag) in macros]
         return [code for _, code in sorted(found)]
 
 
@@ -165,6 +151,15 @@ def named(codes: Iterable[str]) -> dict[str, str]:
     }
 
 
+@cache
+def script(code: str | None) -> str:
+    """Return what a language is written in, as ISO 15924 calls it: `Zzzz` where nobody can tell."""
+    with contextlib.suppress(MissingExtraError):
+        if code is not None and code not in _PROGRAMS and not is_group(code) and (tag := _tag(code)):
+            return tag.maximize().script or "Zzzz"
+    return "Zzzz"
+
+
 def is_group(code: str) -> bool:
     """Say whether a code stands for several languages, as `roa` and `ROMANCE` in the names of Marian checkpoints."""
     tag = _tag(code)
@@ -173,11 +168,9 @@ def is_group(code: str) -> bool:
 
 def standard(which: str, word: str) -> str:
     """Return the standard tag of a language, for a checkpoint that does not say which ones it reads."""
-    readings = _read(word)
-    if not readings:
-        msg = f"{which}={word!r} is not the code or the name of a language, such as 'fr' or 'French'."
-        raise LanguageError(msg)
-    return str(readings[0])
+    if readings := _read(word):
+        return str(readings[0])
+    raise LanguageError(f"{which}={word!r} is not the code or the name of a language, such as 'fr' or 'French'.")
 
 
 def _name(tag: Language) -> str:
@@ -218,11 +211,10 @@ def _library() -> tuple[Any, ...]:
         from language_data.names import load_trie
         from language_data.util import data_filename
     except ImportError as error:
-        msg = (
+        raise MissingExtraError(
             "names of languages, and codes that are not the checkpoint's own, need packages that are not installed: "
             f'pip install "lmkit[translate]" ({error})'
-        )
-        raise MissingExtraError(msg) from error
+        ) from error
     return tuple(load_trie(data_filename(f"trie/{names}/name_to_language.marisa")) for names in ("und", "en"))
 
 

@@ -1,7 +1,8 @@
 """The frozen dataclasses that every call returns.
 
 The same shape whatever the input's: `str(result)` is the text, `to_dict()` plain JSON types, and in a
-notebook a result draws itself with everything escaped, because model output is untrusted text.
+notebook a result draws itself with everything escaped, because model output is untrusted text. Nothing here computes:
+what fills them is in `wrappers`, and a plan, which is one of them in kind, is `planning`'s.
 """
 
 from lmkit.results.masks import Candidate, MaskSlot, Unmasking
@@ -20,20 +21,6 @@ from lmkit.results.texts import (
 )
 
 __all__ = [
-    "Candidate",
-    "Choice",
-    "Completion",
-    "EngineStats",
-    "FinishReason",
-    "Generation",
-    "MaskSlot",
-    "Ranking",
-    "Score",
-    "Segment",
-    "SegmentNote",
-    "TextChunk",
-    "Timing",
-    "TokenLogprob",
-    "Translation",
-    "Unmasking",
-]
+    "Candidate", "Choice", "Completion", "EngineStats", "FinishReason", "Generation", "MaskSlot", "Ranking", "Score",
+    "Segment", "SegmentNote", "TextChunk", "Timing", "TokenLogprob", "Translation", "Unmasking",
+]  # fmt: skip

@@ -8,18 +8,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["Result"]
-
 
 class Result:
     """What all results share: `to_dict` and the notebook's picture."""
 
     __slots__ = ()
 
+    def __init_subclass__(cls) -> None:
+        """Open pickles of versions with fewer fields; where this is not set, a dataclass with slots sets its own."""
+        if "__setstate__" not in vars(cls):
+            cls.__setstate__ = _set_state  # type: ignore[attr-defined]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain JSON types; a float that JSON cannot write becomes None."""
-        plain = _plain(self)
-        assert isinstance(plain, dict)  # noqa: S101 - narrows the type; a dataclass is a dict here
+        plain: dict[str, Any] = _plain(self)
         return plain
 
     def _repr_html_(self) -> str:
@@ -31,22 +33,32 @@ class Result:
         return f"<table>{rows}</table>"
 
     def _shown(self) -> dict[str, Any]:
-        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
-        return {name: getattr(self, name) for name in names if not name.startswith("_")}
+        return {name: getattr(self, name) for name in _names(self)}
 
 
-def _plain(value: object) -> object:
+def _set_state(self: Any, state: list[Any]) -> None:
+    """Set the fields to a pickle's values, and later ones to their defaults."""
+    fields = dataclasses.fields(self)
+    for field, value in zip(fields, [*state, *(later.default for later in fields[len(state) :])], strict=True):
+        object.__setattr__(self, field.name, value)
+
+
+def _plain(value: object) -> Any:
     """Turn dataclasses and tuples into dicts and lists, and floats JSON cannot write into None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
-        return {name: _plain(getattr(value, name)) for name in names + _derived(value)}
+        return {name: _plain(getattr(value, name)) for name in [*_names(value), *_derived(value)]}
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     return value if value is None or isinstance(value, (str, int)) else str(value)
+
+
+def _names(value: Any) -> list[str]:
+    """Name the fields that are shown."""
+    return [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
 
 
 def _derived(value: object) -> list[str]:

@@ -8,21 +8,20 @@ from typing import Any
 
 from lmkit.results.base import Result
 
-__all__ = ["Candidate", "MaskSlot", "Unmasking"]
-
 
 @dataclass(frozen=True, slots=True)
 class Candidate(Result):
     """A way of filling the masks: all of them, or one.
 
     Attributes:
-        text: The whole text, filled.
+        text: The whole text, filled; of a pair the first.
         fills: What each mask was filled with: the text of its token, or the target as given.
         tokens: The text of each filled-in token, in order of the text; more than `fills` where targets have several.
         token_ids: Their places in the vocabulary.
         token_logprobs: Natural logarithm of the model's probability of each, given the text and the tokens filled in
             before it.
         order: In which order the tokens were filled in, as indices into `tokens`.
+        text_pair: The second text of a pair, filled.
     """
 
     text: str
@@ -31,10 +30,11 @@ class Candidate(Result):
     token_ids: tuple[int, ...]
     token_logprobs: tuple[float, ...]
     order: tuple[int, ...]
+    text_pair: str | None = None
 
     def __str__(self) -> str:
-        """Return the filled text."""
-        return self.text
+        """Return the filled text; both of a pair, each on a line of its own."""
+        return self.text if self.text_pair is None else f"{self.text}\n{self.text_pair}"
 
     @property
     def token(self) -> str:
@@ -67,13 +67,14 @@ class MaskSlot(Result):
     """One mask of the text and the independent guesses for it.
 
     Attributes:
-        start: Where the mask begins in the text as given, in characters.
+        start: Where the mask begins in its text as given, in characters.
         end: Where it ends, exclusive.
         candidates: Guesses for this mask alone, the others left masked; best first, or in the
             order of `targets`.
         seen_start: Where the part of the text begins that the model saw to fill it, in characters: 0, unless the text
             is longer than the model takes.
         seen_end: Where that part ends, exclusive.
+        in_pair: Whether the mask's text, which all these places are in, is `text_pair`.
     """
 
     start: int
@@ -81,6 +82,7 @@ class MaskSlot(Result):
     candidates: tuple[Candidate, ...]
     seen_start: int
     seen_end: int
+    in_pair: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,21 +90,24 @@ class Unmasking(Result):
     """What a text's masks were filled with.
 
     Attributes:
-        text: The text as given.
-        masks: Its masks, each with independent guesses.
+        text: The text as given; of a pair the first.
+        masks: Its masks, or both texts', each with independent guesses.
         candidates: Ways of filling the whole text, best first; draws in the order in which they were drawn.
         seed: What reproduces the draws, if the ways were drawn.
+        text_pair: The second text of a pair, as given.
     """
 
     text: str
     masks: tuple[MaskSlot, ...]
     candidates: tuple[Candidate, ...]
     seed: int | None = None
+    text_pair: str | None = None
 
     def __str__(self) -> str:
-        """Return the text filled in the best way."""
-        return self.candidates[0].text
+        """Return the text filled in the best way; both of a pair, each on a line of its own."""
+        return str(self.candidates[0])
 
     def _shown(self) -> dict[str, Any]:
-        ways = {f"way {n}": f"{way.score:.3f}  {way.text}" for n, way in enumerate(self.candidates, start=1)}
-        return {"text": self.text} | ways
+        ways = {f"way {n}": f"{way.score:.3f}  {way}" for n, way in enumerate(self.candidates, start=1)}
+        pair = {} if self.text_pair is None else {"text_pair": self.text_pair}
+        return {"text": self.text} | pair | ways

@@ -8,8 +8,6 @@ from typing import Any
 
 from lmkit.results.base import Result
 
-__all__ = ["Choice", "Ranking", "Score"]
-
 
 @dataclass(frozen=True, slots=True)
 class Score(Result):
@@ -22,6 +20,8 @@ class Score(Result):
         token_logprobs: Natural logarithm of the model's probability of each.
         greedy: Whether each is the likeliest in its place, so that greedy decoding would write them; None of a
             masked model's score.
+        unknown: Which of the tokens, as indices, stand for what the vocabulary lacks. Their log-probabilities are those
+            of the unknown token, whatever the text has in their place, so they compare with nothing.
     """
 
     text: str
@@ -29,6 +29,7 @@ class Score(Result):
     token_ids: tuple[int, ...]
     token_logprobs: tuple[float, ...]
     greedy: bool | None = None
+    unknown: tuple[int, ...] = ()
 
     @property
     def logprob(self) -> float:
@@ -70,6 +71,11 @@ class Choice(Result):
     def tokens(self) -> tuple[str, ...]:
         """The text of each scored token."""
         return self.score.tokens
+
+    @property
+    def unknown(self) -> tuple[int, ...]:
+        """Which of them stand for what the vocabulary lacks, as indices: see `Score`."""
+        return self.score.unknown
 
     def __str__(self) -> str:
         """Return the text."""

@@ -7,32 +7,33 @@ from typing import Any, Literal, TypeAlias
 
 from lmkit.results.base import Result
 
-__all__ = [
-    "Completion",
-    "EngineStats",
-    "FinishReason",
-    "Generation",
-    "Segment",
-    "SegmentNote",
-    "TextChunk",
-    "Timing",
-    "TokenLogprob",
-    "Translation",
-]
-
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "cancelled"]
 """Why a row ended: its end token, a stop string, its budget of tokens, or its caller."""
 
 SegmentNote: TypeAlias = Literal[
-    "copied", "inserted", "length", "prefix", "removed", "repaired", "split", "unknown", "unmatched"
+    "copied",
+    "empty",
+    "inserted",
+    "length",
+    "prefix",
+    "removed",
+    "repaired",
+    "spaced",
+    "split",
+    "unknown",
+    "unmatched",
+    "unwritten",
 ]
 """What there is to know of a segment.
 
 - `"copied"`: not translated but taken over: white space, line ends, list markers, parts without letters or digits.
+- `"spaced"`: a space between pieces that the target's script writes and the source's does not, or the other way round.
 - `"prefix"`: a tag at the beginning of the source, which told the model its language and is not in the text.
 - `"split"`: less than a sentence, since the sentence is longer than the model takes.
 - `"unknown"`: it has characters that the vocabulary lacks, which the model does not see: they may be missing.
+- `"unwritten"`: the model wrote its unknown token, for something that its vocabulary lacks: it is not in the text.
 - `"length"`: the model ran out of `max_new_tokens`, so the end may be missing.
+- `"empty"`: the model wrote nothing for it.
 - `"repaired"`, `"inserted"`, `"removed"`: something to `keep` had been changed, was missing and has been put in where
   it is likely to belong, or had come too often.
 - `"unmatched"`: the patterns to `keep` do not match in the text what they match in the source.
@@ -157,8 +158,7 @@ class Generation(Result):
         for number, completion in enumerate(self.completions, start=1):
             name = "text" if len(self.completions) == 1 else f"text {number}"
             shown[name] = completion.text
-        reason = self.finish_reason + (f" ({self.stop_reason!r})" if self.stop_reason else "")
-        shown["finish_reason"] = reason
+        shown["finish_reason"] = self.finish_reason + (f" ({self.stop_reason!r})" if self.stop_reason else "")
         shown["tokens"] = f"{self.prompt_tokens} read, {self.generated_tokens} generated"
         shown["speed"] = f"{self.timing.tokens_per_second:.1f} tokens/s"
         return shown
@@ -168,13 +168,16 @@ class Generation(Result):
 class EngineStats(Result):
     """What an engine holds at the moment, and what it has done since the model was loaded.
 
+    Of a `Generator` and a `Translator`, passes of `score` and `rank` are not counted. An `Unmasker` holds nothing
+    between calls: only `forwards` and `prompt_tokens` are counted, those of `score` and `rank` included.
+
     Attributes:
         running: Rows in batches.
-        waiting: Rows and beam searches that have not begun.
+        waiting: Rows that have not begun.
         cache_bytes: Keys and values of running rows, as far as lmkit holds them itself.
         prefix_bytes: Keys and values kept of recent prompts.
-        forwards: Forward passes, but for beam searches that generate() runs.
-        prompt_tokens: Prompt tokens read.
+        forwards: Forward passes; beam searches that generate() runs together are one.
+        prompt_tokens: Tokens of prompts or sources read; of an `Unmasker`, tokens in passes, padding included.
         reused_tokens: Prompt tokens that were not read again, since they were kept.
         generated_tokens: New tokens.
     """
@@ -228,10 +231,9 @@ class Translation(Generation):
 
     def _shown(self) -> dict[str, Any]:
         shown = Generation._shown(self)  # noqa: SLF001 - zero-argument super() fails under slots
+        del shown["prompt"]
         languages = f"{self.source_language or '?'} → {self.target_language or '?'}"
-        return {"source": self.source, "languages": languages} | {
-            name: value for name, value in shown.items() if name != "prompt"
-        }
+        return {"source": self.source, "languages": languages, **shown}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,3 @@
+"""Moved to `lmkit.planning.layout`."""
+
+from lmkit.planning.layout import Layout, ModulePlan

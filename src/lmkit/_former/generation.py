@@ -1,0 +1,3 @@
+"""Moved to `lmkit.options.generation`."""
+
+from lmkit.options.generation import Beam, Greedy, Sample

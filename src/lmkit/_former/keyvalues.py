@@ -1,0 +1,3 @@
+"""Moved to `lmkit.planning.keyvalues`."""
+
+from lmkit.planning.keyvalues import KeyValueBytes

@@ -1,0 +1,3 @@
+"""Moved to `lmkit.kernels.packed`."""
+
+from lmkit.kernels.packed import PackedLinear

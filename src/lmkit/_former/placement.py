@@ -1,0 +1,3 @@
+"""Moved to `lmkit.planning.placement`."""
+
+from lmkit.planning.placement import Placement

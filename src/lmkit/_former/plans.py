@@ -1,0 +1,3 @@
+"""Moved to `lmkit.planning.plan`."""
+
+from lmkit.planning.plan import LoadPlan

@@ -1,0 +1,3 @@
+"""Moved to `lmkit.planning.precision`."""
+
+from lmkit.planning.precision import Precision

@@ -1,0 +1,3 @@
+"""Moved to `lmkit.kernels.quantizer`."""
+
+from lmkit.kernels.quantizer import WeightOnlyConfig

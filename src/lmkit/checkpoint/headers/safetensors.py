@@ -1,0 +1,168 @@
+"""The header of a safetensors file: JSON, read a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from typing import TYPE_CHECKING, Any
+
+from lmkit.checkpoint.headers import Stream, TensorInfo, broken, named, opened, shown, too_many, unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+MOST_HEADER_BYTES = 100_000_000
+"""The longest header that is read: safetensors' own limit."""
+
+_NUMBERED = """
+    F4 F6_E2M3 F6_E3M2 U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ
+    I16 U16 F16 BF16 I32 U32 F32 C64 F64 I64 U64
+"""
+SAFETENSORS_BITS = {"BOOL": 8} | {name: int(name.partition("_")[0].lstrip("BCFIU")) for name in _NUMBERED.split()}
+"""Bits per element of every type that safetensors 0.8 has: but for one, the number that its name begins with."""
+
+_ = r"[ \t\n\r]*"
+_INT = r"(?:0|[1-9][0-9]{0,18})"
+_FIELD = (
+    rf'(?:"dtype"{_}:{_}"\w{{1,40}}"'
+    rf'|"shape"{_}:{_}\[{_}(?:{_INT}(?:{_},{_}{_INT}){{0,63}}{_})?\]'
+    rf'|"data_offsets"{_}:{_}\[{_}{_INT}{_},{_}{_INT}{_}\])'
+)
+_TENSOR = re.compile(rf"\{{{_}{_FIELD}{_},{_}{_FIELD}{_},{_}{_FIELD}{_}\}}", re.ASCII)
+_OPENING = re.compile(rf"{_}\{{{_}(\}}?)")
+_QUOTE = re.compile(r'(?=")')
+_COLON = re.compile(rf"{_}:{_}")
+_NEXT = re.compile(rf"{_}(?:,{_}|(\}}))")
+_NULL = re.compile(r"(?:null)?")
+_END = re.compile(rf"{_}\Z")
+_JSON = json.JSONDecoder()
+
+
+def read_safetensors(file: Path) -> dict[str, TensorInfo]:
+    """Read the tensors that a safetensors file holds.
+
+    Raises:
+        WeightsError: It is no file, truncated, corrupt, or has a type that lmkit does not know.
+    """
+    with opened(file) as (stream, size):
+        return parse_safetensors(stream, size, file)
+
+
+def metadata_of(file: Path, key: str) -> str | None:
+    """Return a text that was saved beside the tensors of a file that `read_safetensors` has read."""
+    with opened(file) as (stream, _):
+        header = stream.read(struct.unpack("<Q", stream.read(8))[0])
+    # Headers of large models have megabytes, and few have what is looked for.
+    found = json.loads(header).get("__metadata__") if key.encode() in header else None
+    return (found or {}).get(key)
+
+
+def parse_safetensors(stream: Stream, size: int, file: object) -> dict[str, TensorInfo]:
+    """Read the tensors of a safetensors file of `size` bytes from a stream that is at its start.
+
+    Everything that safetensors itself demands is checked, and a little more: no name and no field twice, no
+    field beyond the format's three. Only the header is read.
+
+    Args:
+        stream: The file, or as much of it as its header takes.
+        size: How many bytes the whole file has.
+        file: What messages call it.
+
+    Returns:
+        The tensors by name, in the order of their data.
+
+    Raises:
+        WeightsError: It is truncated, corrupt, or has a type that lmkit does not know.
+    """
+    start = stream.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else size  # noqa: PLR2004 - the format's own
+    if 8 + length > size:
+        raise broken(file, f"it has {size:,} bytes, fewer than its header says")
+    if length > MOST_HEADER_BYTES:
+        raise broken(file, f"its header says that it takes {length:,} bytes, more than safetensors allows")
+    try:
+        entries = _entries(_Cursor(stream.read(length).decode()))
+    except ValueError as error:
+        raise broken(file, "its header is not safetensors JSON") from error
+    tensors, end = _in_a_row(file, entries)
+    if size != 8 + length + end:
+        raise broken(file, f"it has {size:,} bytes where its header describes {8 + length + end:,}")
+    return tensors
+
+
+class _Cursor:
+    """A place in a header's JSON, which is read a tensor at a time.
+
+    A JSON parser would build whatever is there before anything could be checked: lists in lists until the
+    stack ends, or thirty times the header's size in memory.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text, self.position = text, 0
+
+    def take(self, pattern: re.Pattern[str]) -> re.Match[str]:
+        found = pattern.match(self.text, self.position)
+        if found is None:
+            raise ValueError(f"something else at character {self.position}")
+        self.position = found.end()
+        return found
+
+    def string(self) -> str:
+        self.take(_QUOTE)
+        value: str
+        value, self.position = _JSON.raw_decode(self.text, self.position)
+        value.encode()  # half a surrogate pair is no text: UnicodeEncodeError is a ValueError
+        return value
+
+    def members(self) -> Iterator[str]:
+        """Yield the keys of an object, each once; the caller takes the value before it asks for the next."""
+        seen: set[str] = set()
+        closed = self.take(_OPENING)[1]
+        while not closed:
+            name = self.string()
+            if name in seen:
+                raise ValueError(f"{name!r} twice")
+            seen.add(name)
+            self.take(_COLON)
+            yield name
+            closed = self.take(_NEXT)[1]
+
+
+def _entries(cursor: _Cursor) -> dict[str, dict[str, Any]]:
+    entries: dict[str, dict[str, Any]] = {}
+    for name in cursor.members():
+        if name != "__metadata__":
+            entries[name] = json.loads(cursor.take(_TENSOR)[0])
+            if len(entries[name]) != 3:  # noqa: PLR2004 - dtype, shape and data_offsets, none of them twice
+                raise ValueError(f"a field of {name!r} twice")
+        elif not cursor.take(_NULL)[0]:
+            for _key in cursor.members():
+                cursor.string()
+    cursor.take(_END)
+    return entries
+
+
+def _in_a_row(file: object, entries: dict[str, dict[str, Any]]) -> tuple[dict[str, TensorInfo], int]:
+    """Check that the tensors follow each other without holes; return them, and where the last one ends."""
+    tensors: dict[str, TensorInfo] = {}
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, stop = entry["data_offsets"]
+        if begin != end:
+            raise broken(file, f"{named(name)} has bytes {begin:,} to {stop:,} of its data, where {end:,} comes next")
+        tensors[name] = _safetensor(file, name, entry["dtype"], tuple(entry["shape"]), stop - begin)
+        end = stop
+    return tensors, end
+
+
+def _safetensor(file: object, name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> TensorInfo:
+    bits = SAFETENSORS_BITS.get(dtype)
+    if bits is None:
+        raise unknown(file, f"{named(name)} has the type {dtype!r}", SAFETENSORS_BITS)
+    if too_many(shape) or math.prod(shape) * bits != nbytes * 8:
+        raise broken(file, f"{named(name)} has {nbytes:,} bytes, which are not {shown(shape)} of {dtype}")
+    return TensorInfo(dtype, shape, nbytes)

@@ -1,0 +1,172 @@
+"""lmkit's own batch of a causal model: rows that join and leave, over a cache that grows in place."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lmkit._borrowed import cache_name
+from lmkit.engine.cache import KeyValues, Prefix
+from lmkit.engine.decoders.base import Decoder
+from lmkit.engine.inputs import input_device, padded
+from lmkit.kernels.rotary import read_as
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lmkit.engine.compiled import CompiledStep
+    from lmkit.engine.row import Row
+    from lmkit.kernels.rotary import Scaling
+
+
+class CausalDecoder(Decoder):
+    """lmkit's own batch of a causal model: plain `forward` calls over a cache that lmkit holds.
+
+    Rows end in the same column, so that a batch can take in the rows of another one.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rows: Sequence[Row],
+        pad: int,
+        prefixes: Sequence[tuple[Prefix | None, int]],
+        *,
+        scaling: Scaling,
+        compiled: CompiledStep | None = None,
+    ) -> None:
+        """Lay out the rows; `prefixes` are what is known of each row's first tokens, and how many they are."""
+        super().__init__(rows)
+        self._model = model
+        self._scaling = scaling
+        self._compiled = compiled
+        self._device = input_device(model)
+        accepted = inspect.signature(model.forward).parameters
+        self._positions = "position_ids" in accepted
+        self._keeps = "logits_to_keep" in accepted
+        self._cached = cache_name(model) or ""
+        self._cache = KeyValues(model.config.get_text_config(decoder=True))
+        lengths = [row.length for row in rows]
+        # All rows read the same number of columns: one that knows more of its prefix reads part of it again.
+        rest = max(length - known for length, (_, known) in zip(lengths, prefixes, strict=True))
+        used = [max(length - rest, 0) for length in lengths]
+        self.width = max(lengths) - rest
+        self.reused = sum(used)
+        self._pads = [max(lengths) - length for length in lengths]
+        self._cache.expect(rest + max(row.remaining for row in rows))
+        self._known: tuple[list[Prefix | None], list[int]] = [prefix for prefix, _ in prefixes], used
+        self._unread, _ = padded(
+            [row.input_ids[skip:] for row, skip in zip(rows, used, strict=True)], pad, self._device
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the keys and values hold."""
+        return self._cache.nbytes
+
+    @property
+    def outgrown(self) -> list[Row]:
+        """The rows that have just grown past the length up to which their positions have the same factors."""
+        return [row for row in self.rows if self._scaling.crosses(row.length)]
+
+    def fill(self, columns: int) -> torch.Tensor | None:
+        """Read the next columns of the prompts."""
+        if self.width and self._known[0]:
+            self._cache.begin(*self._known)
+        self._known = [], []
+        chunk, self._unread = self._unread[:, :columns], self._unread[:, columns:]
+        logits = self._forward(chunk, 1)
+        return None if self._unread.shape[1] else logits[:, -1]
+
+    def step(self) -> torch.Tensor:
+        """Read the newest tokens."""
+        if self._compiled is not None and len(self.rows) <= self._compiled.most_rows:
+            return self._compiled_step(self._compiled)
+        token_ids = torch.tensor([row.token_ids[-1:] for row in self.rows], device=self._device)
+        return self._forward(token_ids, 1)[:, -1]
+
+    def _compiled_step(self, compiled: CompiledStep) -> torch.Tensor:
+        """Read the newest tokens: the step computes with all columns reserved, and a mask hides the rest."""
+        buffers = [layer.opened() for layer in self._cache.layers]
+        layer, device = self._cache.layers[0], self._device
+        pads = torch.tensor(self._pads, device=device)[:, None]
+        columns = torch.arange(buffers[0][0].shape[-2], device=device)
+        seen = (columns >= layer.start + pads) & (columns < layer.end)
+        token_ids = torch.tensor([row.token_ids[-1:] for row in self.rows], device=device)
+        slot = torch.tensor([layer.end - 1], device=device)
+        scores = compiled(token_ids, self.width - pads, seen[:, None, None], slot, buffers)
+        self.width += 1
+        return scores
+
+    def verify(self, guesses: Sequence[int]) -> torch.Tensor | None:
+        """Read the newest token of the only row and a guess at the next ones; windows cannot be taken back."""
+        if not self._cache.plain:
+            return None
+        read = torch.tensor([[self.rows[0].token_ids[-1], *guesses]], device=self._device)
+        return self._forward(read, len(guesses) + 1)[0]
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last tokens that were verified."""
+        self._cache.crop(tokens)
+        self.width -= tokens
+
+    def keep(self) -> None:
+        """Let go of the rows that ended, and of columns that no row needs any more."""
+        count = len(self.rows)
+        holes, movers = self._leave()
+        if len(self.rows) in (0, count):
+            return
+        for hole, mover in zip(holes, movers, strict=True):
+            self._pads[hole] = self._pads[mover]
+        del self._pads[len(self.rows) :]
+        self._cache.keep(holes, movers, len(self.rows))
+        if (spare := min(self._pads)) > 0:
+            self._cache.drop(spare)
+            self.width -= spare
+            self._pads = [pad - spare for pad in self._pads]
+
+    def join(self, other: Decoder) -> bool:
+        """Take in the rows of another batch of this kind."""
+        if not isinstance(other, CausalDecoder):
+            return False
+        if other.width > self.width:
+            self._pad(other.width - self.width)
+        theirs = other._pads, other._cache  # noqa: SLF001 - one of its own kind
+        self._cache.expect(max(row.remaining for row in (*self.rows, *other.rows)))
+        self._cache.absorb(theirs[1])
+        self.rows += other.rows
+        self._pads += [pad + self.width - other.width for pad in theirs[0]]
+        return True
+
+    def read(self, place: int) -> tuple[int, ...]:
+        """Return the tokens of a row that were read: all but its newest one."""
+        return self.rows[place].input_ids[: self.width - self._pads[place]] if self._cache.plain else ()
+
+    def take(self, place: int) -> Prefix:
+        """Copy the keys and values of what a row has read."""
+        return self._cache.taken(place, self.width - self._pads[place])
+
+    def _pad(self, columns: int) -> None:
+        self._cache.pad(columns)
+        self.width += columns
+        self._pads = [pad + columns for pad in self._pads]
+
+    def _forward(self, token_ids: torch.Tensor, kept: int) -> torch.Tensor:
+        """Read a column of tokens per row, or several; return the last `kept` scores of each row."""
+        before, after = self.width, self.width + token_ids.shape[1]
+        inputs: dict[str, Any] = {"input_ids": token_ids, "attention_mask": None}
+        pads = torch.tensor(self._pads, device=self._device)[:, None]
+        if any(self._pads):
+            inputs["attention_mask"] = (torch.arange(after, device=self._device) >= pads).long()
+        if self._positions:
+            inputs["position_ids"] = (torch.arange(before, after, device=self._device) - pads).clamp(min=0)
+        if self._keeps:
+            inputs["logits_to_keep"] = kept
+        inputs[self._cached] = self._cache.cache
+        lengths = [self._scaling.read_at(len(row.request.input_ids), row.length) for row in self.rows]
+        outputs: Any = read_as(lengths, lambda: self._model(**inputs, use_cache=True, return_dict=True))
+        self.width = after
+        logits: torch.Tensor = outputs.logits[:, -kept:]
+        return logits

@@ -1,0 +1,244 @@
+"""Forward passes of masked models: scores at chosen places of many texts, in rounds of questions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import torch
+
+from lmkit.engine.body_and_head import Reader
+from lmkit.engine.inputs import padded
+from lmkit.engine.passes.base import Runner
+from lmkit.errors import EngineError, LmkitError
+from lmkit.kernels import rotary
+from lmkit.results import EngineStats
+
+if TYPE_CHECKING:
+    from lmkit._interrupts import Flag
+    from lmkit.options.generation import Sample
+    from lmkit.text.codec import Typed
+
+PADDING_SENSITIVE = frozenset({"convbert", "fnet", "funnel", "mobilebert", "nystromformer", "perceiver", "yoso"})
+"""Masked model types whose result padding on the right changes: these run in groups of equal length. Found by running
+tiny models of all types."""
+
+PROBE = 8
+"""How many tokens the model is tried on, to see whether its head runs at chosen places only."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A token to be drawn: how the distribution is reshaped, and a number in [0, 1)."""
+
+    mode: Sample
+    uniform: float
+
+
+Want: TypeAlias = int | tuple[int, ...] | Draw
+"""How many of the likeliest tokens, or which tokens, or one that is drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A question about one place of a text.
+
+    Attributes:
+        tokens: What the model reads, special tokens included, each with its type.
+        place: Which of them is asked about.
+        want: What is to be known of it.
+    """
+
+    tokens: tuple[Typed, ...]
+    place: int
+    want: Want
+
+
+Found: TypeAlias = list[tuple[int, float]]
+"""The answer: tokens and their natural log-probabilities, the likeliest first, or in the order they were asked for."""
+
+Asking: TypeAlias = Generator[list[Query], list[Found], T]
+"""What asks in rounds, each knowing the answers of the one before, and returns what it made of them."""
+
+
+Asked: TypeAlias = "tuple[tuple[Typed, ...], Mapping[int, list[int]], Sequence[Query]]"
+"""A row: its tokens, per place in it the numbers of the questions that ask about it, and all questions."""
+
+
+def parallel(askings: Iterable[Asking[T]]) -> Asking[list[T]]:
+    """Let several ask side by side: the questions of a round go together."""
+    results: dict[int, T] = {}
+    waiting: dict[int, tuple[Asking[T], int]] = {}
+
+    def ask(number: int, asking: Asking[T], found: list[Found] | None) -> list[Query]:
+        try:
+            queries = asking.send(found)  # type: ignore[arg-type]  # None begins a generator
+        except StopIteration as end:
+            waiting.pop(number, None)
+            results[number] = end.value
+            return []
+        waiting[number] = asking, len(queries)
+        return queries
+
+    queries = [query for number, asking in enumerate(askings) for query in ask(number, asking, None)]
+    while waiting:
+        found = iter((yield queries))
+        asked = list(waiting.items())
+        queries = [q for number, (asking, n) in asked for q in ask(number, asking, list(islice(found, n)))]
+    return [results[number] for number in sorted(results)]
+
+
+def _guarded(asking: Asking[T]) -> Generator[list[Query], list[Found | EngineError], T | LmkitError]:
+    """End with the error where an answer is one."""
+    found: Any = None
+    while True:
+        try:
+            queries = asking.send(found)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        except LmkitError as error:
+            return error
+        found = yield queries
+        if (failed := next((one for one in found if isinstance(one, EngineError)), None)) is not None:
+            asking.close()
+            return failed
+
+
+class MaskScorer(Runner["Asked", Found]):
+    """Answers questions about places of texts with a masked model."""
+
+    def __init__(self, model: Any, pad: int) -> None:
+        """Serve `model`, filling short rows with the token `pad`."""
+        super().__init__(model, pad)
+        self._pads = model.config.model_type not in PADDING_SENSITIVE and not rotary.scaling(model).kind
+        self._takes = inspect.signature(model.forward).parameters.keys()
+        self._counts = {"forwards": 0, "prompt_tokens": 0}
+
+    def stats(self) -> EngineStats:
+        """Say what was read so far; nothing is held between calls."""
+        return EngineStats(
+            running=0, waiting=0, cache_bytes=0, prefix_bytes=0, reused_tokens=0, generated_tokens=0, **self._counts
+        )
+
+    def run(self, askings: Iterable[Asking[T]], cancelled: Flag | None = None) -> list[T | LmkitError]:
+        """Answer all who ask, round by round; one whose question fails ends with its error, and the others go on."""
+        guarded: Any = (_guarded(asking) for asking in askings)  # what these are sent may be errors
+        together: Any = parallel(guarded)
+        found: Any = None
+        while True:
+            try:
+                queries = together.send(found)
+            except StopIteration as end:
+                results: list[T | LmkitError] = end.value
+                return results
+            found = self.score(queries, cancelled)
+
+    def score(self, queries: Sequence[Query], cancelled: Flag | None = None) -> list[Found | EngineError]:
+        """Answer questions in batches of similar lengths; equal rows are read once, and a row that fails is its error.
+
+        Args:
+            queries: What is asked.
+            cancelled: Once set, what is left is not read.
+        """
+        rows: dict[tuple[Typed, ...], dict[int, list[int]]] = {}
+        for number, query in enumerate(queries):
+            rows.setdefault(query.tokens, {}).setdefault(query.place, []).append(number)
+        if rows:
+            self._ready(min(rows, key=len))
+        each = list(rows.items())
+        cut = self._cut([len(tokens) for tokens, _ in each], scored=[len(asked) for _, asked in each])
+        found = self._answers(([(*each[n], queries) for n in batch] for batch in cut), cancelled)
+        return [found[number] for number in range(len(queries))]
+
+    def _tried(self, sample: tuple[Typed, ...]) -> Reader | None:
+        """Find out how the head runs at chosen places only; a model that fails here will fail with its rows."""
+        try:
+            reader = Reader(self._model, self._inputs([(sample * PROBE)[:PROBE]] * 2))
+            return reader if torch.isfinite(reader.expected).all() else None
+        except Exception:  # noqa: BLE001 - whatever it is, it is told where the row itself is read
+            return None
+
+    def _numbers(self, batch: Sequence[Asked]) -> Sequence[int]:
+        return [number for _, asked, _ in batch for numbers in asked.values() for number in numbers]
+
+    def _run(self, batch: Sequence[Asked]) -> dict[int, Found | EngineError]:
+        places = [(row, place) for row, (_, asked, _) in enumerate(batch) for place in asked]
+        inputs, (which, columns) = self._inputs([tokens for tokens, _, _ in batch]), zip(*places, strict=True)
+        self._counts["forwards"] += 1
+        self._counts["prompt_tokens"] += inputs["input_ids"].numel()
+        if self._reader is None:
+            logits = self._model(**inputs, return_dict=True).logits[list(which), list(columns)]
+        else:
+            logits = self._reader.at(inputs, which, columns)
+        asked = [(numbers, queries) for _, asked, queries in batch for numbers in asked.values()]
+        wants = [(place, queries[n].want) for place, (numbers, queries) in enumerate(asked) for n in numbers]
+        return dict(zip(self._numbers(batch), _taken(logits, wants), strict=True))
+
+    def _inputs(self, rows: Sequence[Sequence[Typed]]) -> dict[str, torch.Tensor]:
+        token_ids, mask = padded([[one for one, _ in row] for row in rows], self._pad, self._device, left=False)
+        inputs = {"input_ids": token_ids} | ({} if mask.all() else {"attention_mask": mask})
+        types = [[kind for _, kind in row if kind is not None] for row in rows]
+        if all(types):
+            inputs["token_type_ids"], _ = padded(types, 0, self._device, left=False)
+        return {name: given for name, given in inputs.items() if name in self._takes or name == "input_ids"}
+
+
+def _taken(logits: torch.Tensor, wants: Sequence[tuple[int, Want]]) -> list[Found | EngineError]:
+    """Take what is wanted of scores, as log-probabilities, without a copy of all of these.
+
+    Args:
+        logits: *Shape:* `(places, vocabulary)`.
+        wants: Places, and what is wanted there.
+    """
+    scores = logits.float()
+    totals = scores.logsumexp(-1)
+    usable = torch.isfinite(totals).tolist()
+    most = max((want for _, want in wants if isinstance(want, int)), default=0)
+    top = scores.topk(min(most, scores.shape[-1]))
+    likeliest = (top.indices.tolist(), (top.values - totals[:, None]).tolist())
+    named = [
+        (place, want if isinstance(want, tuple) else (drawn(scores[place], want),))
+        for place, want in wants
+        if usable[place] and not isinstance(want, int)
+    ]
+    where = [place for place, tokens in named for _ in tokens]
+    values = iter((scores[where, [token for _, tokens in named for token in tokens]] - totals[where]).tolist())
+    others = iter([[(token, next(values)) for token in tokens] for _, tokens in named])
+    found: list[Found | EngineError] = []
+    for place, want in wants:
+        if not usable[place]:
+            found.append(EngineError(NO_SCORE))
+        elif isinstance(want, int):
+            found.append(list(zip(*(column[place][:want] for column in likeliest), strict=True)))
+        else:
+            found.append(next(others))
+    return found
+
+
+def drawn(scores: torch.Tensor, draw: Draw) -> int:
+    """Draw a token by inversion of the cumulative distribution, reshaped by transformers' own processors.
+
+    Args:
+        scores: *Shape:* `(vocabulary)`.
+        draw: How it is reshaped, and a number in [0, 1).
+    """
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    row, mode = scores.to("cpu", torch.float32)[None], draw.mode
+    warpers: list[Any] = [TemperatureLogitsWarper(float(mode.temperature))] if mode.temperature != 1 else []
+    warpers += [TopKLogitsWarper(mode.top_k)] if mode.top_k else []
+    warpers += [TopPLogitsWarper(float(mode.top_p))] if mode.top_p < 1 else []
+    warpers += [MinPLogitsWarper(mode.min_p)] if mode.min_p is not None else []
+    for warper in warpers:
+        row = warper(None, row)
+    cumulative = row[0].double().softmax(-1).cumsum(-1)
+    return int(torch.searchsorted(cumulative, draw.uniform * cumulative[-1], right=True))
+
+
+NO_SCORE = "the model gave no finite score at a mask: load with precision='float32' or 'bfloat16'."

@@ -1,0 +1,71 @@
+"""The likeliest tokens and their probabilities, out of a model's scores, in passes that a CPU is fast at."""
+
+from __future__ import annotations
+
+import torch
+
+BLOCKS = 64
+"""In how many blocks `highest` looks at a row: torch's `max` reads a number at a time. With 64 rows and a vocabulary of
+58,000 that takes 1.06 ms and this 0.51, with 4 rows 0.12 and 0.06."""
+
+COLUMNS = 256
+"""In how many columns `top` lays a row out, for the same reason: 8 of 58,000 for 64 rows take 1.15 ms and 0.50."""
+
+WIDENED = 8
+"""How many rows are widened to float32 at a time, which a core's cache holds."""
+
+
+def highest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the greatest score of each row and the first place that has it, as `max` does.
+
+    Args:
+        logits: *Shape:* `(rows, vocabulary)`.
+
+    Returns:
+        The scores and the places; NaN wins. *Shape:* `(rows,)`, both.
+    """
+    size = -(-logits.shape[-1] // BLOCKS)
+    if logits.device.type != "cpu" or size < BLOCKS:
+        return tuple(logits.max(-1))  # type: ignore[return-value]
+    whole = logits.shape[-1] // size
+    blocks = logits[:, : whole * size].view(-1, whole, size).amax(-1)
+    if rest := logits.shape[-1] - whole * size:
+        blocks = torch.cat([blocks, logits[:, -rest:].amax(-1, keepdim=True)], 1)
+    # The last block may end behind the vocabulary: the one of this size that ends with it has the same maximum.
+    first = (blocks.max(-1).indices * size).clamp_(max=logits.shape[-1] - size)
+    inside = logits.gather(1, first[:, None] + torch.arange(size, device=logits.device)).max(-1)
+    return inside.values, first + inside.indices
+
+
+def top(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """Find the likeliest tokens of each row, the best first; of equal ones any. *Shape:* `(rows, count)`.
+
+    Args:
+        logits: *Shape:* `(rows, vocabulary)`.
+        count: How many.
+    """
+    depth = logits.shape[-1] // COLUMNS
+    if logits.device.type != "cpu" or depth < COLUMNS // 8 or count > COLUMNS // 8:
+        return logits.topk(count).indices
+    # All are in the `count` columns whose greatest scores are highest, or behind the last whole row of columns.
+    whole = logits[:, : depth * COLUMNS].view(-1, depth, COLUMNS)
+    columns = whole.amax(1).topk(count).indices
+    some = whole.gather(2, columns[:, None].expand(-1, depth, -1)).flatten(1)
+    places = (columns[:, None] + COLUMNS * torch.arange(depth, device=logits.device)[:, None]).flatten(1)
+    rest = torch.arange(depth * COLUMNS, logits.shape[-1], device=logits.device).expand(len(logits), -1)
+    found = torch.cat([some, logits[:, depth * COLUMNS :]], 1).topk(count).indices
+    return torch.cat([places, rest], 1).gather(1, found)
+
+
+def logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return the natural logarithm of some tokens' probabilities, in float32.
+
+    Args:
+        logits: *Shape:* `(rows, vocabulary)`.
+        token_ids: *Shape:* `(rows, some)`.
+
+    Returns:
+        *Shape:* `(rows, some)`; NaN where a row has no finite score.
+    """
+    pairs = zip(torch.split(logits, WIDENED), torch.split(token_ids, WIDENED), strict=True)
+    return torch.cat([part.float().log_softmax(-1).gather(-1, some) for part, some in pairs])

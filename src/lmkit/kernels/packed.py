@@ -1,0 +1,133 @@
+"""Linear layers whose weights lie in the order that a CPU's bfloat16 kernel reads.
+
+`torch.nn.functional.linear` brings a weight into that order anew at every call. Done once, a row costs half as much
+on a processor with AVX512-BF16 (`docs/performance.md` has the figures); the results are those of the same kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class PackedLinear(torch.nn.Linear):
+    """A linear layer that holds its weight packed, and unpacks it for who asks for it.
+
+    Attributes:
+        packed: The weight in the kernel's own layout, which only the kernel and `to_dense` can read.
+    """
+
+    def __init__(self, linear: torch.nn.Linear, *, tied: bool) -> None:
+        """Take the place of `linear`; a `tied` weight is another module's too, which keeps it."""
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.training = linear.training
+        self.bias = linear.bias
+        # In a tuple, so that it is not registered a second time.
+        self._dense: tuple[Any, ...] = (linear.weight,) if tied else ()
+        self.packed = torch.nn.Buffer(pack_weight(linear.weight), persistent=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
+        """Multiply. *Shape:* `(…, in_features)` to `(…, out_features)`."""
+        return multiply_packed(input, self.packed, self.bias)
+
+    @property
+    def weight(self) -> torch.nn.Parameter:  # type: ignore[override]
+        """The weight as it was loaded; kept from then on, since who asks once asks at every step (T5 does)."""
+        if not self._dense:
+            self._dense = (torch.nn.Parameter(self.packed.to_dense(), requires_grad=False),)
+        dense: torch.nn.Parameter = self._dense[0]
+        return dense
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self._dense[0].detach() if self._dense else self.packed.to_dense()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle the weight as a plain tensor: the packed one knows neither."""
+        return self.__dict__ | {"_buffers": {"packed": self.packed.to_dense()}}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Pack the weight again."""
+        packed = pack_weight(state["_buffers"]["packed"])
+        super().__setstate__({**state, "_buffers": {"packed": packed}})  # type: ignore[no-untyped-call]
+
+
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Bring a weight into the kernel's order. *Shape:* `(out_features, in_features)`."""
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)  # noqa: SLF001
+    return packed
+
+
+def packed_bytes(packed: torch.Tensor) -> int:
+    """Count the bytes of a packed weight, the kernel's padding included."""
+    return int(torch.ops.mkldnn._nbytes(packed))  # noqa: SLF001
+
+
+def multiply_packed(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply by a packed weight. *Shape:* `(…, in_features)` to `(…, out_features)`."""
+    ops = torch.ops.mkldnn  # torch has no public one
+    product: torch.Tensor = ops._linear_pointwise(rows, packed, bias, "none", [], "")  # noqa: SLF001
+    return product
+
+
+@functools.cache
+def packs() -> bool:
+    """Say whether this torch and this processor have the kernel."""
+    ops, backend = torch.ops.mkldnn, cast("Any", torch.backends.mkldnn)
+    names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+    has = backend.is_available() and all(hasattr(ops, name) for name in names)
+    return bool(has and ops._is_mkldnn_bf16_supported())  # noqa: SLF001
+
+
+def pack(model: torch.nn.Module) -> int:
+    """Pack the bfloat16 linear layers of a model that are on a CPU, one after the other; return how many.
+
+    Only plain `torch.nn.Linear` modules are replaced, each in its own place; a hook of accelerate's, which moves
+    weights about, keeps a module as it is.
+    """
+    shared = _shared(model)
+    count = 0
+    for parent in list(model.modules()):
+        if len(getattr(parent, "lora_magnitude_vector", ())):
+            continue  # DoRA measures the weight of its base layer in each step
+        for name, child in list(parent.named_children()):
+            if type(child) is torch.nn.Linear and _fits(child):
+                packed = PackedLinear(child, tied=id(child.weight) in shared)
+                parent._modules[name] = packed  # noqa: SLF001 - setattr would do the same
+                count += 1
+    if count:
+        for module in model.modules():
+            let_go_of_file(module)
+    return count
+
+
+def let_go_of_file(module: torch.nn.Module, *, integers: bool = True) -> None:
+    """Copy what of a module's own still lies in the mapped file, so that its pages do not stay in memory beside copies.
+
+    Not the `integers` that were made while the file was read, nor what is packed: these are copies already.
+    """
+    for parameter in module.parameters(recurse=False):
+        if parameter.device.type == "cpu" and (integers or parameter.is_floating_point()):
+            parameter.data = parameter.data.clone()
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.device.type == "cpu" and not buffer.is_mkldnn:
+            setattr(module, name, buffer.clone())  # not its data: a buffer may be a view, which holds what it views
+
+
+def _fits(linear: torch.nn.Linear) -> bool:
+    weight = linear.weight
+    hooked = hasattr(linear, "_hf_hook") or linear._forward_hooks or linear._forward_pre_hooks  # noqa: SLF001
+    return weight.dtype is torch.bfloat16 and weight.device.type == "cpu" and not hooked
+
+
+def _shared(model: torch.nn.Module) -> set[int]:
+    """Find the weights that several modules hold."""
+    counts = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    return {weight for weight, count in counts.items() if count > 1}

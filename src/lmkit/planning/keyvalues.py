@@ -1,0 +1,96 @@
+"""What keys and values of one row take, measured on a model without memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lmkit._borrowed import cache_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SEEN, ANSWERED = 3, 2
+"""How many tokens the model without memory reads, and as an encoder-decoder writes, to see its keys and values."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValueBytes:
+    """What keys and values of one row take.
+
+    Attributes:
+        per_token: For each token, in layers that keep all of them.
+        windows: For each token in layers that only keep the newest ones: how many those are at most, and bytes.
+        fixed: However many tokens there are: the state of recurrent layers.
+        per_source_token: For each token of an encoder-decoder's source.
+    """
+
+    per_token: int = 0
+    windows: tuple[tuple[int, int], ...] = ()
+    fixed: int = 0
+    per_source_token: int = 0
+
+    def of(self, tokens: int, source_tokens: int = 0) -> int:
+        """Return the bytes of a row with so many tokens."""
+        kept = sum(min(tokens, most) * size for most, size in self.windows)
+        return self.fixed + tokens * self.per_token + kept + source_tokens * self.per_source_token
+
+
+def key_values(model: Any) -> KeyValueBytes | None:
+    """Have a model on the meta device read a few tokens, and measure the shapes of what it keeps of them.
+
+    Returns:
+        None where the model keeps nothing that can be measured, or does not run without values.
+    """
+    token_ids = torch.ones(1, SEEN, dtype=torch.long, device="meta")
+    both = model.config.is_encoder_decoder
+    more = {"decoder_input_ids": token_ids[:, :ANSWERED]} if both else {}
+    with torch.no_grad(), _experts_in_order(model), contextlib.suppress(Exception):
+        outputs = model(input_ids=token_ids, use_cache=True, **more)
+        if (cache := cache_of(outputs)) is not None:
+            own = getattr(cache, "self_attention_cache", cache)
+            across = getattr(cache, "cross_attention_cache", None)
+            sources = 0 if across is None else sum(_states(layer) for layer in across.layers) // SEEN
+            return _measured(own.layers, ANSWERED if both else SEEN, sources)
+    return None
+
+
+@contextlib.contextmanager
+def _experts_in_order(model: Any) -> Iterator[None]:
+    """Let mixtures of experts compute without asking which experts were chosen: that has no value here."""
+    configs = {id(config): config for config in (model.config, model.config.get_text_config(decoder=True))}.values()
+    before = [(config, getattr(config, "_experts_implementation", None)) for config in configs]
+    for config, _ in before:
+        config._experts_implementation = "batched_mm"  # noqa: SLF001 - the one that computes all
+    try:
+        yield
+    finally:
+        for config, implementation in before:
+            config._experts_implementation = implementation  # noqa: SLF001
+
+
+def _measured(layers: Any, tokens: int, sources: int) -> KeyValueBytes:
+    per_token, fixed = 0, 0
+    windows: Counter[int] = Counter()
+    for layer in layers:
+        size = _states(layer) // tokens
+        window = getattr(layer, "sliding_window", None)
+        if isinstance(window, int):
+            windows[window - 1] += size  # the newest token's own are computed with, then the oldest let go
+        else:
+            per_token += size
+        for states in ("conv_states", "recurrent_states"):
+            kept = getattr(layer, states, None) or ()
+            parts = kept.values() if isinstance(kept, dict) else kept
+            fixed += sum(part.nbytes for part in parts if part is not None)
+    return KeyValueBytes(per_token, tuple(sorted(windows.items())), fixed, sources)
+
+
+def _states(layer: Any) -> int:
+    """Count the bytes of a layer's keys and values."""
+    parts = [getattr(layer, name, None) for name in ("keys", "values")]
+    return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))

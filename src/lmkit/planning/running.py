@@ -1,0 +1,175 @@
+"""How rows will run, and why: by lmkit's own loop or by `generate`'s preparation, with which attention, compiled."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+from lmkit._borrowed import TESTED, cache_name
+from lmkit.errors import OptionError, listed
+from lmkit.kernels import attention, rotary
+from lmkit.kernels.packed import packs
+
+if TYPE_CHECKING:
+    from lmkit.checkpoint.tasks import Task
+
+EngineWord: TypeAlias = Literal["lmkit", "generate"]
+
+PADDING_SENSITIVE: Final = frozenset(
+    """
+    bart bigbird_pegasus blenderbot blenderbot-small blt cpmant deepseek_v4 git marian mbart mvp paligemma pegasus
+    plbart prophetnet recurrent_gemma reformer roformer rwkv trocr whisper xlm xlnet xlstm
+    """.split()
+)
+"""Causal model types whose result left padding changes: found by running tiny checkpoints of all types."""
+
+OWN: Final = frozenset(
+    """
+    apertus arcee bart bert big_bird bigbird_pegasus biogpt bitnet blenderbot blenderbot-small bloom camembert
+    codegen cohere cohere2 cohere2_moe data2vec-text dbrx deepseek_v2 deepseek_v3 doge dots1 electra ernie ernie4_5
+    ernie4_5_moe exaone4 exaone_moe falcon fsmt gemma gemma2 gemma3_text glm glm4 glm4_moe glm4_moe_lite gpt-sw3
+    gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granitemoe granitemoeshared helium
+    hunyuan_v1_dense hunyuan_v1_moe jetmoe led llama longt5 m2m_100 marian mbart megatron-bert mimo_v2_flash
+    minicpm3 minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder mpt mt5 mvp nemotron nllb-moe olmo
+    olmo2 olmo3 olmoe opt pegasus pegasus_x persimmon phi phi3 phimoe plbart prophetnet qwen2 qwen2_moe qwen3
+    qwen3_moe rembert roberta roberta-prelayernorm roc_bert seed_oss smollm3 stablelm starcoder2 switch_transformers
+    t5 t5gemma umt5 vaultgemma xglm xlm-roberta xlm-roberta-xl
+    """.split()
+)
+"""Model types of text that run on lmkit's own loop with every version that it was tested with."""
+
+_GAIN: Final = {
+    "causal": "heads that share keys read them once",
+    "seq2seq": "beams share the keys of their source",
+    "masked": "long rows in blocks that a CPU's cache holds where it has products in bfloat16, else as torch's kernel",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How rows will run.
+
+    Attributes:
+        engine: `"lmkit"`, or `"generate"` where each step is prepared by transformers.
+        attention: `"lmkit"`, or what transformers calls the one it chooses.
+        compiled: Whether steps are compiled.
+        keeps_prefixes: Whether keys and values can be taken out of a batch and put into another.
+        reasons: Why, by what.
+    """
+
+    engine: EngineWord
+    attention: str
+    compiled: bool
+    keeps_prefixes: bool
+    reasons: dict[str, str]
+
+
+def pads(model: Any) -> bool:
+    """Say whether rows of different lengths may share a batch of this model."""
+    return bool(model.config.is_encoder_decoder or model.config.model_type not in PADDING_SENSITIVE)
+
+
+def how_rows_run(task: Task, model: Any, device_type: str, *, compiled: bool, asked: bool = False) -> Running:
+    """Decide how rows of a model will run; on the meta device too.
+
+    Args:
+        task: What it is loaded for.
+        model: The model, before its attention is replaced.
+        device_type: Where it computes.
+        compiled: Whether compiled steps are asked for.
+        asked: Whether the model's attention is, so that it is left alone.
+
+    Raises:
+        OptionError: Compiled steps are asked for, and not to be had.
+    """
+    reasons: dict[str, str] = {}
+    engine: EngineWord = "lmkit"
+    plain = False
+    if task != "masked":
+        why = _not_own(model)
+        engine = "generate" if why else "lmkit"
+        plain = why is None and not model.config.is_encoder_decoder and all(map(_is_plain, _layers(model)))
+        begin = "begin one by one" if task == "causal" else "begin together"
+        reasons["engine"] = (
+            f"generate() prepares each step, since {why}: rows do not join a batch that runs, and no prefix is reused"
+            if why
+            else f"lmkit's own loop: rows {begin} and end one by one, each with its own options"
+        )
+    if compiled:
+        _check_compiled(task, model, plain=plain)
+        reasons["compiled"] = "as asked: a step of all layers as one graph, kept for later loads"
+    how = rotary.scaling(model)
+    if how.reason:
+        reasons["rotary"] = how.reason
+    chosen = model.config._attn_implementation  # noqa: SLF001 - it has no public name
+    ours = not asked and device_type == "cpu" and attention.fits(model)
+    if asked:
+        reasons["attention"] = "as asked"
+    if ours:
+        reasons["attention"] = f"lmkit's: {_GAIN[task]}"
+        if str(model.dtype) == "torch.bfloat16" and packs():
+            reasons["attention"] += ", and products are those of this CPU's bfloat16 kernel"
+    return Running(engine, attention.NAME if ours else str(chosen), compiled, plain, reasons)
+
+
+def _not_own(model: Any) -> str | None:
+    """Say why lmkit's own loop cannot run a model; None if it can."""
+    if cache_name(model) is None:
+        return "its forward takes no cache by a name that lmkit knows ('cache' or 'past_key_values')"
+    if not pads(model):
+        return "padding on the left changes its results"
+    asked = getattr(model, "_supports_default_dynamic_cache", None)  # as generate() asks
+    if asked is None:
+        return "transformers does not say any more which cache it keeps"
+    if not asked():
+        return "it keeps a cache of its own kind"
+    strange = sorted({type(layer).__name__ for layer in _layers(model) if not _is_known(layer)})
+    if strange:
+        return f"it keeps {listed(strange)} beside plain keys and values"
+    return None if _layers(model) else "its layers keep no keys and values"
+
+
+def _layers(model: Any) -> list[Any]:
+    from transformers import DynamicCache
+
+    layers: list[Any] = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return layers
+
+
+def _is_plain(layer: object) -> bool:
+    from transformers.cache_utils import DynamicLayer
+
+    return type(layer) is DynamicLayer
+
+
+def _is_known(layer: object) -> bool:
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+
+    return _is_plain(layer) or type(layer) is DynamicSlidingWindowLayer
+
+
+def _check_compiled(task: Task, model: Any, *, plain: bool) -> None:
+    name = type(model).__name__
+    if task != "causal":
+        raise OptionError(f"compile=True is for causal models, and {name} is loaded as {task!r}: leave it out.")
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    why = _not_own(model) or (None if plain else "it keeps windows beside plain keys and values")
+    if why is None and not takes:
+        why = "it takes no positions"
+    if why is None and rotary.scaling(model).exact:
+        why = "its rotary positions are scaled by the length of each text, which a graph does not know"
+    if why:
+        raise OptionError(f"compile=True is not to be had for {name}, since {why}: leave it out.")
+
+
+def unexpected(task: Task, engine: EngineWord, model_type: str) -> str | None:
+    """Say that a family should run on lmkit's own loop and does not; None if all is as it should be."""
+    padding = task == "causal" and model_type in PADDING_SENSITIVE
+    if engine == "lmkit" or padding or model_type not in OWN:
+        return None
+    return (
+        f"{model_type!r} ran on lmkit's own loop with transformers {TESTED['transformers']}, which lmkit was tested "
+        f"with; here are {version('transformers')}, or the checkpoint's own code"
+    )

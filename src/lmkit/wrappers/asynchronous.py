@@ -1,0 +1,82 @@
+"""Calls in threads of their own, for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from lmkit._interrupts import Flag
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator
+
+Given = ParamSpec("Given")
+ResultT = TypeVar("ResultT")
+
+
+@contextlib.contextmanager
+def a_thread() -> Iterator[Callable[..., asyncio.Future[Any]]]:
+    """Give an asynchronous call a thread of its own.
+
+    asyncio.to_thread has a handful for everybody, and a call that waits for one joins no batch.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="lmkit")
+
+    def run(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+        return asyncio.wrap_future(pool.submit(contextvars.copy_context().run, function, *arguments))
+
+    try:
+        yield run
+    finally:
+        pool.shutdown()  # what ran in it has ended
+
+
+_CANCELLED: ContextVar[Flag | None] = ContextVar("lmkit's call is cancelled", default=None)
+
+
+def cancelled() -> Flag:
+    """Return what is set once the asynchronous call that this thread works for is cancelled."""
+    return _CANCELLED.get() or Flag()
+
+
+def asynchronous(verb: Callable[Given, ResultT]) -> Callable[Given, Coroutine[Any, Any, ResultT]]:
+    """Return a verb for asyncio: it runs in a thread, and what is left of it is not read once its task is cancelled."""
+
+    @functools.wraps(verb)
+    async def call(*given: Given.args, **options: Given.kwargs) -> ResultT:
+        gone = Flag()
+
+        def work() -> ResultT:
+            _CANCELLED.set(gone)  # in a context of its own
+            return verb(*given, **options)
+
+        with a_thread() as run:
+            result: ResultT = await finished(run(work), gone.set)
+        return result
+
+    return call
+
+
+async def finished(work: Any, cancel: Callable[[], None]) -> Any:
+    """Await work in a thread; if the task is cancelled, call `cancel` and still wait for the thread.
+
+    A thread cannot be killed, and leaving it behind would let it go on with a model that its caller
+    believes to be free.
+    """
+    task = asyncio.ensure_future(work)
+    interrupted = False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            interrupted = True
+            cancel()
+    if interrupted:
+        task.exception()  # looked at, so that asyncio does not complain about it
+        raise asyncio.CancelledError
+    return task.result()

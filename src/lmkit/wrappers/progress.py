@@ -1,0 +1,61 @@
+"""A bar for calls that take long: rows done, and tokens per second."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from lmkit._quiet import without_warnings
+from lmkit.options.generation import ModeOptions
+from lmkit.options.option import checked, declared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+logger = logging.getLogger("lmkit")
+
+DELAY_SECONDS = 2.0
+"""A call that is done sooner shows nothing."""
+
+
+@contextlib.contextmanager
+def bar(wanted: object, total: int | None) -> Iterator[Callable[[object], None]]:
+    """Give a function to call with each result; it draws the bar.
+
+    Args:
+        wanted: True draws, False does not; None draws in a terminal or a notebook, unless the level of the logger
+            "lmkit" is above WARNING.
+        total: How many rows there are, if it is known. A single row has no bar unless it is wanted.
+    """
+    checked({"progress": wanted}, declared(ModeOptions))
+    if wanted is False or (wanted is None and (total == 1 or not _watched())):
+        yield lambda _result: None
+        return
+    from tqdm.auto import tqdm
+
+    delay = 0 if wanted else DELAY_SECONDS
+    # A notebook without widgets gets a plain bar, and a warning.
+    shown: Any = without_warnings(lambda: tqdm(total=total, unit=" rows", delay=delay, leave=bool(wanted)))
+    started, tokens = time.perf_counter(), 0
+
+    def update(result: object) -> None:
+        nonlocal tokens
+        tokens += getattr(result, "generated_tokens", 0)
+        if tokens:
+            speed = tokens / (time.perf_counter() - started)
+            shown.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+        shown.update()
+
+    with contextlib.closing(shown):
+        yield update
+
+
+def _watched() -> bool:
+    """Say whether somebody looks: at a terminal or a notebook."""
+    if logger.getEffectiveLevel() > logging.WARNING:
+        return False
+    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
+    return sys.stderr.isatty() or "ZMQ" in type(shell).__name__

@@ -1,0 +1,112 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import checkpoints
+import lmkit
+from checkpoints import texts, wrapper
+from lmkit.engine.compiled import CompiledStep
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep compiled steps in a folder of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+def compiled(name: str) -> Any:
+    """Load a family's tiny model with a compiled step."""
+    return lmkit.load("causal", str(checkpoints.folder(name)), "float32", "cpu", compile=True)
+
+
+def test_a_compiled_step_gives_the_tokens_of_generate(cache: Path) -> None:
+    """Single rows, batches and rows left over from a batch get the tokens of `model.generate`; one step serves all."""
+    generator = compiled("llama")
+    prompts = texts("llama")
+    for prompt in prompts:
+        found = list(generator(prompt, max_new_tokens=24).token_ids)
+        assert found == checkpoints.generated("llama", [prompt])[0]
+    budgets = [2, 3, 24, 2, 3]
+    for prompt, budget, result in zip(prompts, budgets, generator(prompts, max_new_tokens=budgets), strict=True):
+        assert list(result.token_ids) == checkpoints.generated("llama", [prompt], max_new_tokens=budget)[0]
+    assert len(list(cache.rglob("*.step"))) == 1
+
+
+def test_a_compiled_step_is_kept_for_the_next_load(cache: Path) -> None:
+    """A second load finds the step on disk, and a damaged file is compiled again."""
+    compiled("llama").close()
+    (kept,) = cache.rglob("*.step")
+    before = kept.stat().st_mtime_ns
+    compiled("llama").close()
+    assert kept.stat().st_mtime_ns == before
+    kept.write_bytes(b"damaged")
+    generator = compiled("llama")
+    assert list(generator("She", max_new_tokens=6).token_ids) == list(
+        wrapper("llama")("She", max_new_tokens=6).token_ids
+    )
+    assert kept.stat().st_mtime_ns != before
+
+
+def noisy(scores: torch.Tensor) -> torch.Tensor:
+    """Put each score off by some fifth of their spread."""
+    draws = torch.Generator().manual_seed(0)
+    return scores + 0.2 * scores.std(-1, keepdim=True) * torch.randn(scores.shape, generator=draws)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    "spoil", [noisy, lambda scores: scores.roll(1, -1), lambda scores: scores * torch.nan], ids=["near", "far", "nan"]
+)
+def test_a_compiled_step_that_gives_other_scores_is_refused(spoil: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step whose scores are not the model's own, beyond what rounding does, is an EngineError with what to do."""
+    compiled("llama").close()  # as it is, it is none
+    artifact = CompiledStep._artifact
+
+    def spoilt(self: CompiledStep, *places: Path) -> Any:
+        run = artifact(self, *places)
+        return lambda *inputs: [spoil(run(*inputs)[0])]
+
+    monkeypatch.setattr(CompiledStep, "_artifact", spoilt)
+    with pytest.raises(lmkit.EngineError, match=r"load it without compile=True \(its compiled step gave other scores"):
+        compiled("llama")
+
+
+@pytest.mark.parametrize("word", ["int8", "int4"])
+def test_a_quantized_model_is_compiled_for_one_row(word: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single rows go through the compiled step and several do not; both get the tokens of the model as it is."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder, prompts, steps = str(checkpoints.folder("llama")), texts("llama")[:3], []
+    with lmkit.load("causal", folder, word, "cpu") as plain:
+        expected = [plain(prompt, max_new_tokens=12).token_ids for prompt in prompts]
+    run = CompiledStep.__call__
+    monkeypatch.setattr(CompiledStep, "__call__", lambda self, *args: (steps.append(len(args[0])), run(self, *args))[1])
+    with lmkit.load("causal", folder, word, "cpu", compile=True) as generator:
+        steps.clear()
+        assert [generator(prompt, max_new_tokens=12).token_ids for prompt in prompts] == expected
+        assert set(steps) == {1}
+        together = generator(prompts, max_new_tokens=12)
+    assert [result.token_ids for result in together] == expected
+    assert set(steps) == {1}
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mamba"])
+def test_a_family_with_another_cache_has_no_compiled_step(name: str) -> None:
+    """A model whose cache is not plain keys and values is refused, by name."""
+    with pytest.raises(lmkit.OptionError, match="compile=True is not to be had for"):
+        compiled(name)
+
+
+@pytest.mark.parametrize("name", ["t5", "bert"])
+def test_only_causal_models_are_compiled(name: str) -> None:
+    """The other tasks are refused before anything is loaded."""
+    task = checkpoints.FAMILIES[name].task
+    with pytest.raises(lmkit.OptionError, match="compile=True is for causal models"):
+        lmkit.load(task, str(checkpoints.folder(name)), compile=True)  # type: ignore[call-overload]
