@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from lmkit._interrupts import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from transformers import GenerationConfig
 
     from lmkit.errors import LmkitError
     from lmkit.results import Completion, Timing
+    from lmkit.structured.grammars import Matcher
 
 OutcomeT = TypeVar("OutcomeT")
 
@@ -34,6 +35,7 @@ class Request:
         seed: Where the draws of a sampled row begin.
         logprobs: How many alternatives to record beside each token; None records nothing.
         lookup: Guess at next tokens from the row's own text while it runs alone.
+        grammar: Begins what says which tokens the answer may have, if not all.
     """
 
     input_ids: tuple[int, ...]
@@ -47,6 +49,7 @@ class Request:
     seed: int | None = None
     logprobs: int | None = None
     lookup: bool = False
+    grammar: Callable[[], Matcher] | None = None
 
 
 @dataclass(frozen=True, slots=True)
