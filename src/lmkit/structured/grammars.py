@@ -112,7 +112,7 @@ class Grammars:
 
 
 def _refused(output: Output[Any], error: str) -> str:
-    told = " ".join(error.split())[:300]
+    told = " ".join(error.partition(" Enable ")[0].split())[:300]  # behind that come options of llguidance's own
     hint = " Leave it out, or pass a Python type: pydantic checks it." if isinstance(output, JSONSchema) else ""
     return f"output={output!r:.80} cannot be held to: {told}.{hint}"
 
