@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmkit._interrupts import surely
-from lmkit.engine import Caller, Engine, Outcome, Request, Update
+from lmkit.engine import Caller, Outcome, Request, Update
 from lmkit.errors import EngineError, LmkitError, OptionError, WeightsError
 from lmkit.options.generation import REPLACED, RowOptions, Sample, build_config
 from lmkit.results import EngineStats, Generation, Timing
@@ -20,6 +20,8 @@ from lmkit.wrappers.scoring import Scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from lmkit.engine import Engine
 
 
 ResultT = TypeVar("ResultT", bound=Generation)
@@ -137,8 +139,8 @@ class Writer(Wrapper[Job, ResultT]):
             setattr(model.generation_config, name, None)
         self._rows = embedded_rows(model)
         self._start = decoder_start(model) if model.config.is_encoder_decoder else None
-        self._scores = Scores(model, self._codec, own=loaded.plan.engine == "lmkit")
-        self._engine: Engine | None = Engine(model, self._codec, loaded.plan, self._start)
+        self._scores = Scores(loaded.scorer(self._codec), self._codec)
+        self._engine: Engine | None = loaded.engine(self._codec, self._start)
 
     def close(self) -> None:
         """Give the memory back; work in flight ends with an `EngineError` at its next step."""
