@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -28,13 +27,11 @@ from lmkit.engine.failures import step_failed
 from lmkit.engine.row import Row
 from lmkit.errors import EngineError, LmkitError, OptionError, listed, nearest
 from lmkit.languages import Languages, Prepared
-from lmkit.masked.fill import fill
-from lmkit.masked.score import Hidden, pseudo
 from lmkit.planning.layout import Layout, ModulePlan
 from lmkit.planning.placement import Placement
 from lmkit.planning.plan import LoadPlan
 from lmkit.planning.precision import Precision
-from lmkit.results import EngineStats, Score, TokenLogprob, Unmasking
+from lmkit.results import EngineStats, TokenLogprob
 from lmkit.text.chats import Chats, check_last
 from lmkit.text.codec import Codec, checked
 from lmkit.wrappers.base import Loaded
@@ -46,6 +43,8 @@ from lmkit.wrappers.writer import Job
 if TYPE_CHECKING:
     from lmkit.checkpoint.tasks import Task
     from lmkit.documents import Split
+    from lmkit.masked.texts import MaskedText
+    from lmkit.wrappers.scoring import Item
 
 AnswerT = TypeVar("AnswerT")
 JobT = TypeVar("JobT", bound=Job)
@@ -80,6 +79,7 @@ class _Words:
     all_special_ids = (EOS, BOS)
     added_tokens_decoder: Mapping[int, Any] = {}
     is_fast = False
+    get_vocab, convert_tokens_to_ids = dict, dict[str, int]().get  # no token is a byte or a language
 
     def __init__(self) -> None:
         self._words = {EOS: "</s>", BOS: "<s>", MASK: "[MASK]"}
@@ -109,13 +109,6 @@ class _Words:
     def convert_ids_to_tokens(self, token_ids: Any) -> Any:
         """Return the words of tokens, or of one."""
         return [*map(self.decode, zip(token_ids))] if isinstance(token_ids, list) else self.decode([token_ids])
-
-    def convert_tokens_to_ids(self, _token: str) -> None:
-        """No token is that of a language."""
-
-    def get_vocab(self) -> dict[str, int]:
-        """No token is a byte."""
-        return {}
 
 
 class _Unset(SimpleNamespace):
@@ -194,6 +187,35 @@ class _Engine:
         self._closed = True
 
 
+class _MaskEngine(_Engine):
+    """Says what fills a mask: the words that are its token's type."""
+
+    def run(self, askings: Any, _cancelled: Any) -> Any:
+        """Answer all who ask, round by round."""
+        return [self._told(asking) for asking in askings]
+
+    def _told(self, asking: Any) -> Any:
+        found = None
+        try:
+            while True:
+                found = [self._found(query) for query in asking.send(found)]
+        except StopIteration as end:
+            return end.value
+        except LmkitError as error:
+            return error
+
+    def _found(self, query: Query) -> Found:
+        words: Any = query.tokens[query.place][1] or ()
+        if isinstance(words, Exception):
+            raise _failure(words)
+        odds = {word: n * math.log(0.5) for n, word in enumerate(words, start=1)}
+        if isinstance(query.want, tuple):
+            least = min([UNLIKELY, *odds.values()])
+            return [(n, odds.get(self._codec.token(n).strip(), least)) for n in query.want]
+        found = [(self._codec.tokenizer.number(word), odd) for word, odd in odds.items()]
+        return found[: query.want if isinstance(query.want, int) else 1]
+
+
 @dataclass(frozen=True, slots=True)
 class _Loaded(Loaded):
     """What a fake has in the place of a model."""
@@ -208,7 +230,7 @@ class _Loaded(Loaded):
         return self.engine(codec)
 
     def mask_scorer(self) -> Any:
-        return self.engine(Codec(self.tokenizer))
+        return _MaskEngine(Codec(self.tokenizer), self.likely)
 
 
 class _LastMessage(Chats):
@@ -246,13 +268,13 @@ class _Fake:
     def _begin(self, task: Task, answers: Any, **more: Any) -> Loaded:
         """Take the answers, and return what stands for a loaded model."""
         self.calls: list[Call] = []
-        self._answers = answers if callable(answers) else {prompt.strip(): one for prompt, one in answers.items()}
+        self._table = answers if callable(answers) else {prompt.strip(): one for prompt, one in answers.items()}
         config = _Unset(
             eos_token_id=EOS, bos_token_id=BOS, is_encoder_decoder=task == "seq2seq", decoder_start_token_id=BOS
         )
         model: Any = SimpleNamespace(config=config, generation_config=config, get_input_embeddings=lambda: None)
         tokenizer: Any = _Words()
-        again = partial(type(self), answers, **more)
+        again: Any = partial(type(self), answers, **more)  # type: ignore[call-arg]  # subclasses take them
         return _Loaded(model, tokenizer, _plan(task), again, likely=self._likely)
 
     @property
@@ -275,14 +297,14 @@ class _Fake:
         Raises:
             OptionError: The table has nothing.
         """
-        if callable(self._answers):
-            answer = self._answers(prompt, options)
-        elif prompt.strip() in self._answers:
-            answer = self._answers[prompt.strip()]
+        if callable(self._table):
+            answer = self._table(prompt, options)
+        elif prompt.strip() in self._table:
+            answer = self._table[prompt.strip()]
         else:
             raise OptionError(
-                f"row {row}: the fake has no answer to {prompt!r}.{nearest(prompt, self._answers)} Its table has: "
-                f"{listed(self._answers) or 'nothing'}. Add the prompt to it, or pass a function."
+                f"row {row}: the fake has no answer to {prompt!r}.{nearest(prompt, self._table)} Its table has: "
+                f"{listed(self._table) or 'nothing'}. Add the prompt to it, or pass a function."
             )
         if isinstance(answer, LmkitError) and not isinstance(answer, EngineError):
             raise answer
@@ -297,7 +319,7 @@ class _Fake:
         requests = []
         for request in job.requests:
             answer = self._answer(self._codec.decode(request.input_ids, special=False), call.options, job.row)
-            requests.append(_Asked(*(getattr(request, one.name) for one in fields(request)), answer=answer))
+            requests.append(_Asked(**{one.name: getattr(request, one.name) for one in fields(request)}, answer=answer))
         return replace(job, requests=tuple(requests))
 
     def _likely(self, prompt: str, text: str) -> bool:
@@ -339,6 +361,11 @@ class FakeGenerator(_Fake, Generator):
     def _job(self, given: Any, options: dict[str, Any], row: int) -> Any:
         return self._answered(super()._job(given, dict(options), row), Call(given, options))
 
+    def _item(self, text: str, token_ids: list[int], start: int, row: int) -> Item:
+        # A word may begin in the prompt and end in the text: here they are words of their own.
+        before = self._codec.encode(self._codec.decode(token_ids).removesuffix(text))
+        return super()._item(text, [*before, *self._codec.encode(text)], len(before), row)
+
 
 class FakeTranslator(_Fake, Translator):
     """A `Translator` that answers from a table or a function; see `FakeGenerator`.
@@ -355,7 +382,7 @@ class FakeTranslator(_Fake, Translator):
             presets: The names that `preset=` takes.
         """
         super().__init__(self._begin("seq2seq", answers, languages=languages, presets=presets))
-        told = dict.fromkeys(languages), {preset: {} for preset in presets}
+        told: Any = dict.fromkeys(languages), {preset: {} for preset in presets}
         self._languages = Languages("codes", *told) if languages else _AnyLanguages("none", *told)
 
     def _usual_split(self, prepared: Prepared) -> Split:
@@ -377,53 +404,15 @@ class FakeUnmasker(_Fake, Unmasker):
         """Fill from a table: words by texts as given, or a function of a text and its options; see `Fills`."""
         super().__init__(self._begin("masked", answers))
 
-    def _job(self, given: Any, options: dict[str, Any], row: int) -> Any:
+    def _job(self, given: Any, options: dict[str, Any], row: int) -> MaskedText:
         job = super()._job(given, dict(options), row)
         self.calls.append(Call(given, options))
-        answer, masks = self._answer(given, options, row), len(job.spans)
-        words = [answer] if isinstance(answer, list) and isinstance(answer[0], str) else answer
-        if not isinstance(answer, Exception) and len(words) != masks:
-            raise OptionError(f"row {row} has {masks} masks, and the answer {answer!r}: give a list for each.")
-        return job, words
-
-    def _run(self, jobs: Iterable[Any], caller: Caller) -> Iterator[Update[Unmasking] | None]:
-        numbers = itertools.count()
-        for one in jobs:
-            self._running  # noqa: B018 - a closed fake ends here
-            if caller.cancelled.is_set():
-                return
-            if one is None:
-                yield None
-            elif isinstance(one[1], Exception):
-                yield Update(next(numbers), error=_failure(one[1]))
-            else:
-                found = _told(fill(one[0].blanks), partial(self._found, *one))
-                yield Update(next(numbers), outcome=self._texts.result(one[0], *found))
-
-    def _found(self, job: Any, words: Sequence[Sequence[str]], query: Query) -> Found:
-        """Say what a mask is filled with: find it by its place, if each mask before it has one token."""
-        lengths = itertools.accumulate(len(part) + 1 for part in job.blanks.parts[:-1])
-        mask = bisect_right([*lengths], query.place + 1) - 1
-        odds = {self._codec.tokenizer.number(word): n * math.log(0.5) for n, word in enumerate(words[mask], start=1)}
-        if isinstance(query.want, tuple):
-            texts = {self._codec.token(n): odd for n, odd in odds.items()}
-            return [
-                (n, texts.get(self._codec.token(n).strip(), min(UNLIKELY, min(odds.values()) * 2))) for n in query.want
-            ]
-        return [*odds.items()][: query.want if isinstance(query.want, int) else 1]
-
-    def _scored(self, given: Sequence[Hidden], ended: Callable[[object], None]) -> list[Score | LmkitError]:
-        scores = [_told(pseudo(self._codec, one, None), lambda query: [(query.want[0], UNLIKELY)]) for one in given]
-        for score in scores:
-            ended(score)
-        return scores
-
-
-def _told(asking: Any, found: Callable[[Any], Found]) -> Any:
-    """Answer what is asked in rounds, and return what came of it."""
-    try:
-        queries = next(asking)
-        while True:
-            queries = asking.send([found(query) for query in queries])
-    except StopIteration as end:
-        return end.value
+        words, masks = self._answer(given, options, row), len(job.spans)
+        if isinstance(words, Exception):
+            words = [words] * masks
+        elif isinstance(words[0], str):
+            words = [words]
+        if len(words) != masks:
+            raise OptionError(f"row {row} has {masks} masks, and its answer is {words!r}: give a list for each.")
+        # The type of a mask's token is seen by who is asked about it.
+        return replace(job, blanks=replace(job.blanks, types=tuple(words)))

@@ -53,7 +53,7 @@ class Result:
                 raise OptionError(
                     f"{cls.__name__}.from_dict {told} {listed(sorted(wrong))}. Its fields are: {listed(fields)}."
                 )
-        hints = _hints(cls)
+        hints = _hints(cls)  # type: ignore[arg-type]  # a class can be hashed
         return cls(**{name: _typed(hints[name], data[name]) for name in fields if name in data})
 
     def _repr_html_(self) -> str:
