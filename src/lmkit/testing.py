@@ -190,9 +190,10 @@ class _Engine:
 class _MaskEngine(_Engine):
     """Says what fills a mask: the words that are its token's type."""
 
-    def run(self, askings: Any, _cancelled: Any) -> Any:
+    def run(self, requests: Any, caller: Any) -> Any:
         """Answer all who ask, round by round."""
-        return [self._told(asking) for asking in askings]
+        del caller
+        return [self._told(asking) for asking in requests]
 
     def _told(self, asking: Any) -> Any:
         found = None
@@ -362,7 +363,7 @@ class FakeGenerator(_Fake, Generator):
         return self._answered(super()._job(given, dict(options), row), Call(given, options))
 
     def _item(self, text: str, token_ids: list[int], start: int, row: int) -> Item:
-        # A word may begin in the prompt and end in the text: here they are words of their own.
+        del start  # a word may begin in the prompt and end in the text: here they are words of their own
         before = self._codec.encode(self._codec.decode(token_ids).removesuffix(text))
         return super()._item(text, [*before, *self._codec.encode(text)], len(before), row)
 
