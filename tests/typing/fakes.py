@@ -11,6 +11,10 @@ def answer(prompt: str, options: Mapping[str, Any]) -> str:
     return f"{prompt} {options}"
 
 
+def fill(text: str, options: Mapping[str, Any]) -> list[list[str]]:
+    return [[text], [str(options)]]
+
+
 def tested(generator: lmkit.Generator, translator: lmkit.Translator, unmasker: lmkit.Unmasker) -> None:
     assert_type(generator("a"), lmkit.Generation)
     assert_type(translator("a"), lmkit.Translation)
@@ -19,7 +23,7 @@ def tested(generator: lmkit.Generator, translator: lmkit.Translator, unmasker: l
 
 fake = FakeGenerator({"a": "b", "c": ["d", "e"], "f": RuntimeError("g")})
 tested(fake, FakeTranslator({"a": "b"}, languages=["en", "de"], presets=["x"]), FakeUnmasker({"[MASK]": ["a", "b"]}))
-tested(FakeGenerator(answer), FakeTranslator(answer), FakeUnmasker(lambda *asked: [[str(asked)], ["b"]]))
+tested(FakeGenerator(answer), FakeTranslator(answer), FakeUnmasker(fill))
 assert_type(fake("a", max_new_tokens=2), lmkit.Generation)
 assert_type(fake(["a", "b"]), list[lmkit.Generation])
 assert_type(fake.calls, list[Call])
