@@ -92,3 +92,31 @@ class Update(Generic[OutcomeT]):
     text: str = ""
     outcome: OutcomeT | None = None
     error: LmkitError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Tokens of which the last ones are scored.
+
+    Attributes:
+        token_ids: What the decoder reads, but for the last one, which is only scored.
+        start: The first token that is scored, at least 1.
+        source: What the encoder reads, if there is one.
+    """
+
+    token_ids: tuple[int, ...]
+    start: int
+    source: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a model finds of the scored tokens of a reading.
+
+    Attributes:
+        logprobs: The natural logarithm of the probability of each.
+        greedy: Whether each is the likeliest in its place.
+    """
+
+    logprobs: tuple[float, ...]
+    greedy: bool

@@ -11,18 +11,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmkit._interrupts import surely
-from lmkit.engine import Caller, Engine, Outcome, Request, Update
+from lmkit.engine import Caller, Outcome, Request, Update
 from lmkit.errors import EngineError, LmkitError, OptionError, WeightsError
 from lmkit.options.generation import REPLACED, RowOptions, Sample, build_config
 from lmkit.results import Completion, EngineStats, Generation, Timing
-from lmkit.structured.grammars import Grammars
 from lmkit.wrappers.base import Loaded, Wrapper, embedded_rows
 from lmkit.wrappers.scoring import Scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from lmkit.engine import Engine
     from lmkit.structured.outputs import Output
+
 
 ResultT = TypeVar("ResultT", bound=Generation)
 
@@ -141,11 +142,9 @@ class Writer(Wrapper[Job, ResultT]):
             setattr(model.generation_config, name, None)
         self._rows = embedded_rows(model)
         self._start = decoder_start(model) if model.config.is_encoder_decoder else None
-        self._scores = Scores(model, self._codec, own=loaded.plan.engine == "lmkit")
-        own: Any = self._checkpoint_config.eos_token_id
-        ends = [own] if isinstance(own, int) else own or ()
-        self._grammars = Grammars(self._codec, [*ends, *loaded.plan.end_token_ids], encodes=self._start is not None)
-        self._engine: Engine | None = Engine(model, self._codec, loaded.plan, self._start)
+        self._scores = Scores(loaded.scorer(self._codec), self._codec)
+        self._grammars = loaded.grammars(self._codec, self._start)
+        self._engine: Engine | None = loaded.engine(self._codec, self._start)
 
     def close(self) -> None:
         """Give the memory back; work in flight ends with an `EngineError` at its next step."""
@@ -281,11 +280,13 @@ class Writer(Wrapper[Job, ResultT]):
 def answer(completion: Completion, output: Output[Any]) -> Completion:
     """Give a completion its value, or the reason why it has none."""
     if completion.finish_reason != "eos":
-        return replace(completion, _unfit=f"it was cut, with finish_reason={completion.finish_reason!r}")
+        return replace(completion, _value_error=f"it was cut, with finish_reason={completion.finish_reason!r}")
     try:
-        return replace(completion, _value=output.read(completion.text), _unfit="")
+        return replace(completion, _value=output.read(completion.text), _value_error=None)
     except ValueError as error:
-        return replace(completion, _unfit=f"it is not what output= asked for ({' '.join(str(error).split())[:500]})")
+        return replace(
+            completion, _value_error=f"it is not what output= asked for ({' '.join(str(error).split())[:500]})"
+        )
 
 
 def decoder_start(model: Any) -> int:
