@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lmkit._interrupts import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from transformers import GenerationConfig
 
@@ -34,6 +34,7 @@ class Request:
         seed: Where the draws of a sampled row begin.
         logprobs: How many alternatives to record beside each token; None records nothing.
         lookup: Guess at next tokens from the row's own text while it runs alone.
+        processors: The caller's own, which see the row's tokens and scores last before a token is chosen.
     """
 
     input_ids: tuple[int, ...]
@@ -47,6 +48,7 @@ class Request:
     seed: int | None = None
     logprobs: int | None = None
     lookup: bool = False
+    processors: tuple[Callable[..., Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
