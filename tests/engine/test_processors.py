@@ -20,6 +20,7 @@ class Wave(LogitsProcessor):
     """Adds waves whose length all tokens before decide, so that one of padding would tell."""
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Add them."""
         turns = (input_ids * torch.arange(1, input_ids.shape[1] + 1)).sum(-1, keepdim=True)
         return scores + 3 * torch.sin(torch.arange(scores.shape[-1]) * turns)
 

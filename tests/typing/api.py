@@ -66,9 +66,12 @@ def steered() -> None:
         return scores / 2
 
     by_text = {" up": -1.0}
-    assert_type(generator("a", processors=[halved], logit_bias={5: 1, " up": -2.5}), lmkit.Generation)
+    both: dict[int | str, float] = {5: 1, " up": -2.5}
+    assert_type(generator("a", processors=[halved], logit_bias={" up": -2.5}), lmkit.Generation)
+    assert_type(generator("a", processors=[halved], logit_bias=both), lmkit.Generation)
     assert_type(generator(["a", "b"], processors=[[halved], None], logit_bias=[by_text, None]), list[lmkit.Generation])
-    assert_type(generator("a", bad_words=["up", [3, 4]], frequency_penalty=0.5), lmkit.Generation)
+    assert_type(generator("a", bad_words=["up"], frequency_penalty=0.5), lmkit.Generation)
+    assert_type(generator("a", bad_words=[[3, 4], [5]]), lmkit.Generation)
     assert_type(translator(["a", "b"], bad_words=[["up"], None], presence_penalty=[1.0, 2]), list[lmkit.Translation])
 
 
