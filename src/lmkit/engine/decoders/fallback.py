@@ -129,8 +129,8 @@ class SearchDecoder(Decoder):
             "logits_processor": [*penalties, *own, watch],
             "output_logits": first.request.config.forced_eos_token_id is not None,
             "stopping_criteria": [
-                lambda token_ids, _scores: torch.full_like(
-                    token_ids[:, 0], cancelled.is_set() or first.error is not None, dtype=torch.bool
+                lambda ids, _scores: torch.full_like(
+                    ids[:, 0], cancelled.is_set() or bool(first.error), dtype=torch.bool
                 )
             ],
         }
