@@ -77,6 +77,18 @@ def test_a_batch_has_the_tokens_of_generate_with_the_same_processors(name: str, 
     assert list(wrapper(name)(rows[0], max_new_tokens=TOKENS, num_beams=beams).token_ids) == plain
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_equal_rows_have_their_own_processors(name: str, beams: int) -> None:
+    """Rows that differ in nothing else are not given one another's."""
+    text, lists = texts(name)[0], [[Wave()], [falling], None]
+    asked = {"max_new_tokens": TOKENS, "num_beams": beams}
+    results = wrapper(name)([text] * 3, processors=lists, **asked)
+    for result, own in zip(results, lists, strict=True):
+        expected = checkpoints.generated(name, [text], logits_processor=own or [], **asked)[0]
+        assert list(result.token_ids) == expected
+
+
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_a_processor_sees_one_row_unpadded_and_all_that_others_did_to_its_scores(name: str) -> None:
     """It is given the row's tokens, on the CPU, and the model's scores behind penalties, temperature and top-k."""
@@ -178,18 +190,22 @@ FAILING: list[tuple[Callable[[Any, Any], Any], str]] = [
 def test_a_processor_that_fails_fails_its_row_alone(
     name: str, failing: Callable[[Any, Any], Any], told: str, way: dict[str, Any]
 ) -> None:
-    """The row's error names it and the step, and holds no frames; it is not called again, and other rows go on."""
-    rows, lengths = texts(name)[:3], list[int]()
+    """The row's error names it and the step, without frames; it is not called again, nor one behind it."""
+    rows, lengths, behind = texts(name)[:3], list[int](), list[int]()
     start = start_of(name, rows[1])
 
     def third(token_ids: Any, scores: Any) -> Any:
         lengths.append(token_ids.shape[1] - start)
         return failing(token_ids, scores) if lengths[-1] == 2 else scores
 
+    def fourth(token_ids: Any, scores: Any) -> Any:
+        behind.append(token_ids.shape[1] - start)
+        return scores
+
     asked = {"max_new_tokens": TOKENS, "min_new_tokens": 4, **way}
     with pytest.raises(lmkit.EngineError, match=f"row 1: the processor third at token 3 {told}") as caught:
-        wrapper(name)(rows, processors=[None, [third], None], **asked)
-    assert lengths == [0, 1, 2]
+        wrapper(name)(rows, processors=[None, [third, fourth], None], **asked)
+    assert (lengths, behind) == ([0, 1, 2], [0, 1])
     cause = caught.value.__cause__
     assert (type(cause), getattr(cause, "__traceback__", None)) == (
         (ValueError, None) if failing is broken else (type(None), None)
