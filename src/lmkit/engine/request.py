@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from lmkit.errors import LmkitError
     from lmkit.results import Completion, Timing
+    from lmkit.structured.grammars import Matcher
 
 OutcomeT = TypeVar("OutcomeT")
 
@@ -35,6 +36,7 @@ class Request:
         logprobs: How many alternatives to record beside each token; None records nothing.
         lookup: Guess at next tokens from the row's own text while it runs alone.
         processors: The caller's own, which see the row's tokens and scores last before a token is chosen.
+        grammar: Begins what says which tokens the answer may have, if not all.
     """
 
     input_ids: tuple[int, ...]
@@ -49,6 +51,7 @@ class Request:
     logprobs: int | None = None
     lookup: bool = False
     processors: tuple[Callable[..., Any], ...] = ()
+    grammar: Callable[[], Matcher] | None = None
 
 
 @dataclass(frozen=True, slots=True)

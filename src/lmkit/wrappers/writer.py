@@ -14,7 +14,8 @@ from lmkit._interrupts import surely
 from lmkit.engine import Caller, Engine, Outcome, Request, Update
 from lmkit.errors import EngineError, LmkitError, OptionError, WeightsError
 from lmkit.options.generation import REPLACED, RowOptions, Sample, build_config
-from lmkit.results import EngineStats, Generation, Timing
+from lmkit.results import Completion, EngineStats, Generation, Timing
+from lmkit.structured.grammars import Grammars
 from lmkit.text.words import Words
 from lmkit.wrappers.base import Loaded, Wrapper, embedded_rows
 from lmkit.wrappers.scoring import Scores
@@ -22,6 +23,7 @@ from lmkit.wrappers.scoring import Scores
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from lmkit.structured.outputs import Output
 
 ResultT = TypeVar("ResultT", bound=Generation)
 
@@ -36,6 +38,7 @@ class Job:
         truncated: Whether the text was cut.
         row: Its number in the call.
         between: What stands in the answer before, between and behind what the requests give.
+        output: What the answer must be, if anything.
     """
 
     requests: tuple[Request, ...]
@@ -43,6 +46,7 @@ class Job:
     truncated: bool
     row: int = 0
     between: tuple[str, ...] = ("", "")
+    output: Output[Any] | None = None
 
     @property
     def grows(self) -> bool:
@@ -141,6 +145,9 @@ class Writer(Wrapper[Job, ResultT]):
         self._words = Words(self._codec, self._answer, outputs or self._rows or len(loaded.tokenizer))
         self._start = decoder_start(model) if model.config.is_encoder_decoder else None
         self._scores = Scores(model, self._codec, own=loaded.plan.engine == "lmkit")
+        own: Any = self._checkpoint_config.eos_token_id
+        ends = [own] if isinstance(own, int) else own or ()
+        self._grammars = Grammars(self._codec, [*ends, *loaded.plan.end_token_ids], encodes=self._start is not None)
         self._engine: Engine | None = Engine(model, self._codec, loaded.plan, self._start)
 
     def close(self) -> None:
@@ -177,6 +184,9 @@ class Writer(Wrapper[Job, ResultT]):
         )
         sampled = isinstance(options.mode, Sample)
         stop = options.stop or tuple(self._checkpoint_config.stop_strings or ())
+        grammar = None
+        if options.output is not None:  # a whole answer ends by itself
+            stop, grammar = (), self._grammars.of(options.output, forced=config.forced_bos_token_id)
         return Request(
             input_ids=tuple(token_ids),
             config=config,
@@ -190,6 +200,7 @@ class Writer(Wrapper[Job, ResultT]):
             logprobs=options.logprobs,
             lookup=options.lookup,
             processors=options.processors,
+            grammar=grammar,
         )
 
     def _answer(self, text: str) -> list[int]:
@@ -254,7 +265,10 @@ class Writer(Wrapper[Job, ResultT]):
 
     def _told_of(self, parts: Parts, text: str) -> Update[ResultT] | None:
         if (outcomes := parts.ended) is not None:
-            return Update(parts.index, text, self._result(parts.job, outcomes, parts.timing()))
+            result = self._result(parts.job, outcomes, parts.timing())
+            if (output := parts.job.output) is not None:
+                result = replace(result, completions=tuple(answer(one, output) for one in result.completions))
+            return Update(parts.index, text, result)
         return Update(parts.index, text) if text else None
 
     @property
@@ -272,6 +286,16 @@ class Writer(Wrapper[Job, ResultT]):
     @abstractmethod
     def _result(self, job: Any, outcomes: Sequence[Outcome], timing: Timing) -> ResultT:
         """Describe a row whose requests have all ended."""
+
+
+def answer(completion: Completion, output: Output[Any]) -> Completion:
+    """Give a completion its value, or the reason why it has none."""
+    if completion.finish_reason != "eos":
+        return replace(completion, _unfit=f"it was cut, with finish_reason={completion.finish_reason!r}")
+    try:
+        return replace(completion, _value=output.read(completion.text), _unfit="")
+    except ValueError as error:
+        return replace(completion, _unfit=f"it is not what output= asked for ({' '.join(str(error).split())[:500]})")
 
 
 def decoder_start(model: Any) -> int:
