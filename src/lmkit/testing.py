@@ -277,7 +277,12 @@ class _Fake:
         config = _Unset(
             eos_token_id=EOS, bos_token_id=BOS, is_encoder_decoder=task == "seq2seq", decoder_start_token_id=BOS
         )
-        model: Any = SimpleNamespace(config=config, generation_config=config, get_input_embeddings=lambda: None)
+        model: Any = SimpleNamespace(
+            config=config,
+            generation_config=config,
+            get_input_embeddings=lambda: None,
+            get_output_embeddings=lambda: None,
+        )
         tokenizer: Any = _Words()
         again: Any = partial(type(self), answers, **more)  # type: ignore[call-arg]  # subclasses take them
         return _Loaded(model, tokenizer, _plan(task), again, likely=self._likely)

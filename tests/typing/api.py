@@ -61,6 +61,20 @@ def generate() -> None:
     assert_type(generator(prompts(), mode=[lmkit.Greedy(), lmkit.Sample(top_p=0.9)]), list[lmkit.Generation])
 
 
+def steered() -> None:
+    def halved(_token_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores / 2
+
+    by_text = {" up": -1.0}
+    both: dict[int | str, float] = {5: 1, " up": -2.5}
+    assert_type(generator("a", processors=[halved], logit_bias={" up": -2.5}), lmkit.Generation)
+    assert_type(generator("a", processors=[halved], logit_bias=both), lmkit.Generation)
+    assert_type(generator(["a", "b"], processors=[[halved], None], logit_bias=[by_text, None]), list[lmkit.Generation])
+    assert_type(generator("a", bad_words=["up"], frequency_penalty=0.5), lmkit.Generation)
+    assert_type(generator("a", bad_words=[[3, 4], [5]]), lmkit.Generation)
+    assert_type(translator(["a", "b"], bad_words=[["up"], None], presence_penalty=[1.0, 2]), list[lmkit.Translation])
+
+
 def chat() -> None:
     messages = [{"role": "user", "content": "Hello!"}]
     assert_type(generator.chat(messages), lmkit.Generation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lmkit._interrupts import Flag
 
@@ -35,6 +35,7 @@ class Request:
         seed: Where the draws of a sampled row begin.
         logprobs: How many alternatives to record beside each token; None records nothing.
         lookup: Guess at next tokens from the row's own text while it runs alone.
+        processors: The caller's own, which see the row's tokens and scores last before a token is chosen.
         grammar: Begins what says which tokens the answer may have, if not all.
     """
 
@@ -49,6 +50,7 @@ class Request:
     seed: int | None = None
     logprobs: int | None = None
     lookup: bool = False
+    processors: tuple[Callable[..., Any], ...] = ()
     grammar: Callable[[], Matcher] | None = None
 
 

@@ -15,6 +15,7 @@ from lmkit.engine import Caller, Outcome, Request, Update
 from lmkit.errors import EngineError, LmkitError, OptionError, WeightsError
 from lmkit.options.generation import REPLACED, RowOptions, Sample, build_config
 from lmkit.results import Completion, EngineStats, Generation, Timing
+from lmkit.text.words import Words
 from lmkit.wrappers.base import Loaded, Wrapper, embedded_rows
 from lmkit.wrappers.scoring import Scores
 
@@ -141,6 +142,8 @@ class Writer(Wrapper[Job, ResultT]):
             # generate() fills what a config leaves open from the model's own, so it has to be gone from there.
             setattr(model.generation_config, name, None)
         self._rows = embedded_rows(model)
+        outputs = getattr(model.get_output_embeddings(), "out_features", None)
+        self._words = Words(self._codec, self._answer_ids, outputs or self._rows or len(loaded.tokenizer))
         self._start = decoder_start(model) if model.config.is_encoder_decoder else None
         self._scores = Scores(loaded.scorer(self._codec), self._codec)
         self._grammars = loaded.grammars(self._codec, self._start)
@@ -175,6 +178,8 @@ class Writer(Wrapper[Job, ResultT]):
             max_new_tokens=min(options.max_new_tokens, room),
             forced_bos_token_id=forced_bos_token_id,
             ends=ends,
+            biases=self._words.biases(options.logit_bias or {}),
+            forbidden=self._words.forbidden(options.bad_words),
         )
         sampled = isinstance(options.mode, Sample)
         stop = options.stop or tuple(self._checkpoint_config.stop_strings or ())
@@ -193,8 +198,13 @@ class Writer(Wrapper[Job, ResultT]):
             seed=options.seed if sampled else None,
             logprobs=options.logprobs,
             lookup=options.lookup,
+            processors=options.processors,
             grammar=grammar,
         )
+
+    def _answer_ids(self, text: str) -> list[int]:
+        """Return the tokens of a part of an answer."""
+        return self._codec.encode(text, special=False)
 
     def _check_rows(self, token_ids: Sequence[int]) -> None:
         """Refuse tokens of a tokenizer that has more than the model.
