@@ -45,6 +45,12 @@ class Matcher:
             del new[0]
         self._count = len(token_ids)
         self._state.consume_tokens(new)
+        self._heed()
+
+    def _heed(self) -> None:
+        """Raise an interrupt that came while llguidance asked the tokenizer: it makes an error of its own of it."""
+        if self._state.is_error() and "KeyboardInterrupt" in self._state.get_error():
+            raise KeyboardInterrupt
 
     @property
     def error(self) -> str:
@@ -66,6 +72,7 @@ class Matcher:
 
         mask = torch.zeros(self._words, dtype=torch.int32, device="cpu")
         self._state.unsafe_compute_mask_ptr(mask.data_ptr(), 4 * self._words)
+        self._heed()
         return mask.view(torch.uint8)
 
 
