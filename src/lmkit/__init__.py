@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lmkit.planning.placement import Placement
     from lmkit.planning.plan import LoadPlan
     from lmkit.planning.precision import Precision
+    from lmkit.replies.tools import call_tools
     from lmkit.results import (
         Candidate,
         Choice,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
         TextChunk,
         Timing,
         TokenLogprob,
+        ToolCall,
         Translation,
         Unmasking,
     )
@@ -75,9 +77,10 @@ _MODULES = {
     "planning.placement": "Placement",
     "planning.plan": "LoadPlan",
     "planning.precision": "Precision",
+    "replies.tools": "call_tools",
     "results": (
         "Candidate Choice Completion EngineStats Generation MaskSlot Ranking Score Segment TextChunk Timing "
-        "TokenLogprob Translation Unmasking"
+        "TokenLogprob ToolCall Translation Unmasking"
     ),
     "wrappers.generator": "Chat Generator Message",
     "wrappers.translator": "Translator",
@@ -91,9 +94,9 @@ __all__ = [
     "GenerationOptions", "Generator", "GeneratorOptions", "Greedy", "InputTooLongError", "KeyValueBytes",
     "LanguageError", "LmkitError", "LoadOptions", "LoadPlan", "MaskSlot", "Message", "MissingExtraError", "Mode",
     "ModelNotFoundError", "ModulePlan", "OptionError", "Placement", "PlacementError", "Precision", "PrecisionError",
-    "Ranking", "Sample", "Score", "Segment", "TextChunk", "Timing", "TokenLogprob", "Translation",
+    "Ranking", "Sample", "Score", "Segment", "TextChunk", "Timing", "TokenLogprob", "ToolCall", "Translation",
     "TranslationOptions", "Translator", "UnknownOptionError", "UnknownTaskError", "UnmaskOptions", "Unmasker",
-    "Unmasking", "VersionError", "WeightsError", "load", "plan",
+    "Unmasking", "VersionError", "WeightsError", "call_tools", "load", "plan",
 ]  # fmt: skip
 
 

@@ -152,7 +152,8 @@ class Chooser:
         if row.steering is None:
             # Not of to_diff_dict(), which copies all values: 2% of a translation.
             key = repr(sorted((vars(row.request.config) | {"max_new_tokens": 0, "max_length": 0}).items()))
-            row.steering = self._known.get(key) or self._new_steering(row, key)
+            known = None if row.request.processors else self._known.get(key)
+            row.steering = known or self._new_steering(row, key)
         return row.steering
 
     def _new_steering(self, row: Row, key: object) -> Steering:
@@ -166,8 +167,8 @@ class Chooser:
             forbidden = frozenset(t for name, one in named if name in FORBIDS for t in FORBIDS[name](one))
         forced = dict(FORCES[name](one) for name, one in named if name in FORCES)
         shared = self._start is not None or not ordered
-        if any(name.startswith("Encoder") for name in names):
-            key, shared = id(row), False  # these hold the row's own source
+        if row.request.processors or any(name.startswith("Encoder") for name in names):
+            key, shared = id(row), False  # these are the row's own, or hold its own source
         elif not shared:
             key = key, len(row.request.input_ids)  # some begin to count at the prompt's end
         steering = Steering(processors, key, ordered, config.do_sample, forbidden, forced)
@@ -195,6 +196,7 @@ class Chooser:
             device="cpu",
             model_kwargs={},
         )
+        processors.extend(request.processors)  # last, so that they see what the other options leave
         return processors
 
     def _steered(self, rows: Sequence[Row], logits: torch.Tensor) -> list[int | None]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lmkit._interrupts import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from transformers import GenerationConfig
 
+    from lmkit.engine.stream_text import Marks
     from lmkit.errors import LmkitError
-    from lmkit.results import Completion, Timing
+    from lmkit.results import ChunkKind, Completion, Timing
 
 OutcomeT = TypeVar("OutcomeT")
 
@@ -27,13 +28,14 @@ class Request:
         config: The row's resolved generation config; its `max_new_tokens` is the row's budget.
         copies: How many completions to draw (a beam search takes its own number from `config`).
         stop: Strings that end the row; its text is cut before them.
-        named: The names of special tokens that are in stop strings.
+        named: The names of special tokens that are in stop strings, or of all that are to be told of.
         stop_token_ids: Those of the tokens that end the row which the caller named.
         special: Whether the text has the names of special tokens.
         context: The last tokens before the row's own whose text it goes on with.
         seed: Where the draws of a sampled row begin.
         logprobs: How many alternatives to record beside each token; None records nothing.
         lookup: Guess at next tokens from the row's own text while it runs alone.
+        processors: What reshapes its scores last, given its own tokens and their scores, a row of each.
     """
 
     input_ids: tuple[int, ...]
@@ -47,14 +49,22 @@ class Request:
     seed: int | None = None
     logprobs: int | None = None
     lookup: bool = False
+    processors: tuple[Callable[..., Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """All completions of a request that ended."""
+    """All completions of a request that ended.
+
+    Attributes:
+        completions: What was written.
+        timing: What it took.
+        marks: The special tokens in each completion's text that the request has named.
+    """
 
     completions: tuple[Completion, ...]
     timing: Timing
+    marks: tuple[Marks, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +93,13 @@ class Update(Generic[OutcomeT]):
         text: New text of its first completion, if the run streams.
         outcome: What came of it, once all of it has ended.
         error: Why it failed, if it did; the others go on.
+        marks: The special tokens in the text that the request has named.
+        pieces: The text of a chat's answer, in place of `text`, and what each piece of it is.
     """
 
     index: int
     text: str = ""
     outcome: OutcomeT | None = None
     error: LmkitError | None = None
+    marks: Marks = ()
+    pieces: tuple[tuple[ChunkKind, str], ...] = ()
