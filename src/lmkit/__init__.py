@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         MissingExtraError,
         ModelNotFoundError,
         OptionError,
+        OutputError,
         PlacementError,
         PrecisionError,
         UnknownOptionError,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
         Translation,
         Unmasking,
     )
+    from lmkit.structured.outputs import Grammar, JSONSchema, OneOf, Output, Regex, schema_prompt
     from lmkit.wrappers.generator import Chat, Generator, Message
     from lmkit.wrappers.translator import Translator
     from lmkit.wrappers.unmasker import Unmasker
@@ -66,7 +68,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "errors": (
         "EngineError InputTooLongError LanguageError LmkitError MissingExtraError ModelNotFoundError OptionError "
-        "PlacementError PrecisionError UnknownOptionError UnknownTaskError VersionError "
+        "OutputError PlacementError PrecisionError UnknownOptionError UnknownTaskError VersionError "
         "WeightsError"
     ),
     "loading": "LoadOptions load plan",
@@ -82,6 +84,7 @@ _MODULES = {
         "Candidate Choice Completion EngineStats Generation MaskSlot Ranking Score Segment TextChunk Timing "
         "TokenLogprob ToolCall Translation Unmasking"
     ),
+    "structured.outputs": "Grammar JSONSchema OneOf Output Regex schema_prompt",
     "wrappers.generator": "Chat Generator Message",
     "wrappers.translator": "Translator",
     "wrappers.unmasker": "Unmasker",
@@ -91,12 +94,13 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names.s
 
 __all__ = [
     "Beam", "Candidate", "Chat", "Choice", "Completion", "EngineError", "EngineStats", "Generation",
-    "GenerationOptions", "Generator", "GeneratorOptions", "Greedy", "InputTooLongError", "KeyValueBytes",
-    "LanguageError", "LmkitError", "LoadOptions", "LoadPlan", "MaskSlot", "Message", "MissingExtraError", "Mode",
-    "ModelNotFoundError", "ModulePlan", "OptionError", "Placement", "PlacementError", "Precision", "PrecisionError",
-    "Ranking", "Sample", "Score", "Segment", "TextChunk", "Timing", "TokenLogprob", "ToolCall", "Translation",
+    "GenerationOptions", "Generator", "GeneratorOptions", "Grammar", "Greedy", "InputTooLongError", "JSONSchema",
+    "KeyValueBytes", "LanguageError", "LmkitError", "LoadOptions", "LoadPlan", "MaskSlot", "Message",
+    "MissingExtraError", "Mode", "ModelNotFoundError", "ModulePlan", "OneOf", "OptionError", "Output", "OutputError",
+    "Placement", "PlacementError", "Precision", "PrecisionError", "Ranking", "Regex", "Sample",
+    "Score", "Segment", "TextChunk", "Timing", "TokenLogprob", "ToolCall", "Translation",
     "TranslationOptions", "Translator", "UnknownOptionError", "UnknownTaskError", "UnmaskOptions", "Unmasker",
-    "Unmasking", "VersionError", "WeightsError", "call_tools", "load", "plan",
+    "Unmasking", "VersionError", "WeightsError", "call_tools", "load", "plan", "schema_prompt",
 ]  # fmt: skip
 
 

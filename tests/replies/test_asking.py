@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,8 +16,9 @@ import checkpoints
 import lmkit
 from chat_templates import TEMPLATES
 from lmkit.replies.asking import Budget, _thinks, asked, form_of
-from lmkit.replies.formats import known
+from lmkit.replies.formats import Format, known
 from lmkit.replies.scanner import Scanner
+from lmkit.structured.grammars import Grammars
 from lmkit.text.codec import Codec
 
 QUESTION = [{"role": "user", "content": "Is it warm in Ulm?"}]
@@ -273,20 +274,23 @@ def test_a_marker_of_several_tokens_is_forced_whole() -> None:
 # Grammars
 
 
-def matcher(tokenizer: Any, grammar: str, text: str) -> tuple[bool, bool]:
-    """Say whether a text's tokens fit a grammar, and whether it may end there."""
-    import llguidance
-    import llguidance.hf
+def fits(codec: Codec, form: Format, choice: str, text: str, *, thinking: bool = False) -> bool:
+    """Say whether a text, all of it and nothing but it, fits what a choice of tools holds an answer to."""
+    special = {name: number for number, name in codec.names.items()}
+    grammar = form.grammar(TOOLS, choice, special)
+    grammars = Grammars(codec, [codec.tokenizer.eos_token_id], encodes=False)
+    one = grammars.of(lmkit.Grammar(grammar), form.before(special, thinking=thinking))()
+    ids = codec.encode(text, special=False)
+    if one.fitting(ids) != ids:
+        return False
+    one.read(ids)
+    return one.complete
 
-    vocabulary = llguidance.hf.from_tokenizer(tokenizer, n_vocab=len(tokenizer))
-    one = llguidance.LLMatcher(vocabulary, grammar, log_level=0)
-    assert not one.is_error(), one.get_error()
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    fits = one.validate_tokens(ids)
-    one.consume_tokens(ids[:fits])
-    return fits == len(ids), one.is_accepting()
 
-
+CITY = {
+    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False,
+}  # fmt: skip
+TOOLS = {"weather": CITY, "time": {"type": "object", "properties": {}, "additionalProperties": False}}
 GRAMMARS = {
     "<tool_call> <think>": ("<tool_call>\n{}\n</tool_call>", "arguments"),
     "[TOOL_CALLS]": ("[TOOL_CALLS][{}]", "arguments"),
@@ -298,36 +302,24 @@ GRAMMARS = {
 @pytest.mark.parametrize("template", GRAMMARS)
 def test_a_call_can_be_held_to_a_grammar(template: str) -> None:
     """The grammar takes a call of the right names and types, after reasoning too, and nothing else."""
-    tokenizer = chat_templates.byte_level()
-    added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
-    schema = {
-        "type": "object",
-        "properties": {"city": {"type": "string"}},
-        "required": ["city"],
-        "additionalProperties": False,
-    }
-    shape, word = GRAMMARS[template]
+    codec, form, (shape, word) = Codec(chat_templates.byte_level()), known(template), GRAMMARS[template]
 
     def call(name: str, arguments: Any) -> str:
         return shape.format(json.dumps({"name": name, word: arguments}))
 
-    tools = {"weather": schema, "time": {"type": "object", "properties": {}, "additionalProperties": False}}
-    form = known(template)
     for opened in ("", "<think>", "<think>\n") if form.thoughts else ("",):
         thinking = bool(opened)
         assert _thinks(Scanner(form, opened, None)) == thinking
         before = "I wonder.\n</think>\n\n" if thinking else ""
-        grammar = form.grammar(tools, "required", added, thinking=thinking)
-        named = form.grammar(tools, "weather", added, thinking=thinking)
-        for text, fits, fits_named in [
+        for text, one, named in [
             (call("weather", {"city": "Ulm"}), True, True), (call("time", {}), True, False),
             (call("weather", {"city": 7}), False, False), (call("whether", {"city": "Ulm"}), False, False),
             (call("weather", {"city": "Ulm", "x": 1}), False, False), ("Well, " + call("time", {}), False, False),
         ]:  # fmt: skip
-            assert matcher(tokenizer, grammar, before + text) == (fits, fits)
-            assert matcher(tokenizer, named, before + text) == (fits_named, fits_named)
+            assert fits(codec, form, "required", before + text, thinking=thinking) == one
+            assert fits(codec, form, "weather", before + text, thinking=thinking) == named
         if form.thoughts and not thinking:
-            assert matcher(tokenizer, grammar, "<think>hm</think>\n\n" + call("time", {})) == (True, True)
+            assert fits(codec, form, "required", "<think>hm</think>\n\n" + call("time", {}))
 
 
 @pytest.mark.parametrize(
@@ -343,14 +335,12 @@ def test_a_call_can_be_held_to_a_grammar(template: str) -> None:
 )  # fmt: skip
 def test_a_named_call_can_be_held_to_a_grammar(template: str, text: str) -> None:
     """Formats whose name stands before the arguments have grammars as well, and what they write is read as a call."""
-    tokenizer = chat_templates.byte_level()
-    added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
-    form = known(template)
-    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "additionalProperties": False}
-    grammar = form.grammar({"weather": schema}, "required", added, thinking=False)
-    assert matcher(tokenizer, grammar, text) == (True, True)
-    assert matcher(tokenizer, grammar, text.replace("weather", "time")) == (False, False)
-    one = Scanner(form, "", {"weather": schema})
+    codec, form = Codec(chat_templates.byte_level()), known(template)
+    assert fits(codec, form, "weather", text)
+    assert fits(codec, form, "required", text)
+    assert not fits(codec, form, "weather", text.replace("weather", "time"))
+    assert not fits(codec, form, "required", text.replace("city", "town"))
+    one = Scanner(form, "", TOOLS)
     one.feed(text)
     one.finish()
     assert [(call.name, call.arguments, call.error) for call in one.calls] == [("weather", {"city": "Ulm"}, None)]
@@ -360,7 +350,44 @@ def test_calls_that_are_no_json_cannot_be_held() -> None:
     """A format whose arguments are no JSON, or none that is known, is an OptionError."""
     for template in ("<tool_call> <function=", "<|tool_call_start|>", "nothing"):
         with pytest.raises(lmkit.OptionError, match="needs a checkpoint whose calls are JSON"):
-            known(template).grammar({"f": {}}, "required", {}, thinking=False)
+            known(template).grammar(TOOLS, "required", {})
+
+
+@pytest.mark.parametrize("thinking", [True, False, 4])
+def test_a_choice_of_tools_makes_a_call(generator: Any, thinking: Any) -> None:
+    """A model with random weights writes a call of the tool that is asked for, behind its reasoning if it reasons."""
+    for seed in range(3):
+        result = generator(
+            QUESTION,
+            tools=[flip],
+            tool_choice="required",
+            thinking=thinking,
+            temperature=1.0,
+            seed=seed,
+            max_new_tokens=400,
+        )
+        if result.finish_reason == "eos":
+            (call,) = result.tool_calls
+            assert (call.name, call.error, result.content) == ("flip", None, "")
+            assert set(call.arguments) == {"side"}
+    with pytest.raises(lmkit.OptionError, match="tool_choice and output contradict"):
+        generator(QUESTION, tools=[flip], tool_choice="flip", output=int)
+
+
+def test_a_value_comes_behind_the_reasoning(generator: Any) -> None:
+    """`output=` holds for what comes behind the reasoning, and the value is made of the content."""
+    with writing(generator, "<think>7 or 8?</think>\n12") as length:
+        result = generator(QUESTION, output=lmkit.OneOf("12", "7"), max_new_tokens=length)
+    assert (result.value, result.reasoning, result.content) == ("12", "7 or 8?", "12")
+
+
+def flip(side: Literal["heads", "tails"]) -> str:
+    """Flip a coin.
+
+    Args:
+        side: Which one.
+    """
+    return side
 
 
 def test_the_names_of_reasoning_are_the_templates(generator: Any) -> None:

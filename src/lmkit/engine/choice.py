@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmkit.errors import EngineError
-from lmkit.kernels.logits import highest
+from lmkit.kernels.logits import forbidding, highest
 from lmkit.results import TokenLogprob
 
 if TYPE_CHECKING:
@@ -115,11 +115,13 @@ class Chooser:
             rows: The rows that still run.
             logits: The model's scores. *Shape:* `(rows, vocabulary)`.
         """
+        raw, logits = logits, _within(rows, logits)
         # One pass serves three questions: NaN and inf show in the maximum, and the place is the greedy choice.
         greatest, likeliest = highest(logits)
         usable = (greatest > -torch.inf).tolist()
         for place in (greatest == torch.inf).nonzero()[:, 0].tolist():
             usable[place] = bool(torch.isfinite(logits[place]).any())
+        usable = [fine and not (row.matcher and row.matcher.error) for fine, row in zip(usable, rows, strict=True)]
         best: list[int] = likeliest.tolist()
         chosen: list[int | None] = [*best]
         groups: dict[object, list[int]] = {}
@@ -139,12 +141,12 @@ class Chooser:
             step, own = len(row.token_ids) + 1, chosen[place]
             token_id = own if (forced := row.forced_end(step)) is None else forced
             if not usable[place]:
-                row.error = EngineError(NO_SCORES.format(step=step))
+                row.error = EngineError(_unusable(row, raw[place], step))
             elif token_id is None:
                 row.error = EngineError(NO_CHOICE.format(step=step))
             else:
                 count = row.request.logprobs
-                scored = None if count is None else self._logprob(row, count, token_id, logits[place])
+                scored = None if count is None else self._logprob(row, count, token_id, raw[place])
                 row.accept(token_id, scored, own)
 
     def steering(self, row: Row) -> Steering:
@@ -239,6 +241,32 @@ class Chooser:
         )
         return replace(chosen, top=tuple(others))
 
+
+def _within(rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
+    """Return the scores without those of tokens that a row's grammar does not let come next."""
+    held = [(place, row.matcher, row.token_ids) for place, row in enumerate(rows) if row.matcher is not None]
+    if not held:
+        return logits
+    for _, matcher, token_ids in held:
+        matcher.read(token_ids)
+    masks = torch.stack([matcher.allowed() for _, matcher, _ in held])
+    forbidden = forbidding(masks.to(logits.device), logits.shape[-1]).to(logits.dtype)
+    if len(held) == len(rows):
+        return logits + forbidden
+    return logits.index_add(0, torch.tensor([place for place, _, _ in held], device=logits.device), forbidden)
+
+
+def _unusable(row: Row, logits: torch.Tensor, step: int) -> str:
+    """Say why there is nothing to choose from."""
+    if row.matcher is None or not bool(torch.isfinite(logits).any()):
+        return NO_SCORES.format(step=step)
+    return NO_ANSWER.format(step=step, why=row.matcher.error or "no token fits")
+
+
+NO_ANSWER = (
+    "output= leaves no token to choose at token {step}: {why}. Ask for something simpler, or for what the vocabulary "
+    "has all characters of."
+)
 
 NO_CHOICE = (
     "the options leave no token to draw at token {step}: suppress fewer tokens, or drop one of the "

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lmkit.engine.stream_text import Marks
     from lmkit.errors import LmkitError
     from lmkit.results import ChunkKind, Completion, Timing
+    from lmkit.structured.grammars import Matcher
 
 OutcomeT = TypeVar("OutcomeT")
 
@@ -36,6 +37,7 @@ class Request:
         logprobs: How many alternatives to record beside each token; None records nothing.
         lookup: Guess at next tokens from the row's own text while it runs alone.
         processors: What reshapes its scores last, given its own tokens and their scores, a row of each.
+        grammar: Begins what says which tokens the answer may have, if not all.
     """
 
     input_ids: tuple[int, ...]
@@ -50,6 +52,7 @@ class Request:
     logprobs: int | None = None
     lookup: bool = False
     processors: tuple[Callable[..., Any], ...] = ()
+    grammar: Callable[[], Matcher] | None = None
 
 
 @dataclass(frozen=True, slots=True)

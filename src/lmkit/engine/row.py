@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lmkit.engine.stream_text import Marks
     from lmkit.engine.ticket import Ticket
     from lmkit.errors import EngineError
+    from lmkit.structured.grammars import Matcher
     from lmkit.text.codec import Codec
 
 DRAWS = 64
@@ -32,6 +33,7 @@ class Row:
         streams: Whether its text is shown while it grows.
         error: Why the row failed, if it did.
         steering: What reshapes its scores, once built.
+        matcher: What says which tokens may come next, if not all.
         shared: Whether other rows wait for what it reads first.
         anew: Whether it leaves its batch, to be read from the beginning.
         width: How many answers it follows at a time.
@@ -53,6 +55,7 @@ class Row:
         self.error: EngineError | None = None
         self._own: int | None = None
         self.steering: Steering | None = None
+        self.matcher = self._new_matcher()
         self.shared = self.anew = False
         self._kept = 0  # how many tokens were wholly accepted
         ends = request.config.eos_token_id
@@ -111,6 +114,8 @@ class Row:
         self._own = own
         if own in self._ends:
             self.finish_reason = "stop" if own in self.request.stop_token_ids else "eos"
+        elif self._complete():
+            self.finish_reason = "eos"
         elif len(self.token_ids) >= (self.request.config.max_new_tokens or 0):
             self.finish_reason = "length"
         if self.streams or self.request.stop or self.done:
@@ -122,6 +127,7 @@ class Row:
     def settle(self) -> None:
         """Undo what an interruption has cut short, so that the row can go on with the tokens it has."""
         self.anew = False
+        self.matcher = self._new_matcher()
         self._random, self._drawn = self._new_stream(), []
         if self._kept != len(self.token_ids):
             del self.token_ids[self._kept :], self.logprobs[self._kept :]
@@ -188,6 +194,23 @@ class Row:
     def timing(self) -> Timing:
         """Say what the row took; one of no time has no speed."""
         return Timing(self._last, self._first, len(self.token_ids) / self._last if self._last else 0.0)
+
+    def _new_matcher(self) -> Matcher | None:
+        return None if self.request.grammar is None else self.request.grammar()
+
+    def _complete(self) -> bool:
+        """Say whether nothing but the end fits behind the tokens."""
+        if self.matcher is None:
+            return False
+        self.matcher.read(self.token_ids)
+        return self.matcher.complete
+
+    def fitting(self, guesses: list[int]) -> list[int]:
+        """Return guesses at the next tokens, as far as the row may take them."""
+        if self.matcher is None or not guesses:
+            return guesses
+        self.matcher.read(self.token_ids)
+        return self.matcher.fitting(guesses)
 
     def _new_stream(self) -> torch.Generator | None:
         return None if self.request.seed is None else _stream_of(self.request.seed, self.copy)

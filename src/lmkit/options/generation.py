@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, Type
 from lmkit.errors import OptionError
 from lmkit.options.option import Option, checked, choice, declared, is_a, is_strings, is_whole, number, whole
 from lmkit.options.per_row import Many, PerRow
+from lmkit.structured.outputs import ACCEPTED, Output, is_output, output_of
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -125,6 +126,8 @@ class ModeOptions(TypedDict, total=False):
 class GenerationOptions(ModeOptions, total=False):
     """The options of every call that generates; each takes one value, or a list with one per row.
 
+    `output`, which is one more, stands in the signatures of calls, since it decides of which type a result's value is.
+
     The [options page](options.md#all-of-them) says what each takes and does, and what it is when left out.
     """
 
@@ -196,6 +199,16 @@ class GeneratorOptions(GenerationOptions, total=False):
     ]
 
 
+class OutputOptions(TypedDict, total=False):
+    """The option that stands in the signatures of calls."""
+
+    output: Annotated[Any, Option(ACCEPTED, "Write nothing but such an answer, and give its value", is_output)]
+
+
+class GeneratorCall(GeneratorOptions, OutputOptions, total=False):
+    """All that a call of a `Generator` takes."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowOptions:
     """The options of one row, checked and complete.
@@ -218,24 +231,26 @@ class RowOptions:
     logprobs: int | None = None
     lookup: bool = False
     truncate: Side | None = None
+    output: Output[Any] | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, object], recommended: "GenerationConfig | None" = None) -> Self:
         """Check the options of one row and choose its mode.
 
         Args:
-            given: Options of `GeneratorOptions` by name, one value each (see `split`). None is not given.
+            given: Options of `GeneratorCall` by name, one value each (see `split`). None is not given.
             recommended: The checkpoint's own generation config, for `sample=True`.
 
         Raises:
             OptionError: A value that is not accepted, or two options that contradict each other.
         """
-        options = declared(GeneratorOptions)
+        options = declared(GeneratorCall)
         known = checked(given, options)
         plain = {one.name: known[one.name] for one in fields(cls) if one.name in known}
         lists = [name for name in plain if options[name].many]
         plain |= {name: (plain[name],) if isinstance(plain[name], str) else tuple(plain[name]) for name in lists}
         plain["mode"] = _mode(known, recommended)
+        plain["output"] = output_of(known["output"]) if "output" in known else None
         return cls(**plain)
 
     def __post_init__(self) -> None:
@@ -249,8 +264,12 @@ class RowOptions:
         if isinstance(mode, Beam):
             if copies > mode.num_beams:
                 raise OptionError(f"num_return_sequences={copies} is more than num_beams={mode.num_beams} can give.")
+            if self.output is not None:
+                raise OptionError("output and num_beams contradict: a search keeps to no grammar. Draw several.")
             if self.logprobs is not None:
                 raise OptionError("logprobs and num_beams contradict: a beam has one score, `Completion.score`.")
+        if self.output is not None and self.stop:
+            raise OptionError("output and stop contradict: an answer ends where it is whole, and stop would cut it.")
         if (self.min_new_tokens or 0) > self.max_new_tokens:
             raise OptionError(
                 f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, get_origin
 
 from lmkit.errors import OptionError, UnknownOptionError, listed, nearest
 from lmkit.options.option import Option, checked
@@ -89,6 +89,8 @@ def _listed(value: Any) -> object:
     if dimensions == () and hasattr(value, "item"):
         return value.item()
     if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__getitem__"):
+        return value
+    if isinstance(value, type) or get_origin(value) is not None:  # an enumeration, list[int]
         return value
     missing = value.isna() if hasattr(value, "isna") else [False] * len(value)
     return [None if absent else _listed(item) for item, absent in zip(value, missing, strict=True)]

@@ -10,6 +10,7 @@ from lmkit.errors import OptionError, listed
 from lmkit.replies.formats import REASONING, Format, declared, known
 from lmkit.replies.scanner import Scanner
 from lmkit.replies.tools import definition, schemas
+from lmkit.structured.outputs import Grammar
 from lmkit.text.templates import chosen, parsed
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lmkit.structured.outputs import Output
     from lmkit.text.codec import Codec
     from lmkit.text.templates import Template
 
@@ -66,16 +68,20 @@ class Asked:
         closing = codec.encode("".join(self.form.thoughts[1:]), special=False)
         return (Budget(codec, scanner, closing, prompt, self.budget),)
 
-    def grammar(self, codec: Codec, scanner: Callable[[], Scanner]) -> str | None:
-        """Return the grammar that the answer has to follow, in llguidance's Lark; None if it is free.
+    def held(
+        self, codec: Codec, scanner: Callable[[], Scanner], output: Output[Any] | None
+    ) -> tuple[Output[Any] | None, str]:
+        """Return what the answer has to be, if anything, and the rule of Lark for the reasoning before it.
 
         Raises:
-            OptionError: A call is asked for, and those of this checkpoint are not JSON.
+            OptionError: A call is asked for, and those of this checkpoint are not JSON, or `output` is something else.
         """
-        if self.tool_choice == "auto":
-            return None
-        added = {str(token): number for number, token in codec.tokenizer.added_tokens_decoder.items()}
-        return self.form.grammar(self.tools or {}, self.tool_choice, added, thinking=_thinks(scanner()))
+        special = {name: number for number, name in codec.names.items()}
+        if self.tool_choice != "auto":
+            if output is not None:
+                raise OptionError("tool_choice and output contradict: an answer is a call or a value.")
+            output = Grammar(self.form.grammar(self.tools or {}, self.tool_choice, special))
+        return output, "" if output is None else self.form.before(special, thinking=_thinks(scanner()))
 
 
 def asked(codec: Codec, options: Mapping[str, Any]) -> Asked:

@@ -58,14 +58,28 @@ class Format:
     thoughts: tuple[str, str, str] | None = None
     shape: str = ""
 
-    def grammar(self, tools: Mapping[str, Any], choice: str, added: Mapping[str, int], *, thinking: bool) -> str:
-        """Write the grammar of one call in Lark, as llguidance reads it; reasoning may come before it.
+    def before(self, special: Mapping[str, int], *, thinking: bool) -> str:
+        """Write the rule `before` of Lark: reasoning, to its end if the prompt has opened it, else if there is any.
+
+        Args:
+            special: The tokenizer's special tokens, which a grammar has to name by their numbers.
+            thinking: Whether the prompt has opened the reasoning.
+        """
+        if self.thoughts is None:
+            return ""
+        opens, closes, behind = (_terms(part, special) for part in self.thoughts)
+        marked = closes.startswith("<")
+        whole = f"thought {closes if marked else ''} {behind}"
+        thought = f"thought{'' if marked else f'[suffix={closes}]'}: /(.|\\n)*/"
+        return f"before: {whole if thinking else f'({opens} {whole})?'}\n{thought}"
+
+    def grammar(self, tools: Mapping[str, Any], choice: str, special: Mapping[str, int]) -> str:
+        """Write the grammar of one call in Lark, as llguidance reads it.
 
         Args:
             tools: The schemas of the tools' arguments by name.
             choice: `"required"` for any of them, or a name.
-            added: The tokenizer's added tokens, which a grammar has to name by their numbers.
-            thinking: Whether the prompt has opened the reasoning.
+            special: As for `before`.
 
         Raises:
             OptionError: Calls of this checkpoint are not JSON, or not known.
@@ -76,19 +90,10 @@ class Format:
                 "known: leave it out, and look at the result's tool_calls."
             )
         chosen = [choice] if choice in tools else [*tools]
-        free = not thinking and self.thoughts is not None
-        opens, closes, behind = (_terms(part, added) for part in self.thoughts or ("", "", ""))
-        return "\n".join(
-            [
-                f"start: {'thoughts? ' if free else 'thoughts ' if thinking else ''}call",
-                f"thoughts: {opens if free else ''} thought {closes if closes[:1] == '<' else ''} {behind} SPACE",
-                f"thought{'' if closes[:1] == '<' else f'[suffix={closes}]' if closes else ''}: /(.|\\n)*/",
-                f"SPACE: /[ \\n]{{0,4}}/\ncall: {' | '.join(f'call{n}' for n in range(len(chosen)))}",
-                *(f"call{n}: {self._call(name, tools[name] or {}, added)}" for n, name in enumerate(chosen)),
-            ]
-        )
+        calls = [f"call{n}: {self._call(name, tools[name] or {}, special)}" for n, name in enumerate(chosen)]
+        return "\n".join([f"start: {' | '.join(f'call{n}' for n in range(len(chosen)))}", *calls])
 
-    def _call(self, name: str, schema: Mapping[str, Any], added: Mapping[str, int]) -> str:
+    def _call(self, name: str, schema: Mapping[str, Any], special: Mapping[str, int]) -> str:
         """Write the call of one tool as what a rule stands for."""
         own = {"type": "object", **{key: value for key, value in schema.items() if key != "$defs"}}
         shared = {"$defs": schema["$defs"]} if "$defs" in schema else {}
@@ -98,14 +103,14 @@ class Format:
             call = {"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False}
             filled[word] = f"%json {json.dumps(call | shared)}"
         parts = re.split(f"({'|'.join(map(re.escape, filled))})", self.shape)
-        return " ".join(filled.get(part) or _terms(part, added) for part in parts)
+        return " ".join(filled.get(part) or _terms(part, special) for part in parts)
 
 
-def _terms(text: str, added: Mapping[str, int]) -> str:
-    """Write a text with special tokens in it, which a grammar has to name by their numbers."""
-    markers = sorted((re.escape(token) for token in added if token in text), key=len, reverse=True)
+def _terms(text: str, special: Mapping[str, int]) -> str:
+    """Write a text as parts of a rule, with the numbers of special tokens in it."""
+    markers = sorted((re.escape(token) for token in special if token in text), key=len, reverse=True)
     parts = re.split(f"({'|'.join(markers)})", text) if markers else [text]
-    return " ".join(f"<[{added[part]}]>" if part in added else json.dumps(part) for part in parts if part)
+    return " ".join(f"<[{special[part]}]>" if part in special else json.dumps(part) for part in parts if part)
 
 
 class _Calls(NamedTuple):

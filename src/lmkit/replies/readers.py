@@ -98,8 +98,7 @@ def as_python(text: str, _: Mapping[str, str]) -> list[tuple[str, Any]]:
             raise ValueError("it is no call with names of arguments")
         try:
             values = {str(one.arg): ast.literal_eval(_Words().visit(one.value)) for one in call.keywords}
-            json.dumps(values)  # a set or bytes are values of Python's alone
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError("a value in it is no plain one") from error
         calls.append((ast.unparse(call.func).removesuffix(_SUFFIX), values))
     return calls

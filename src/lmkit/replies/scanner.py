@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
@@ -151,10 +152,10 @@ class Scanner:
         unread = ""
         for reader in region.readers:
             try:
-                found = reader(self._body, self._captured)
+                calls = [checked(*call, self._tools) for call in reader(self._body, self._captured)]
+                json.dumps(calls, ensure_ascii=False, allow_nan=False).encode()  # halves of characters, NaN
             except Exception as wrong:  # noqa: BLE001 - whatever a parser makes of what a model wrote
                 unread = unread or f"the call cannot be read: {str(wrong)[:200]}"
                 continue
-            calls = (checked(name, arguments, self._tools) for name, arguments in found)
             return [ToolCall(name, arguments, self._written, error or told) for name, arguments, told in calls]
         return [ToolCall("", None, self._written, error or unread)]

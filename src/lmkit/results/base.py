@@ -6,7 +6,10 @@ import dataclasses
 import html
 import math
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any
+
+from lmkit.errors import OutputError
 
 
 class Result:
@@ -16,6 +19,7 @@ class Result:
 
     def __init_subclass__(cls) -> None:
         """Open pickles of versions with fewer fields; where this is not set, a dataclass with slots sets its own."""
+        super().__init_subclass__()
         if "__setstate__" not in vars(cls):
             cls.__setstate__ = _set_state  # type: ignore[attr-defined]
 
@@ -47,13 +51,24 @@ def _plain(value: object) -> Any:
     """Turn dataclasses and tuples into dicts and lists, and floats JSON cannot write into None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: _plain(getattr(value, name)) for name in [*_names(value), *_derived(value)]}
+        return {name: _plain(_asked(value, name)) for name in [*_names(value), *_derived(value)]}
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
+    if callable(dumped := getattr(value, "model_dump", None)):  # of pydantic
+        return dumped(mode="json")
+    value = value.value if isinstance(value, Enum) else value
     return value if value is None or isinstance(value, (str, int)) else str(value)
+
+
+def _asked(value: object, name: str) -> object:
+    """Return an attribute; None for a value that there is none of."""
+    try:
+        return getattr(value, name)
+    except OutputError:
+        return None
 
 
 def _names(value: Any) -> list[str]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Generic, Literal, TypeAlias
 
+from typing_extensions import TypeVar
+
+from lmkit.errors import OutputError
 from lmkit.results.base import Result
 
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "cancelled"]
@@ -76,6 +79,9 @@ class Timing(Result):
     tokens_per_second: float
 
 
+ValueT_co = TypeVar("ValueT_co", covariant=True, default=Any)
+
+
 @dataclass(frozen=True, slots=True)
 class ToolCall(Result):
     """A call of a tool that a model has written; nothing has run it. `lmkit.call_tools` does.
@@ -95,11 +101,11 @@ class ToolCall(Result):
     @property
     def id(self) -> str:
         """Nine letters and digits that the answer to the call has as well, for templates that ask for them."""
-        return hashlib.sha256(f"{self.name} {self.arguments} {self.text}".encode()).hexdigest()[:9]
+        return hashlib.sha256(f"{self.name} {self.arguments} {self.text}".encode("utf-8", "replace")).hexdigest()[:9]
 
 
 @dataclass(frozen=True, slots=True)
-class Completion(Result):
+class Completion(Result, Generic[ValueT_co]):
     """One continuation of a prompt.
 
     Attributes:
@@ -127,6 +133,8 @@ class Completion(Result):
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     reasoning_name: str = "reasoning_content"
+    _value: Any = None
+    _unfit: str = "no output= was asked for"
 
     def __str__(self) -> str:
         """Return the text."""
@@ -146,9 +154,21 @@ class Completion(Result):
         ]
         return {**message, "tool_calls": calls} if calls else message
 
+    @property
+    def value(self) -> ValueT_co:
+        """What `output=` asked for, made of the text.
+
+        Raises:
+            OutputError: The text was cut or is no such answer, or nothing was asked for.
+        """
+        if self._unfit:
+            raise OutputError(self.text, self._unfit)
+        value: ValueT_co = self._value
+        return value
+
 
 @dataclass(frozen=True, slots=True)
-class Generation(Result):
+class Generation(Result, Generic[ValueT_co]):
     """What a prompt was continued with; the fields of its first completion can be read directly.
 
     Attributes:
@@ -161,7 +181,7 @@ class Generation(Result):
     """
 
     prompt: str
-    completions: tuple[Completion, ...]
+    completions: tuple[Completion[ValueT_co], ...]
     prompt_tokens: int
     seed: int | None
     truncated: bool
@@ -175,6 +195,15 @@ class Generation(Result):
     def text(self) -> str:
         """The first completion's text."""
         return self.completions[0].text
+
+    @property
+    def value(self) -> ValueT_co:
+        """What `output=` asked for, made of the first completion's text.
+
+        Raises:
+            OutputError: See `Completion`.
+        """
+        return self.completions[0].value
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -282,7 +311,7 @@ class Segment(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class Translation(Generation):
+class Translation(Generation[ValueT_co]):
     """What a text was translated to, or turned into by a preset.
 
     Attributes:
@@ -319,8 +348,19 @@ class TextChunk(Result):
     text: str
     index: int
     finish_reason: FinishReason | None = None
-    result: Generation | None = None
+    result: Generation[Any] | None = None
     kind: ChunkKind = "content"
+
+    @property
+    def value(self) -> Any:
+        """What `output=` asked for, on the row's last chunk.
+
+        Raises:
+            OutputError: See `Completion`; or there is more to come.
+        """
+        if self.result is None:
+            raise OutputError(self.text, "the row goes on, and the value comes with its last chunk")
+        return self.result.value
 
     def __str__(self) -> str:
         """Return the piece of text."""

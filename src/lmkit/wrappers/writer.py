@@ -14,7 +14,8 @@ from lmkit._interrupts import surely
 from lmkit.engine import Caller, Engine, Outcome, Request, Update
 from lmkit.errors import EngineError, LmkitError, OptionError, WeightsError
 from lmkit.options.generation import REPLACED, RowOptions, Sample, build_config
-from lmkit.results import EngineStats, Generation, Timing
+from lmkit.results import Completion, EngineStats, Generation, Timing
+from lmkit.structured.grammars import Grammars
 from lmkit.wrappers.base import Loaded, Wrapper, embedded_rows
 from lmkit.wrappers.scoring import Scores
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from lmkit.engine.stream_text import Marks
     from lmkit.replies.scanner import Scanner
+    from lmkit.structured.outputs import Output
 
 ResultT = TypeVar("ResultT", bound=Generation)
 
@@ -37,6 +39,7 @@ class Job:
         truncated: Whether the text was cut.
         row: Its number in the call.
         between: What stands in the answer before, between and behind what the requests give.
+        output: What the answer must be, if anything.
         scanner: What tells the parts of a chat's answer apart.
         reasoning_name: What the chat template calls the reasoning of a message.
     """
@@ -46,6 +49,7 @@ class Job:
     truncated: bool
     row: int = 0
     between: tuple[str, ...] = ("", "")
+    output: Output[Any] | None = None
     scanner: Callable[[], Scanner] | None = None
     reasoning_name: str = ""
 
@@ -146,6 +150,9 @@ class Writer(Wrapper[Job, ResultT]):
         self._rows = embedded_rows(model)
         self._start = decoder_start(model) if model.config.is_encoder_decoder else None
         self._scores = Scores(model, self._codec, own=loaded.plan.engine == "lmkit")
+        own: Any = self._checkpoint_config.eos_token_id
+        ends = [own] if isinstance(own, int) else own or ()
+        self._grammars = Grammars(self._codec, [*ends, *loaded.plan.end_token_ids], encodes=self._start is not None)
         self._engine: Engine | None = Engine(model, self._codec, loaded.plan, self._start)
 
     def close(self) -> None:
@@ -164,13 +171,14 @@ class Writer(Wrapper[Job, ResultT]):
         room: int,
         forced_bos_token_id: int | None = None,
         ends: Sequence[int] = (),
+        before: str = "",
         processors: tuple[Callable[..., Any], ...] = (),
         marked: bool = False,
     ) -> Request:
         """Make the request of a row whose answer may take at most `room` tokens.
 
-        `ends` are more that end it, `processors` reshape its scores, and where it is `marked` its special tokens are
-        told.
+        `ends` are more that end it, what may stand `before` an output is a rule of Lark, `processors` reshape its
+        scores, and where it is `marked` its special tokens are told.
         """
         self._check_rows(token_ids)
         if options.suppress_unknown and (unknown := self._codec.unknown) is not None:
@@ -186,6 +194,9 @@ class Writer(Wrapper[Job, ResultT]):
         )
         sampled = isinstance(options.mode, Sample)
         stop = options.stop or tuple(self._checkpoint_config.stop_strings or ())
+        grammar = None
+        if options.output is not None:  # a whole answer ends by itself
+            stop, grammar = (), self._grammars.of(options.output, before, config.forced_bos_token_id)
         return Request(
             input_ids=tuple(token_ids),
             config=config,
@@ -199,6 +210,7 @@ class Writer(Wrapper[Job, ResultT]):
             logprobs=options.logprobs,
             lookup=options.lookup,
             processors=processors,
+            grammar=grammar,
         )
 
     def _check_rows(self, token_ids: Sequence[int]) -> None:
@@ -260,7 +272,10 @@ class Writer(Wrapper[Job, ResultT]):
 
     def _told_of(self, parts: Parts, text: str, marks: Marks = ()) -> Update[ResultT] | None:
         if (outcomes := parts.ended) is not None:
-            return self._news_of(parts, text, marks, self._result(parts.job, outcomes, parts.timing()))
+            result = self._result(parts.job, outcomes, parts.timing())
+            if (output := parts.job.output) is not None:
+                result = replace(result, completions=tuple(answer(one, output) for one in result.completions))
+            return self._news_of(parts, text, marks, result)
         return self._news_of(parts, text, marks) if text or marks else None
 
     def _news_of(
@@ -288,6 +303,16 @@ class Writer(Wrapper[Job, ResultT]):
     @abstractmethod
     def _result(self, job: Any, outcomes: Sequence[Outcome], timing: Timing) -> ResultT:
         """Describe a row whose requests have all ended."""
+
+
+def answer(completion: Completion, output: Output[Any]) -> Completion:
+    """Give a completion its value, or the reason why it has none."""
+    if completion.finish_reason != "eos":
+        return replace(completion, _unfit=f"it was cut, with finish_reason={completion.finish_reason!r}")
+    try:
+        return replace(completion, _value=output.read(completion.content), _unfit="")
+    except ValueError as error:
+        return replace(completion, _unfit=f"it is not what output= asked for ({' '.join(str(error).split())[:500]})")
 
 
 def decoder_start(model: Any) -> int:
