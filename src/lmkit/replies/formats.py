@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from lmkit.errors import OptionError
 from lmkit.replies import readers
+from lmkit.structured.outputs import SPACE, closed_schema
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -95,8 +96,8 @@ class Format:
 
     def _call(self, name: str, schema: Mapping[str, Any], special: Mapping[str, int]) -> str:
         """Write the call of one tool as what a rule stands for."""
-        own = {"type": "object", **{key: value for key, value in schema.items() if key != "$defs"}}
-        shared = {"$defs": schema["$defs"]} if "$defs" in schema else {}
+        own = closed_schema({"type": "object", "properties": {}, **schema})
+        shared = {"$defs": own.pop("$defs", {}), "x-guidance": {"whitespace_pattern": SPACE}}
         filled = {"{name}": json.dumps(name), "{arguments}": f"%json {json.dumps(own | shared)}"}
         for word, arguments in (("{call}", "arguments"), ("{bare}", "parameters")):
             fields = {"name": {"const": name}, arguments: own}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from itertools import compress
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from lmkit.replies.tools import checked
@@ -86,11 +87,9 @@ class Scanner:
             if region is None:
                 break
             self._turn(region, found, pieces)
-        return [
-            (kind, text)
-            for kind, parts in itertools.groupby(pieces, lambda piece: piece[0])
-            if (text := "".join(part for _, part in parts))
-        ]
+        groups = itertools.groupby(pieces, itemgetter(0))
+        joined: list[tuple[ChunkKind, str]] = [(kind, "".join(text for _, text in group)) for kind, group in groups]
+        return [piece for piece in joined if piece[1]]
 
     def _search(self, *, final: bool) -> tuple[Region | None, Any, int]:
         """Find the next marker; where there is none that is certain, say how much is certain to be before it."""

@@ -177,7 +177,8 @@ def call_tools(
     Raises:
         OptionError: A function is asynchronous, or cannot be described.
     """
-    named = functions if isinstance(functions, Mapping) else {one.__name__: one for one in functions}
+    pairs = functions.items() if isinstance(functions, Mapping) else [(one.__name__, one) for one in functions]
+    named = {str(name): one for name, one in pairs}
     for name, one in named.items():
         if inspect.iscoroutinefunction(one):
             raise OptionError(f"{name} is asynchronous, and call_tools waits for nothing: pass a plain function.")
