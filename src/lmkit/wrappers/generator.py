@@ -459,6 +459,7 @@ class Generator(Writer[Generation]):
             replace(chosen, output=output),
             token_ids,
             room=room,
+            ends=ends,
             before=before,
             processors=answer.processor(self._codec, scanner, len(token_ids)),
             marked=True,
