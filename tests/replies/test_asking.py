@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from transformers.utils import get_json_schema
 
 import chat_templates
 import checkpoints
@@ -19,6 +20,7 @@ from lmkit.replies.asking import Budget, _thinks, asked, form_of
 from lmkit.replies.formats import Format, known
 from lmkit.replies.scanner import Scanner
 from lmkit.structured.grammars import Grammars
+from lmkit.testing import FakeGenerator
 from lmkit.text.codec import Codec
 
 QUESTION = [{"role": "user", "content": "Is it warm in Ulm?"}]
@@ -271,6 +273,21 @@ def test_a_marker_of_several_tokens_is_forced_whole() -> None:
     assert torch.equal(budget(torch.tensor([ids]), torch.ones(1, 5)), torch.ones(1, 5))
 
 
+def test_a_fake_calls_tools_too(generator: Any) -> None:
+    """A fake's answer to a chat has the parts that a model's has, called and streamed, by Hermes' markers."""
+    fake = FakeGenerator({QUESTION[0]["content"]: ANSWER})
+    schema = get_json_schema(weather)
+    found, expected = fake(QUESTION, tools=[schema]), answered(generator, ANSWER, tools=[schema])[0]
+    assert (found.message, found.tool_calls) == (expected.message, expected.tool_calls)
+    chunks = list(fake.stream(QUESTION, tools=[schema]))
+    assert [kind for kind, _ in itertools.groupby(chunk.kind for chunk in chunks)] == [
+        "reasoning",
+        "content",
+        "tool_call",
+    ]
+    assert lmkit.call_tools(found, [weather])[0]["content"] == '{"city": "Ulm", "degrees": [7, 7]}'
+
+
 # Grammars
 
 
@@ -397,9 +414,9 @@ def flip(side: Literal["heads", "tails"]) -> str:
 def test_the_names_of_reasoning_are_the_templates(generator: Any) -> None:
     """A message has its reasoning by the name that the chat template reads."""
     codec = Codec(generator.tokenizer)
-    assert asked(codec, {}).reasoning_name == "reasoning_content"
+    assert asked(generator._chats, codec, {}).reasoning_name == "reasoning_content"
     other = {"chat_template": "{% for m in messages %}{{ m.content }}{{ m.thinking }}{% endfor %}"}
-    assert asked(codec, {"template": other}).reasoning_name == "thinking"
+    assert asked(generator._chats, codec, {"template": other}).reasoning_name == "thinking"
 
 
 def test_a_response_template_that_is_none_is_not_asked(generator: Any) -> None:

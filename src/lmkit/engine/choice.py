@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lmkit.engine.processors import more
 from lmkit.errors import EngineError
 from lmkit.kernels.logits import forbidding, highest
 from lmkit.results import TokenLogprob
@@ -63,7 +64,7 @@ class Steering:
     """What reshapes a row's scores.
 
     Attributes:
-        processors: transformers' own, in its order.
+        processors: transformers' own, in its order, lmkit's among them, and the caller's behind them.
         key: What rows have in common that may go through one of their processors together.
         ordered: Whether they must have equally many tokens for that.
         sampled: Whether the token is drawn.
@@ -143,7 +144,7 @@ class Chooser:
             if not usable[place]:
                 row.error = EngineError(_unusable(row, raw[place], step))
             elif token_id is None:
-                row.error = EngineError(NO_CHOICE.format(step=step))
+                row.error = row.error or EngineError(NO_CHOICE.format(step=step))
             else:
                 count = row.request.logprobs
                 scored = None if count is None else self._logprob(row, count, token_id, raw[place])
@@ -170,7 +171,7 @@ class Chooser:
         forced = dict(FORCES[name](one) for name, one in named if name in FORCES)
         shared = self._start is not None or not ordered
         if row.request.processors or any(name.startswith("Encoder") for name in names):
-            key, shared = id(row), False  # these are the row's own, or hold its own source
+            key, shared = id(row), False  # these hold the row's own source, or are asked for one row at a time
         elif not shared:
             key = key, len(row.request.input_ids)  # some begin to count at the prompt's end
         steering = Steering(processors, key, ordered, config.do_sample, forbidden, forced)
@@ -191,14 +192,17 @@ class Chooser:
         config.forced_eos_token_id = None
         model._prepare_special_tokens(config, True, device="cpu", batch_size=1)  # noqa: SLF001, FBT003
         source = torch.tensor([request.input_ids], device="cpu")
+        start = 1 if model.config.is_encoder_decoder else len(request.input_ids)
+        penalties, own = more(row, start)
         processors: LogitsProcessorList = model._get_logits_processor(  # noqa: SLF001 - the only builder there is
             generation_config=config,
-            input_ids_seq_length=1 if model.config.is_encoder_decoder else len(request.input_ids),
+            input_ids_seq_length=start,
             encoder_input_ids=source,
+            logits_processor=penalties,  # which come before temperature and what cuts off
             device="cpu",
             model_kwargs={},
         )
-        processors.extend(request.processors)  # last, so that they see what the other options leave
+        processors += own
         return processors
 
     def _steered(self, rows: Sequence[Row], logits: torch.Tensor) -> list[int | None]:

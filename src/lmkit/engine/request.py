@@ -36,7 +36,7 @@ class Request:
         seed: Where the draws of a sampled row begin.
         logprobs: How many alternatives to record beside each token; None records nothing.
         lookup: Guess at next tokens from the row's own text while it runs alone.
-        processors: What reshapes its scores last, given its own tokens and their scores, a row of each.
+        processors: The caller's own, which see the row's tokens and scores last before a token is chosen.
         grammar: Begins what says which tokens the answer may have, if not all.
     """
 
@@ -106,3 +106,31 @@ class Update(Generic[OutcomeT]):
     error: LmkitError | None = None
     marks: Marks = ()
     pieces: tuple[tuple[ChunkKind, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Tokens of which the last ones are scored.
+
+    Attributes:
+        token_ids: What the decoder reads, but for the last one, which is only scored.
+        start: The first token that is scored, at least 1.
+        source: What the encoder reads, if there is one.
+    """
+
+    token_ids: tuple[int, ...]
+    start: int
+    source: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a model finds of the scored tokens of a reading.
+
+    Attributes:
+        logprobs: The natural logarithm of the probability of each.
+        greedy: Whether each is the likeliest in its place.
+    """
+
+    logprobs: tuple[float, ...]
+    greedy: bool

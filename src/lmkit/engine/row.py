@@ -6,12 +6,12 @@ import hashlib
 import time
 from typing import TYPE_CHECKING
 
-import torch
-
 from lmkit.engine.stream_text import TextFeed
 from lmkit.results import Completion, FinishReason, Timing, TokenLogprob
 
 if TYPE_CHECKING:
+    import torch
+
     from lmkit.engine.choice import Steering
     from lmkit.engine.request import Request
     from lmkit.engine.stream_text import Marks
@@ -63,7 +63,7 @@ class Row:
         self._codec = codec
         self._feed = self._new_feed()
         self.streams = ticket.stream and copy == 0
-        self._random = self._new_stream()
+        self._random: torch.Generator | None = None
         self._drawn: list[float] = []
         self._started = self._first = self._last = 0.0
 
@@ -93,8 +93,10 @@ class Row:
 
     def uniform(self) -> float:
         """Return the number of the row's own stream that belongs to its next token, in [0, 1)."""
-        assert self._random is not None  # noqa: S101 - only sampled rows draw, and those have a seed
         while len(self._drawn) <= len(self.token_ids):
+            import torch
+
+            self._random = self._random or _stream_of(self.request.seed, self.copy)
             self._drawn += torch.rand(DRAWS, generator=self._random, dtype=torch.float64, device="cpu").tolist()
         return self._drawn[len(self.token_ids)]
 
@@ -128,7 +130,7 @@ class Row:
         """Undo what an interruption has cut short, so that the row can go on with the tokens it has."""
         self.anew = False
         self.matcher = self._new_matcher()
-        self._random, self._drawn = self._new_stream(), []
+        self._random, self._drawn = None, []
         if self._kept != len(self.token_ids):
             del self.token_ids[self._kept :], self.logprobs[self._kept :]
             self.finish_reason = None
@@ -212,9 +214,6 @@ class Row:
         self.matcher.read(self.token_ids)
         return self.matcher.fitting(guesses)
 
-    def _new_stream(self) -> torch.Generator | None:
-        return None if self.request.seed is None else _stream_of(self.request.seed, self.copy)
-
     def _new_feed(self) -> TextFeed:
         ask = self.request
         return TextFeed(self._codec, ask.stop, context=ask.context, named=ask.named, special=ask.special)
@@ -226,7 +225,9 @@ class Row:
         return self._codec.token(last)
 
 
-def _stream_of(seed: int, copy: int) -> torch.Generator:
+def _stream_of(seed: int | None, copy: int) -> torch.Generator:
     """Begin the stream of draws that belongs to this seed and completion alone."""
+    import torch
+
     digest = hashlib.sha256(f"{seed}:{copy}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

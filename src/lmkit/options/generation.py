@@ -8,12 +8,12 @@ A mode of decoding is a frozen dataclass of its own, so that a contradiction can
 # Annotations are not postponed here: those of the options are read.
 import copy
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, TypedDict, get_args
 
 from lmkit.errors import OptionError
-from lmkit.options.option import Option, checked, choice, declared, is_a, is_strings, is_whole, number, whole
+from lmkit.options.option import LARGEST, Option, checked, choice, declared, is_a, is_strings, is_whole, number, whole
 from lmkit.options.per_row import Many, PerRow
 from lmkit.structured.outputs import ACCEPTED, Output, is_output, output_of
 
@@ -79,6 +79,11 @@ class Beam:
 
 Mode: TypeAlias = Greedy | Sample | Beam
 Side: TypeAlias = Literal["left", "right"]
+Biases: TypeAlias = Mapping[int, float] | Mapping[str, float] | Mapping[int | str, float]
+"""Numbers that are added to the scores of tokens, which are ids or texts of one token."""
+
+Processor: TypeAlias = Callable[[Any, Any], Any]
+"""A `LogitsProcessor` of transformers, or any callable: a row's token ids and scores to other scores."""
 
 
 def _token_ids(value: object) -> bool:
@@ -91,6 +96,22 @@ def _tools(value: object) -> bool:
 
 def _thinking(value: object) -> bool:
     return isinstance(value, bool) or is_whole(0)(value)
+
+
+def _words(value: object) -> bool:
+    items = [value] if isinstance(value, str) else value
+    return isinstance(items, Sequence) and all(one and (isinstance(one, str) or _token_ids(one)) for one in items)
+
+
+def _biases(value: object) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    tokens = all((isinstance(one, str) and one) or is_whole(0)(one) for one in value)
+    return tokens and all(map(number(-LARGEST, "").test, value.values()))
+
+
+def _callables(value: object) -> bool:
+    return isinstance(value, Sequence) and all(map(callable, value))
 
 
 def _check(mode: Sample | Beam) -> None:
@@ -153,6 +174,20 @@ class GenerationOptions(ModeOptions, total=False):
     no_repeat_ngram_size: Annotated[
         PerRow[int], whole(0, "No sequence of as many tokens twice", "the checkpoint's", note=", where 0 is off")
     ]
+    frequency_penalty: Annotated[
+        PerRow[float], number(-2, "Take this from a token's score for each time the answer has it", "0", high=2)
+    ]
+    presence_penalty: Annotated[
+        PerRow[float], number(-2, "Take this from the scores of tokens that the answer has", "0", high=2)
+    ]
+    logit_bias: Annotated[
+        PerRow[Biases],
+        Option("a dict from token ids, or texts of one token, to numbers", "Add this to scores of tokens", _biases),
+    ]
+    bad_words: Annotated[
+        str | Many[str | Sequence[int]],
+        Option("a text or a list, of texts or lists of token ids", "Words never to write", _words, many=True),
+    ]
     suppress_tokens: Annotated[
         Many[int], Option("a list of token ids", "Tokens never to choose", _token_ids, "the checkpoint's", many=True)
     ]
@@ -168,6 +203,10 @@ class GenerationOptions(ModeOptions, total=False):
     ]
     skip_special_tokens: Annotated[PerRow[bool], choice((True, False), "Leave special tokens out of the text", "True")]
     logprobs: Annotated[PerRow[int], whole(0, "Record log-probabilities: of each token, and of this many likeliest")]
+    processors: Annotated[
+        Many[Processor],
+        Option("a list of callables", "Let these change scores last, before a token is chosen", _callables, many=True),
+    ]
     truncate: Annotated[PerRow[Side], choice(get_args(Side), "Cut a text that is too long there, instead of an error")]
 
 
@@ -222,6 +261,10 @@ class RowOptions:
     num_return_sequences: int = 1
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Biases | None = None
+    bad_words: tuple[str | Sequence[int], ...] = ()
     suppress_tokens: tuple[int, ...] | None = None
     suppress_unknown: bool = False
     stop: tuple[str, ...] = ()
@@ -230,6 +273,7 @@ class RowOptions:
     seed: int | None = None
     logprobs: int | None = None
     lookup: bool = False
+    processors: tuple[Processor, ...] = ()
     truncate: Side | None = None
     output: Output[Any] | None = None
 
@@ -290,6 +334,8 @@ def build_config(
     max_new_tokens: int,
     forced_bos_token_id: int | None = None,
     ends: Sequence[int] = (),
+    biases: Mapping[int, float] | None = None,
+    forbidden: Sequence[list[int]] = (),
 ) -> "GenerationConfig":
     """Make the `GenerationConfig` of one row; `checkpoint` is copied, never changed.
 
@@ -303,6 +349,8 @@ def build_config(
         max_new_tokens: The row's budget, after what the context leaves.
         forced_bos_token_id: The token a translation must begin with, for families that want one.
         ends: Tokens that end this row beside the checkpoint's own.
+        biases: What is added to the scores of which tokens, beside the checkpoint's own.
+        forbidden: Sequences of tokens that are never completed, beside the checkpoint's own.
     """
     config = copy.copy(checkpoint)  # attributes are replaced below, and no list in one is written to
     mode = options.mode
@@ -319,6 +367,9 @@ def build_config(
         "num_return_sequences": options.num_return_sequences if beam else 1,
         "max_new_tokens": max_new_tokens,
         "max_length": prefix_tokens + max_new_tokens,
+        # Not transformers' own, which leaves them alone: see `engine.processors`.
+        "frequency_penalty": float(options.frequency_penalty),
+        "presence_penalty": float(options.presence_penalty),
     }
     asked = {
         "length_penalty": beam and beam.length_penalty and float(beam.length_penalty),
@@ -329,6 +380,8 @@ def build_config(
         "min_new_tokens": options.min_new_tokens,
         "min_length": None if options.min_new_tokens is None else prefix_tokens + options.min_new_tokens,
         "forced_bos_token_id": forced_bos_token_id,
+        "sequence_bias": _biased(config.sequence_bias, biases) if biases else None,
+        "bad_words_ids": [*(config.bad_words_ids or ()), *forbidden] if forbidden else None,
     }
     changes |= {name: value for name, value in asked.items() if value is not None}
     for name, value in changes.items():
@@ -338,6 +391,13 @@ def build_config(
         before = own if isinstance(own, list) else [] if own is None else [own]
         config.eos_token_id = list(dict.fromkeys([*before, *more]))
     return config
+
+
+def _biased(own: Any, biases: Mapping[int, float]) -> list[list[Any]]:
+    """Join the biases of a checkpoint, of which transformers takes two forms, with those of tokens, which win."""
+    pairs = own.items() if isinstance(own, Mapping) else own or ()
+    joined = {tuple(ids): bias for ids, bias in pairs} | {(one,): bias for one, bias in biases.items()}
+    return [[list(ids), bias] for ids, bias in joined.items()]
 
 
 REPLACED = (

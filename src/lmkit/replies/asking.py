@@ -11,7 +11,6 @@ from lmkit.replies.formats import REASONING, Format, declared, known
 from lmkit.replies.scanner import Scanner
 from lmkit.replies.tools import definition, schemas
 from lmkit.structured.outputs import Grammar
-from lmkit.text.templates import chosen, parsed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from lmkit.structured.outputs import Output
+    from lmkit.text.chats import Chats
     from lmkit.text.codec import Codec
     from lmkit.text.templates import Template
 
@@ -50,15 +50,7 @@ class Asked:
     reasoning_name: str
 
     def scanner(self, prompt: str, begun: str = "") -> Callable[[], Scanner]:
-        """Return what reads answers to a prompt, behind what the last message has `begun`.
-
-        Raises:
-            OptionError: The template has written no tools.
-        """
-        if missing := [name for name in self.tools or () if name not in prompt]:
-            raise OptionError(
-                f"this checkpoint's chat template writes no tools, such as {missing[0]!r}: it knows none."
-            )
+        """Return what reads answers to a prompt, behind what the last message has `begun`."""
         return partial(Scanner, self.form, opening(self.form, prompt, begun), self.tools)
 
     def processor(self, codec: Codec, scanner: Callable[[], Scanner], prompt: int) -> tuple[Budget, ...]:
@@ -84,8 +76,8 @@ class Asked:
         return output, "" if output is None else self.form.before(special, thinking=_thinks(scanner()))
 
 
-def asked(codec: Codec, options: Mapping[str, Any]) -> Asked:
-    """Read the options of a chat.
+def asked(chats: Chats, codec: Codec, options: Mapping[str, Any]) -> Asked:
+    """Read the options of a chat that `chats` writes.
 
     Raises:
         OptionError: They contradict each other, or the checkpoint's template does not read what they ask for.
@@ -103,7 +95,7 @@ def asked(codec: Codec, options: Mapping[str, Any]) -> Asked:
             f"tool_choice={choice!r} is not accepted: it takes 'auto', 'required' or the name of a tool in tools=, "
             f"which has {listed(tools or ()) or 'none'}."
         )
-    template = parsed(chosen(codec.tokenizer, values))
+    template = chats.template(values)
     form = form_of(codec, template.source)
     budget = _thinking(options.get("thinking"), values, template, form)
     name = next((name for name in REASONING if name in template.names), REASONING[0])

@@ -7,13 +7,15 @@ import html
 import math
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from functools import cache
+from types import NoneType
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
-from lmkit.errors import OutputError
+from lmkit.errors import OptionError, OutputError, listed
 
 
 class Result:
-    """What all results share: `to_dict` and the notebook's picture."""
+    """What all results share: `to_dict`, `from_dict` and the notebook's picture."""
 
     __slots__ = ()
 
@@ -27,6 +29,35 @@ class Result:
         """Return the result as plain JSON types; a float that JSON cannot write becomes None."""
         plain: dict[str, Any] = _plain(self)
         return plain
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Make a result again of what `to_dict` returned, also after it was written to JSON.
+
+        What can be computed is computed again, and a field that is missing has its default. A float that JSON could not
+        write, which is None, comes back as NaN. A dict with all fields of a subclass, as a `Translation`'s in the place
+        of a `Generation`, becomes one.
+
+        Raises:
+            OptionError: A key is no field, or a field without a default is missing.
+        """
+        if not isinstance(data, Mapping):
+            raise OptionError(f"{cls.__name__}.from_dict takes what to_dict returned, not {data!r}.")
+        # The newest first: a dataclass with slots leaves the class behind that it was made of.
+        for kind in reversed(cls.__subclasses__()):
+            if data.keys() >= {*_names(kind)}:
+                return kind.from_dict(data)
+        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # it is one
+        needed = {name for name, field in fields.items() if field.default is field.default_factory}
+        unknown, missing = data.keys() - fields.keys() - {*_derived(cls)}, needed - data.keys()
+        for wrong, told in ((unknown, "does not know"), (missing, "also needs")):
+            if wrong:
+                raise OptionError(
+                    f"{cls.__name__}.from_dict {told} {listed(sorted(wrong))}. Its fields are: {listed(fields)}."
+                )
+        hints = _hints(cls)  # type: ignore[arg-type]  # a class can be hashed
+        given = {name: name.lstrip("_") for name in fields}  # what a property shows is kept behind it
+        return cls(**{name: _typed(hints[name], data[key]) for name, key in given.items() if key in data})
 
     def _repr_html_(self) -> str:
         """Draw the result as a table for a notebook, every cell escaped."""
@@ -54,7 +85,7 @@ def _plain(value: object) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: _plain(_asked(value, name)) for name in [*_names(value), *_derived(value)]}
+        return {name: _plain(_asked(value, name)) for name in [*_names(value), *_derived(type(value))]}
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if callable(dumped := getattr(value, "model_dump", None)):  # of pydantic
@@ -71,14 +102,31 @@ def _asked(value: object, name: str) -> object:
         return None
 
 
+_hints = cache(get_type_hints)
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """Turn what `_plain` made of a value back into what a field's annotation says."""
+    parts = get_args(hint)
+    if get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        each = parts[:1] * len(value) if parts[1:] == (...,) else parts
+        return tuple(map(_typed, each, value))
+    kind = get_origin(hint) or hint
+    if isinstance(value, Mapping) and isinstance(kind, type) and issubclass(kind, Result):
+        return kind.from_dict(value)
+    if value is not None and NoneType in parts:
+        return _typed(next(part for part in parts if part is not NoneType), value)
+    return math.nan if value is None and hint is float else value
+
+
 def _names(value: Any) -> list[str]:
     """Name the fields that are shown."""
     return [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
 
 
-def _derived(value: object) -> list[str]:
-    """Name the properties of a result, which its JSON carries as well."""
-    return [name for name in dir(type(value)) if isinstance(getattr(type(value), name), property)]
+def _derived(kind: type) -> list[str]:
+    """Name the properties of a class of results, which its JSON carries as well."""
+    return [name for name in dir(kind) if isinstance(getattr(kind, name), property)]
 
 
 def _cell(value: object) -> str:

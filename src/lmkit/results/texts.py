@@ -134,7 +134,7 @@ class Completion(Result, Generic[ValueT_co]):
     tool_calls: tuple[ToolCall, ...] = ()
     reasoning_name: str = "reasoning_content"
     _value: Any = None
-    _unfit: str = "no output= was asked for"
+    _value_error: str | None = "no output= was asked for"
 
     def __str__(self) -> str:
         """Return the text."""
@@ -161,10 +161,15 @@ class Completion(Result, Generic[ValueT_co]):
         Raises:
             OutputError: The text was cut or is no such answer, or nothing was asked for.
         """
-        if self._unfit:
-            raise OutputError(self.text, self._unfit)
+        if self._value_error is not None:
+            raise OutputError(self.text, self._value_error)
         value: ValueT_co = self._value
         return value
+
+    @property
+    def value_error(self) -> str | None:
+        """Why there is no value; None where there is one."""
+        return self._value_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +209,11 @@ class Generation(Result, Generic[ValueT_co]):
             OutputError: See `Completion`.
         """
         return self.completions[0].value
+
+    @property
+    def value_error(self) -> str | None:
+        """Why the first completion has no value; None where it has one."""
+        return self.completions[0].value_error
 
     @property
     def token_ids(self) -> tuple[int, ...]:

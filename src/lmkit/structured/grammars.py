@@ -45,6 +45,12 @@ class Matcher:
             del new[0]
         self._count = len(token_ids)
         self._state.consume_tokens(new)
+        self._heed()
+
+    def _heed(self) -> None:
+        """Raise an interrupt that came while llguidance asked the tokenizer: it makes an error of its own of it."""
+        if self._state.is_error() and "KeyboardInterrupt" in self._state.get_error():
+            raise KeyboardInterrupt
 
     @property
     def error(self) -> str:
@@ -66,6 +72,7 @@ class Matcher:
 
         mask = torch.zeros(self._words, dtype=torch.int32, device="cpu")
         self._state.unsafe_compute_mask_ptr(mask.data_ptr(), 4 * self._words)
+        self._heed()
         return mask.view(torch.uint8)
 
 
@@ -94,8 +101,12 @@ class Grammars:
         return partial(Matcher, self._compiled(output, before), -(-self._tokens.vocab_size // 32), forced)
 
     @cached_property
+    def _spelled(self) -> _Spelled:
+        return _Spelled(self._codec, self._ends)
+
+    @cached_property
     def _tokens(self) -> Any:
-        return _tokenizer(self._codec, self._ends)
+        return _tokenizer(self._spelled)
 
     def _compile(self, output: Output[Any], before: str) -> Any:
         spaces = SPACES if output.spaced or before else "" if not self._encodes else " ?"
@@ -104,7 +115,8 @@ class Grammars:
         compiled = library().LLMatcher(self._tokens, json.dumps({"grammars": grammars}), log_level=0)
         if error := compiled.get_error():
             raise OptionError(_refused(output, error))
-        if not any(compiled.compute_bitmask()):
+        mask = compiled.compute_bitmask()
+        if not any(mask[n // 8] >> n % 8 & 1 and token.strip() for n, token in enumerate(self._spelled.tokens)):
             raise OptionError(
                 f"output={output!r:.80}: no token of this checkpoint's vocabulary can begin such an answer."
             )
@@ -112,30 +124,49 @@ class Grammars:
 
 
 def _refused(output: Output[Any], error: str) -> str:
-    told = " ".join(error.split())[:300]
+    told = " ".join(error.partition(" Enable ")[0].split())[:300]  # behind that come options of llguidance's own
     hint = " Leave it out, or pass a Python type: pydantic checks it." if isinstance(output, JSONSchema) else ""
     return f"output={output!r:.80} cannot be held to: {told}.{hint}"
 
 
 class _Spelled:
-    """What llguidance asks of a tokenizer."""
+    """What llguidance asks of a tokenizer.
 
-    def __init__(self, codec: Codec, ends: Sequence[int]) -> None:
+    Where a grammar leaves only one way to go on, it lets the tokens come that the tokenizer makes of that text, not all
+    of which the text can be put together.
+    """
+
+    def __init__(self, codec: Codec, ends: list[int]) -> None:
+        if not ends:
+            raise OptionError("output= needs a token that ends a text, and this checkpoint has none: leave it out.")
         self.tokens, self.special_token_ids = spelled(codec)
         self.bos_token_id = codec.tokenizer.bos_token_id
-        self.eos_token_id = ends[0]
+        self.eos_token_id, self.ends = ends[0], ends
         self._codec = codec
+        self._numbers = {token: number for number, token in enumerate(self.tokens)}
+        self._longest = max(map(len, self.tokens))
 
     def __call__(self, text: str) -> list[int]:
-        return self._codec.encode(text, special=False)
+        """Return the tokens of a part of a text, whose bytes they have to be."""
+        token_ids = self._codec.encode(text, special=False)
+        whole = b"".join(self.tokens[token_id] for token_id in token_ids) == text.encode()
+        return token_ids if whole else self._greedy(text.encode())  # sentencepiece puts a space before what it is given
+
+    def _greedy(self, text: bytes) -> list[int]:
+        found: list[int] = []
+        while text:
+            sizes = range(min(self._longest, len(text)), 0, -1)
+            size = next((size for size in sizes if text[:size] in self._numbers), 0)
+            if not size:
+                break  # the vocabulary lacks it
+            found.append(self._numbers[text[:size]])
+            text = text[size:]
+        return found
 
 
-def _tokenizer(codec: Codec, ends: Sequence[int]) -> Any:
-    if not ends:
-        raise OptionError("output= needs a token that ends a text, and this checkpoint has none: leave it out.")
-    wrapped = library().TokenizerWrapper(_Spelled(codec, ends))
+def _tokenizer(spelled: _Spelled) -> Any:
     try:
-        return library().LLTokenizer(wrapped, eos_token=list(ends))
+        return library().LLTokenizer(library().TokenizerWrapper(spelled), eos_token=spelled.ends)
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust; it is not public
             raise

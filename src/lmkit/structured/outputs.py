@@ -121,7 +121,7 @@ class JSONSchema(Output[Any]):
         OptionError: It is no schema.
     """
 
-    schema: Mapping[str, Any] | bool | str
+    schema: Mapping[str, Any] | str
     spaced = True
 
     def __post_init__(self) -> None:
@@ -130,7 +130,7 @@ class JSONSchema(Output[Any]):
             known = json.loads(self._text)
         except (TypeError, ValueError, RecursionError) as error:
             raise OptionError(f"JSONSchema takes a dict or its JSON, and this is none: {error!s:.200}") from error
-        if not isinstance(known, (dict, bool)):
+        if not isinstance(known, dict):
             raise OptionError(f"JSONSchema({self.schema!r:.60}) is not accepted: pass a dict or its JSON.")
 
     @property

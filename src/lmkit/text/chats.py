@@ -42,6 +42,10 @@ class Chats:
         self._codec = codec
         self._control: dict[tuple[str, int], dict[int, str]] = {}
 
+    def template(self, given: Mapping[str, Any]) -> Template:
+        """Return the template that a chat is written with; see `template_of`."""
+        return template_of(self._codec, given)
+
     def encode(
         self, messages: Sequence[Mapping[str, Any]], template: Mapping[str, Any], *, continued: bool = False
     ) -> tuple[str, list[int]]:
@@ -54,16 +58,31 @@ class Chats:
             OptionError: The checkpoint has no template, the template refuses the chat or does not read what it is
                 given, or something in a message would be a control token however it is encoded.
         """
-        if continued and messages[-1]["role"] in sorted(ROLES - {"assistant", "model"}):
-            raise OptionError(
-                f"continue_final_message=True goes on with the assistant's last message, and the last one is the "
-                f"{messages[-1]['role']}'s: append {{'role': 'assistant', 'content': 'what it begins with'}}."
-            )
+        if continued:
+            check_last(messages[-1])
         chat = _Chat(self._codec, messages, template, continued=continued)
         key = chat.template.source, len(self._codec.tokenizer)
         if key not in self._control:
             self._control[key] = control_tokens(self._codec, chat.template)
         return chat.text, _Guard(self._codec, chat, self._control[key]).token_ids()
+
+
+def check_last(message: Mapping[str, Any]) -> None:
+    """Refuse to go on with a chat's last message that is not the assistant's."""
+    if message["role"] in sorted(ROLES - {"assistant", "model"}):
+        raise OptionError(
+            f"continue_final_message=True goes on with the assistant's last message, and the last one is the "
+            f"{message['role']}'s: append {{'role': 'assistant', 'content': 'what it begins with'}}."
+        )
+
+
+def template_of(codec: Codec, given: Mapping[str, Any]) -> Template:
+    """Return the template that a chat is written with, by what it is given.
+
+    Raises:
+        OptionError: There is none, or it is none.
+    """
+    return _told(lambda: parsed(chosen(codec.tokenizer, given)))
 
 
 def control_tokens(codec: Codec, template: Template) -> dict[int, str]:
@@ -90,7 +109,7 @@ class _Chat:
     ) -> None:
         self._codec = codec
         self._continued = continued
-        self.template = _told(lambda: parsed(chosen(codec.tokenizer, given)))
+        self.template = template_of(codec, given)
         self.template.check(given, messages)
         self._messages = len(messages)
         values = {name: value for name, value in given.items() if name != "chat_template"}
@@ -103,6 +122,14 @@ class _Chat:
         self._meter = Meter(sum(len(text) + 8 for _, text in self.said))
         self.text = checked(_told(lambda: self._render([text for _, text in self.said])), "the chat")
         self._check_contents(messages)
+        self._check_tools(values.get("tools"))
+
+    def _check_tools(self, tools: Any) -> None:
+        """Refuse tools that the template reads, and does not write."""
+        for tool in tools if isinstance(tools, list) else ():
+            inner = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+            if isinstance(name := inner.get("name"), str) and name not in self.text:
+                raise OptionError(f"this checkpoint's chat template writes no tools, such as {name!r}: it knows none.")
 
     def _listen(self) -> None:
         def note(text: str) -> str:

@@ -433,7 +433,7 @@ class Generator(Writer[Generation]):
         chosen = self._options(options)
         chat = not isinstance(given, str) and ids_of(given, self._vocabulary, row) is None
         given = chat_of(given, row) if chat else given
-        answer = asked(self._codec, options) if chat else None
+        answer = asked(self._chats, self._codec, options) if chat else None
         prompt, token_ids, around = self._prompt(given, options | ({"template": answer.values} if answer else {}), row)
         if chosen.truncate is not None and around is None:
             raise OptionError(

@@ -204,6 +204,11 @@ class Translator(Writer[Translation]):
         handling(options)
         self._told(None, options)
 
+    def _answer_ids(self, text: str) -> list[int]:
+        if self._languages.scheme == "codes":
+            return super()._answer_ids(text)
+        return self._codec.encode_target(text, special=False)
+
     def _told(self, given: str | None, options: dict[str, Any]) -> tuple[Prepared, RowOptions]:
         """Write a text as the family wants it, and check the options beside the languages; None only checks."""
         prepared = self._languages.prepare(given, **{name: options.pop(name, None) for name in declared(PairOptions)})
