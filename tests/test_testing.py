@@ -128,7 +128,7 @@ def test_only_the_assistants_message_is_continued_as_in_the_real_one() -> None:
     """Going on with a user's message raises what a loaded model raises."""
     chat = [{"role": "user", "content": "Hello"}]
     with pytest.raises(lmkit.OptionError) as real:
-        wrapper("llama").chat(chat, continue_final_message=True)
+        wrapper("qwen3").chat(chat, continue_final_message=True)
     with pytest.raises(lmkit.OptionError) as fake:
         greeting().chat(chat, continue_final_message=True)
     assert str(fake.value) == str(real.value)

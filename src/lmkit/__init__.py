@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lmkit.planning.placement import Placement
     from lmkit.planning.plan import LoadPlan
     from lmkit.planning.precision import Precision
+    from lmkit.replies.tools import call_tools
     from lmkit.results import (
         Candidate,
         Choice,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
         TextChunk,
         Timing,
         TokenLogprob,
+        ToolCall,
         Translation,
         Unmasking,
     )
@@ -77,9 +79,10 @@ _MODULES = {
     "planning.placement": "Placement",
     "planning.plan": "LoadPlan",
     "planning.precision": "Precision",
+    "replies.tools": "call_tools",
     "results": (
         "Candidate Choice Completion EngineStats Generation MaskSlot Ranking Score Segment TextChunk Timing "
-        "TokenLogprob Translation Unmasking"
+        "TokenLogprob ToolCall Translation Unmasking"
     ),
     "structured.outputs": "Grammar JSONSchema OneOf Output Regex schema_prompt",
     "wrappers.generator": "Chat Generator Message",
@@ -95,9 +98,9 @@ __all__ = [
     "KeyValueBytes", "LanguageError", "LmkitError", "LoadOptions", "LoadPlan", "MaskSlot", "Message",
     "MissingExtraError", "Mode", "ModelNotFoundError", "ModulePlan", "OneOf", "OptionError", "Output", "OutputError",
     "Placement", "PlacementError", "Precision", "PrecisionError", "Ranking", "Regex", "Sample",
-    "Score", "Segment", "TextChunk", "Timing", "TokenLogprob", "Translation",
+    "Score", "Segment", "TextChunk", "Timing", "TokenLogprob", "ToolCall", "Translation",
     "TranslationOptions", "Translator", "UnknownOptionError", "UnknownTaskError", "UnmaskOptions", "Unmasker",
-    "Unmasking", "VersionError", "WeightsError", "load", "plan", "schema_prompt",
+    "Unmasking", "VersionError", "WeightsError", "call_tools", "load", "plan", "schema_prompt",
 ]  # fmt: skip
 
 

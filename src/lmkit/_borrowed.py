@@ -114,6 +114,16 @@ BORROWED: Final = tuple(
         ("transformers.modeling_gguf_pytorch_utils:tqdm", "checkpoint.gguf", "GGUF files cannot be loaded"),
         ("transformers.utils.chat_template_utils:_compile_jinja_template", "text.sandbox", "no chats"),
         ("transformers.utils.chat_template_utils:render_jinja_template", "text.sandbox", "no chats"),
+        (
+            "transformers.utils.chat_parsing.response_templates:load_response_template",
+            "replies.formats",
+            "response templates are not read",
+        ),
+        (
+            "transformers.utils.chat_parsing.content_parsers:process_field",
+            "replies.formats",
+            "calls of response templates cannot be read",
+        ),
         ("jinja2.utils:_PassArg.from_obj", "text.sandbox", "no chats"),
         ("transformers.utils.logging:is_progress_bar_enabled", "_quiet", _FAILS),
         ("huggingface_hub.utils._headers:build_hf_headers", "checkpoint.find", _NOT_FOUND),

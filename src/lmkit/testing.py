@@ -34,6 +34,7 @@ from lmkit.planning.precision import Precision
 from lmkit.results import EngineStats, TokenLogprob
 from lmkit.text.chats import Chats, check_last
 from lmkit.text.codec import Codec, checked
+from lmkit.text.templates import Template
 from lmkit.wrappers.base import Loaded
 from lmkit.wrappers.generator import Generator
 from lmkit.wrappers.translator import Translator
@@ -165,7 +166,9 @@ class _Engine:
                     row.release(upto)
                     yield Update(index, shown)
         completions = tuple(one for row in rows for one in row.completions())
-        yield Update(index, rows[0].unreleased()[0] if caller.stream else "", Outcome(completions, rows[0].timing()))
+        text, upto = rows[0].unreleased() if caller.stream else ("", 0)
+        outcome = Outcome(completions, rows[0].timing(), tuple(marks for row in rows for marks in row.all_marks))
+        yield Update(index, text, outcome, marks=rows[0].marks(text, upto) if caller.stream else ())
 
     def score(self, readings: Sequence[Reading], _cancelled: object, ended: Callable[[object], None]) -> list[Scored]:
         """Score the ends of texts: answers are likely."""
@@ -239,7 +242,11 @@ class _Loaded(Loaded):
 
 
 class _LastMessage(Chats):
-    """Writes the content of a chat's last message, and nothing else."""
+    """Writes the content of a chat's last message, and nothing else; answers may have calls as Hermes writes them."""
+
+    def template(self, given: Mapping[str, Any]) -> Template:  # noqa: ARG002 - there is one
+        """Return what says how answers are written."""
+        return Template("<tool_call> <think>", frozenset(["tools", "enable_thinking"]), frozenset(), frozenset())
 
     def encode(
         self, messages: Sequence[Mapping[str, Any]], template: Mapping[str, Any], *, continued: bool = False

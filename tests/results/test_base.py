@@ -12,7 +12,10 @@ from lmkit.results.base import Result
 
 TIMING = results.Timing(2.0, 0.5, 1.5)
 LOGPROB = results.TokenLogprob("a", 1, -0.5, (results.TokenLogprob("b", 2, -1.5),))
-COMPLETION = results.Completion("a", (1, 2), None, "stop", "x", (LOGPROB,), 3)
+CALL = results.ToolCall("f", {"a": [1, None]}, "f()", "cut")
+COMPLETION = results.Completion(
+    "a", (1, 2), None, "stop", "x", (LOGPROB,), 3, content="b", reasoning="c", tool_calls=(CALL,)
+)
 GENERATION = results.Generation("p", (COMPLETION, COMPLETION), 4, 7, True, TIMING)  # noqa: FBT003
 TRANSLATION = results.Translation(
     *(getattr(GENERATION, field.name) for field in dataclasses.fields(GENERATION)),
@@ -22,7 +25,7 @@ CANDIDATE = results.Candidate("a", ("a",), ("a",), (1,), (-1.5,), (0,), "pair")
 SCORE = results.Score("a b", ("a", " b"), (1, 2), (-1.0, -2.0), None, (1,))
 CHOICE = results.Choice("b", 1, -3.0, 1.0, SCORE)
 ALL: list[Result] = [
-    *(TIMING, LOGPROB, COMPLETION, GENERATION, TRANSLATION, CANDIDATE, SCORE, CHOICE, TRANSLATION.segments[0]),
+    *(TIMING, LOGPROB, CALL, COMPLETION, GENERATION, TRANSLATION, CANDIDATE, SCORE, CHOICE, TRANSLATION.segments[0]),
     results.MaskSlot(0, 6, (CANDIDATE,), 0, 10, in_pair=True),
     results.Unmasking("m", (results.MaskSlot(0, 6, (CANDIDATE,), 0, 10),), (CANDIDATE,), 3),
     results.Ranking((CHOICE,), "none"),

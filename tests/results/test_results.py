@@ -12,7 +12,10 @@ from lmkit import results
 
 TIMING = results.Timing(2.0, 0.5, 1.5)
 LOGPROB = results.TokenLogprob("a", 1, -0.5, (results.TokenLogprob("b", 2, -math.inf),))
-COMPLETION = results.Completion("a <b>", (1, 2), None, "stop", "x", (LOGPROB,), 3)
+CALL = results.ToolCall("f", {"a": [1]}, "f(a=[1])")
+COMPLETION = results.Completion(
+    "a <b>", (1, 2), None, "stop", "x", (LOGPROB,), 3, content="a", reasoning="b", tool_calls=(CALL,)
+)
 GENERATION = results.Generation("<script>alert(1)</script>", (COMPLETION,), 4, 7, False, TIMING)  # noqa: FBT003
 TRANSLATION = results.Translation(
     *(getattr(GENERATION, field.name) for field in dataclasses.fields(GENERATION)),
@@ -22,7 +25,7 @@ TRANSLATION = results.Translation(
 CANDIDATE = results.Candidate("a & b", ("a",), ("a",), (1,), (-1.5,), (0,))
 UNMASKING = results.Unmasking("[MASK] <b>", (results.MaskSlot(0, 6, (CANDIDATE,), 0, 10),), (CANDIDATE,))
 CHUNK = results.TextChunk("<p>", 1, "eos")
-ALL = [TIMING, LOGPROB, COMPLETION, GENERATION, TRANSLATION, CANDIDATE, UNMASKING, CHUNK]
+ALL = [TIMING, LOGPROB, CALL, COMPLETION, GENERATION, TRANSLATION, CANDIDATE, UNMASKING, CHUNK]
 NAMES = [type(result).__name__ for result in ALL]
 
 
@@ -50,6 +53,22 @@ def test_to_dict_is_plain_json(result: Any) -> None:
     plain = result.to_dict()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     assert {field.name for field in dataclasses.fields(result) if field.name[0] != "_"} <= set(plain)
+
+
+def test_a_message_is_what_templates_read() -> None:
+    """The message has the answer's parts by the names of chat templates; what cannot be read as a call is content."""
+    message = GENERATION.message
+    assert message["tool_calls"] == [
+        {"type": "function", "id": CALL.id, "function": {"name": "f", "arguments": {"a": [1]}}}
+    ]
+    assert {name: message[name] for name in message if name != "tool_calls"} == {
+        "role": "assistant", "content": "a", "reasoning_content": "b",
+    }  # fmt: skip
+    assert len(CALL.id) == 9
+    assert CALL.id.isalnum()
+    broken = results.ToolCall("", None, "f(a=", "cut")
+    plain = dataclasses.replace(COMPLETION, reasoning="", tool_calls=(broken,))
+    assert plain.message == {"role": "assistant", "content": "a\nf(a="}
 
 
 def test_to_dict_has_what_can_be_read() -> None:
@@ -111,7 +130,8 @@ def test_str_is_the_text(result: Any, text: str) -> None:
 
 def test_a_generation_reads_like_its_first_completion() -> None:
     """The first completion's fields are the generation's own."""
-    for name in (f.name for f in dataclasses.fields(COMPLETION) if f.name != "score" and f.name[0] != "_"):
+    shown = {field.name for field in dataclasses.fields(COMPLETION) if field.name[0] != "_"}
+    for name in shown - {"score", "reasoning_name"}:
         assert getattr(GENERATION, name) == getattr(COMPLETION, name)
 
 

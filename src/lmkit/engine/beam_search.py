@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from lmkit.engine.request import Request
+    from lmkit.engine.stream_text import Marks
     from lmkit.engine.ticket import Ticket
     from lmkit.text.codec import Codec
 
@@ -166,12 +167,24 @@ class Search(Row):
         """Return the text once it is known, which is at the end."""
         return (self.completions()[0].text if self.done and self.error is None else ""), 0
 
+    def marks(self, text: str, upto: int) -> Marks:  # noqa: ARG002 - all of it is told at the end
+        """Return the special tokens in the best text."""
+        return self.all_marks[0] if text else ()
+
+    @property
+    def all_marks(self) -> tuple[Marks, ...]:
+        """The special tokens in the text of each continuation."""
+        return tuple(marks for _, marks in self._described())
+
     def completions(self) -> tuple[Completion, ...]:
         """Describe the best continuations, as many as were asked for."""
-        wanted = self._finished[: self.request.config.num_return_sequences or 1]
-        return tuple(self._completion(*one) for one in wanted)
+        return tuple(completion for completion, _ in self._described())
 
-    def _completion(self, score: float, token_ids: list[int], cut: bool) -> Completion:  # noqa: FBT001 - one of a row
+    def _described(self) -> list[tuple[Completion, Marks]]:
+        wanted = self._finished[: self.request.config.num_return_sequences or 1]
+        return [self._completion(*one) for one in wanted]
+
+    def _completion(self, score: float, token_ids: list[int], cut: bool) -> tuple[Completion, Marks]:  # noqa: FBT001
         """Cut a beam at its end token, which may not be its own (`cut`), and its text before a stop string."""
         length = next((n for n, token_id in enumerate(token_ids) if token_id in self._ends), None)
         last = token_ids[length : length + 1] if length is not None else []
@@ -183,8 +196,9 @@ class Search(Row):
         visible = token_ids[:length]
         feed = self._new_feed()
         feed.read(visible, final=True, end=last[0] if last else None)
-        return Completion(
+        completion = Completion(
             text=feed.text,
+            content=feed.text,
             token_ids=tuple(visible),
             score=score,
             finish_reason="stop" if feed.stop_reason is not None else reason,
@@ -192,6 +206,7 @@ class Search(Row):
             logprobs=None,
             generated_tokens=len(visible) + (length is not None),
         )
+        return completion, feed.all_marks
 
 
 def choose(chooser: Chooser, rows: Sequence[Search], hidden: torch.Tensor, head: Head) -> None:

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
     from transformers import GenerationConfig
 
+    from lmkit.engine.stream_text import Marks
     from lmkit.errors import LmkitError
-    from lmkit.results import Completion, Timing
+    from lmkit.results import ChunkKind, Completion, Timing
     from lmkit.structured.grammars import Matcher
 
 OutcomeT = TypeVar("OutcomeT")
@@ -28,7 +29,7 @@ class Request:
         config: The row's resolved generation config; its `max_new_tokens` is the row's budget.
         copies: How many completions to draw (a beam search takes its own number from `config`).
         stop: Strings that end the row; its text is cut before them.
-        named: The names of special tokens that are in stop strings.
+        named: The names of special tokens that are in stop strings, or of all that are to be told of.
         stop_token_ids: Those of the tokens that end the row which the caller named.
         special: Whether the text has the names of special tokens.
         context: The last tokens before the row's own whose text it goes on with.
@@ -56,10 +57,17 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """All completions of a request that ended."""
+    """All completions of a request that ended.
+
+    Attributes:
+        completions: What was written.
+        timing: What it took.
+        marks: The special tokens in each completion's text that the request has named.
+    """
 
     completions: tuple[Completion, ...]
     timing: Timing
+    marks: tuple[Marks, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +96,16 @@ class Update(Generic[OutcomeT]):
         text: New text of its first completion, if the run streams.
         outcome: What came of it, once all of it has ended.
         error: Why it failed, if it did; the others go on.
+        marks: The special tokens in the text that the request has named.
+        pieces: The text of a chat's answer, in place of `text`, and what each piece of it is.
     """
 
     index: int
     text: str = ""
     outcome: OutcomeT | None = None
     error: LmkitError | None = None
+    marks: Marks = ()
+    pieces: tuple[tuple[ChunkKind, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

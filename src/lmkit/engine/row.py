@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from lmkit.engine.choice import Steering
     from lmkit.engine.request import Request
+    from lmkit.engine.stream_text import Marks
     from lmkit.engine.ticket import Ticket
     from lmkit.errors import EngineError
     from lmkit.structured.grammars import Matcher
@@ -164,6 +165,15 @@ class Row:
         """Return the text that can be shown since the last time, and what to tell `release` then."""
         return self._feed.unreleased(final=self.done)
 
+    def marks(self, text: str, upto: int) -> Marks:
+        """Return the special tokens in what can be shown."""
+        return self._feed.marks(upto - len(text), upto, final=self.done)
+
+    @property
+    def all_marks(self) -> tuple[Marks, ...]:
+        """The special tokens in the text of each completion."""
+        return (self._feed.all_marks,)
+
     def release(self, upto: int) -> None:
         """Take note that text was shown."""
         self._feed.released = upto
@@ -173,6 +183,7 @@ class Row:
         assert self.finish_reason is not None  # noqa: S101 - callers ask only rows that ended
         completion = Completion(
             text=self._feed.text,
+            content=self._feed.text,
             token_ids=tuple(self.visible_ids),
             score=None,
             finish_reason=self.finish_reason,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from lmkit.text.codec import Codec
+
+Marks: TypeAlias = tuple[tuple[int, str], ...]
+"""Special tokens that are not shown: before which character of a text each stands, and its name."""
 
 WINDOW = 24
 """How many tokens are decoded anew at every step, twice as many at the most: more than any character has."""
@@ -42,14 +45,14 @@ class TextFeed:
             codec: The tokenizer.
             stop: The strings that end the text.
             context: Tokens before the row's, which its text goes on with: some tokenizers leave out a first space.
-            named: The names of special tokens that are in stop strings.
+            named: The names of special tokens that are in stop strings, or are told of.
             special: Whether the text has the names of special tokens.
         """
         self._codec = codec
         self._stop = stop
         self._special = special
         self._named = named or {}
-        self._marks: list[tuple[int, str]] = []  # where special tokens are that stop strings name
+        self._marks: list[tuple[int, str]] = []  # where special tokens are that are named
         self.stop_reason: str | None = None
         self._anchor = 0  # tokens before the window
         self._head = ""  # text before the window's
@@ -95,7 +98,8 @@ class TextFeed:
         self._certain = len(text if known == len(token_ids) else self._decoded(token_ids[:known]))
         for place in range(self._looked, len(token_ids)) if self._named and not self._special else ():
             if token_ids[place] in self._named:
-                self._marks.append((len(self._decoded(token_ids[:place])), self._named[token_ids[place]]))
+                where = max(len(self._decoded(token_ids[:place])), self.released)
+                self._marks.append((where, self._named[token_ids[place]]))
         self._looked = len(token_ids)
         last = self._named.get(-1 if end is None else end)
         found = [(start, stop) for start, stop in self._stops(text, last) if (start, stop) != (len(text), last)]
@@ -149,6 +153,15 @@ class TextFeed:
         """Return the new text that no later token can change, or all the rest if `final`; and where it ends."""
         end = max(len(self._text) if final else self._settled(), self.released)
         return self._text[self.released : end], end
+
+    def marks(self, start: int, end: int, *, final: bool) -> Marks:
+        """Return the special tokens from a character of all texts to another, those at the end if `final`."""
+        return tuple((at - start, name) for at, name in self._marks if start <= at < end + final)
+
+    @property
+    def all_marks(self) -> Marks:
+        """The special tokens in the row's text."""
+        return self.marks(self._start, len(self._text), final=True)
 
     def _settled(self) -> int:
         """Count the characters that are certain to stay."""

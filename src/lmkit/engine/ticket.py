@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lmkit.engine.row import Row
+    from lmkit.engine.stream_text import Marks
     from lmkit.errors import EngineError
 
 
@@ -66,7 +67,8 @@ class Ticket:
         text, upto = row.unreleased() if row.streams else ("", 0)
         if not ends and not text:
             return
-        update: Update[Outcome] = _end(copies, text) if ends else Update(row.index, text)
+        marks = row.marks(text, upto) if row.streams and row.request.named else ()
+        update: Update[Outcome] = _end(copies, text, marks) if ends else Update(row.index, text, marks=marks)
 
         def told() -> None:
             if self.news and self.news[-1] is update:
@@ -95,12 +97,13 @@ class Ticket:
         self.waiting = sorted(rows, key=lambda row: len(row.request.input_ids) + row.remaining)
 
 
-def _end(copies: list[Row], text: str) -> Update[Outcome]:
+def _end(copies: list[Row], text: str, marks: Marks) -> Update[Outcome]:
     first = copies[0]
     failed = next((row.error for row in copies if row.error is not None), None)
     if failed is not None:
-        return Update(first.index, text, error=failed)
+        return Update(first.index, text, error=failed, marks=marks)
     ordered = sorted(copies, key=lambda row: row.copy)
     slowest = max((row.timing() for row in copies), key=lambda timing: timing.seconds)
     completions = tuple(completion for row in ordered for completion in row.completions())
-    return Update(first.index, text, Outcome(completions, slowest))
+    told = tuple(told for row in ordered for told in row.all_marks) if first.request.named else ()
+    return Update(first.index, text, Outcome(completions, slowest, told), marks=marks)

@@ -90,6 +90,14 @@ def _token_ids(value: object) -> bool:
     return isinstance(value, Sequence) and all(is_whole(0)(one) and one < 2**31 for one in value)
 
 
+def _tools(value: object) -> bool:
+    return isinstance(value, Sequence) and all(callable(one) or isinstance(one, Mapping) for one in value)
+
+
+def _thinking(value: object) -> bool:
+    return isinstance(value, bool) or is_whole(0)(value)
+
+
 def _words(value: object) -> bool:
     items = [value] if isinstance(value, str) else value
     return isinstance(items, Sequence) and all(one and (isinstance(one, str) or _token_ids(one)) for one in items)
@@ -211,6 +219,18 @@ class GeneratorOptions(GenerationOptions, total=False):
     template: Annotated[
         PerRow[Mapping[str, Any]],
         Option("a dict, such as {'enable_thinking': False}", "What the chat template is given", is_a(Mapping)),
+    ]
+    tools: Annotated[
+        Many[Any],
+        Option("a list of functions, or of definitions in JSON", "What a chat's answer may call", _tools, many=True),
+    ]
+    tool_choice: Annotated[
+        PerRow[str],
+        Option("'auto', 'required' or a tool's name", "Whether a chat's answer is a call", is_a(str), "'auto'"),
+    ]
+    thinking: Annotated[
+        PerRow[bool | int],
+        Option("True, False or a number of tokens", "Whether to reason before a chat's answer, or how long", _thinking),
     ]
     continue_final_message: Annotated[
         PerRow[bool],

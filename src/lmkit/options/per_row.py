@@ -32,9 +32,11 @@ _ELSEWHERE = {
         "The result's text is the new part only: result.prompt + result.text is all of a prompt that was continued",
     ),
     **dict.fromkeys(
-        ("tools", "documents", "chat_template", "enable_thinking", "reasoning_effort"),
+        ("documents", "chat_template", "reasoning_effort"),
         "What a Generator's chat template reads stands in template=, such as template={'tools': [...]}",
     ),
+    "enable_thinking": "lmkit calls it thinking, and other values of a Generator's chat template stand in template=",
+    **dict.fromkeys(("tools", "tool_choice", "thinking"), "Only chats with a Generator have it"),
     "add_generation_prompt": "A chat opens the assistant's turn by itself, unless continue_final_message=True",
     "src_lang": "lmkit calls it source",
     "tgt_lang": "lmkit calls it target",

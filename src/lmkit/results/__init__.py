@@ -8,6 +8,7 @@ what fills them is in `wrappers`, and a plan, which is one of them in kind, is `
 from lmkit.results.masks import Candidate, MaskSlot, Unmasking
 from lmkit.results.scores import Choice, Ranking, Score
 from lmkit.results.texts import (
+    ChunkKind,
     Completion,
     EngineStats,
     FinishReason,
@@ -17,10 +18,12 @@ from lmkit.results.texts import (
     TextChunk,
     Timing,
     TokenLogprob,
+    ToolCall,
     Translation,
 )
 
 __all__ = [
-    "Candidate", "Choice", "Completion", "EngineStats", "FinishReason", "Generation", "MaskSlot", "Ranking", "Score",
-    "Segment", "SegmentNote", "TextChunk", "Timing", "TokenLogprob", "Translation", "Unmasking",
+    "Candidate", "Choice", "ChunkKind", "Completion", "EngineStats", "FinishReason", "Generation", "MaskSlot",
+    "Ranking", "Score", "Segment", "SegmentNote", "TextChunk", "Timing", "TokenLogprob", "ToolCall", "Translation",
+    "Unmasking",
 ]  # fmt: skip

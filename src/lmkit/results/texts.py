@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeAlias
 
 from typing_extensions import TypeVar
@@ -12,6 +13,9 @@ from lmkit.results.base import Result
 
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "cancelled"]
 """Why a row ended: its end token, a stop string, its budget of tokens, or its caller."""
+
+ChunkKind: TypeAlias = Literal["content", "reasoning", "tool_call"]
+"""What a piece of a chat's answer is, the markers around it included."""
 
 SegmentNote: TypeAlias = Literal[
     "copied",
@@ -79,6 +83,28 @@ ValueT_co = TypeVar("ValueT_co", covariant=True, default=Any)
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall(Result):
+    """A call of a tool that a model has written; nothing has run it. `lmkit.call_tools` does.
+
+    Attributes:
+        name: The tool's name; empty where the text cannot be read.
+        arguments: The arguments by name; None where the text cannot be read.
+        text: What the model wrote, markers included. Calls that are written as one list have it in common.
+        error: What is wrong with it: not readable, cut, or not as the tool's definition says.
+    """
+
+    name: str
+    arguments: dict[str, Any] | None = field(hash=False)
+    text: str
+    error: str | None = None
+
+    @property
+    def id(self) -> str:
+        """Nine letters and digits that the answer to the call has as well, for templates that ask for them."""
+        return hashlib.sha256(f"{self.name} {self.arguments} {self.text}".encode("utf-8", "replace")).hexdigest()[:9]
+
+
+@dataclass(frozen=True, slots=True)
 class Completion(Result, Generic[ValueT_co]):
     """One continuation of a prompt.
 
@@ -90,6 +116,10 @@ class Completion(Result, Generic[ValueT_co]):
         stop_reason: The stop string that ended it, if one did.
         logprobs: One entry per generated token, if `logprobs=` asked for them.
         generated_tokens: How many tokens the model produced, the end token included.
+        content: Of a chat's answer what is neither reasoning nor a call of a tool; else the text.
+        reasoning: What the model wrote for itself before it answered.
+        tool_calls: The calls of tools in it.
+        reasoning_name: What the chat template calls the reasoning of a message.
     """
 
     text: str
@@ -99,12 +129,30 @@ class Completion(Result, Generic[ValueT_co]):
     stop_reason: str | None
     logprobs: tuple[TokenLogprob, ...] | None
     generated_tokens: int
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    reasoning_name: str = "reasoning_content"
     _value: Any = None
     _value_error: str | None = "no output= was asked for"
 
     def __str__(self) -> str:
         """Return the text."""
         return self.text
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message to append to the chat; calls that cannot be read are in its content."""
+        unread = [call.text for call in self.tool_calls if call.arguments is None]
+        message: dict[str, Any] = {"role": "assistant", "content": "\n".join(filter(None, [self.content, *unread]))}
+        if self.reasoning:
+            message[self.reasoning_name] = self.reasoning
+        calls = [
+            {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
+            for call in self.tool_calls
+            if call.arguments is not None
+        ]
+        return {**message, "tool_calls": calls} if calls else message
 
     @property
     def value(self) -> ValueT_co:
@@ -171,6 +219,26 @@ class Generation(Result, Generic[ValueT_co]):
     def token_ids(self) -> tuple[int, ...]:
         """The first completion's new tokens."""
         return self.completions[0].token_ids
+
+    @property
+    def content(self) -> str:
+        """Of the first completion what is neither reasoning nor a call of a tool."""
+        return self.completions[0].content
+
+    @property
+    def reasoning(self) -> str:
+        """What the model wrote for itself before the first completion's answer."""
+        return self.completions[0].reasoning
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls of tools in the first completion."""
+        return self.completions[0].tool_calls
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The first completion as a message to append to the chat."""
+        return self.completions[0].message
 
     @property
     def finish_reason(self) -> FinishReason:
@@ -284,12 +352,14 @@ class TextChunk(Result):
         index: Which row of the call the piece belongs to.
         finish_reason: Why the row ended, on its last chunk only.
         result: The whole result with its timing, on its last chunk only.
+        kind: What it is of a chat's answer; always `"content"` of other rows.
     """
 
     text: str
     index: int
     finish_reason: FinishReason | None = None
     result: Generation[Any] | None = None
+    kind: ChunkKind = "content"
 
     @property
     def value(self) -> Any:

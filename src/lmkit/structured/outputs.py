@@ -168,7 +168,7 @@ class Typed(Output[Any]):
         self._kind = kind
         try:
             self._adapter: TypeAdapter[Any] = TypeAdapter(kind)
-            self.schema = _closed(self._adapter.json_schema())
+            self.schema = closed_schema(self._adapter.json_schema())
         except (PydanticUserError, NameError) as error:
             told = str(error).partition("\n")[0]
             raise OptionError(f"output={kind!r:.80} is no type that pydantic makes JSON of: {told}") from error
@@ -267,13 +267,13 @@ def _first(grammars: str) -> dict[str, Any]:
     return found
 
 
-def _closed(schema: Any) -> Any:
+def closed_schema(schema: Any) -> Any:
     """Forbid the keys that a type does not have, where it says nothing of them."""
     if isinstance(schema, list):
-        return [_closed(one) for one in schema]
+        return [closed_schema(one) for one in schema]
     if not isinstance(schema, dict):
         return schema
-    closed = {key: one if key in _LITERAL else _closed(one) for key, one in schema.items()}
+    closed = {key: one if key in _LITERAL else closed_schema(one) for key, one in schema.items()}
     return {"additionalProperties": False, **closed} if isinstance(schema.get("properties"), dict) else closed
 
 

@@ -42,6 +42,10 @@ class Chats:
         self._codec = codec
         self._control: dict[tuple[str, int], dict[int, str]] = {}
 
+    def template(self, given: Mapping[str, Any]) -> Template:
+        """Return the template that a chat is written with; see `template_of`."""
+        return template_of(self._codec, given)
+
     def encode(
         self, messages: Sequence[Mapping[str, Any]], template: Mapping[str, Any], *, continued: bool = False
     ) -> tuple[str, list[int]]:
@@ -72,6 +76,15 @@ def check_last(message: Mapping[str, Any]) -> None:
         )
 
 
+def template_of(codec: Codec, given: Mapping[str, Any]) -> Template:
+    """Return the template that a chat is written with, by what it is given.
+
+    Raises:
+        OptionError: There is none, or it is none.
+    """
+    return _told(lambda: parsed(chosen(codec.tokenizer, given)))
+
+
 def control_tokens(codec: Codec, template: Template) -> dict[int, str]:
     """Return the tokens that structure a chat: special ones, and added ones that the template can write."""
     tokenizer = codec.tokenizer
@@ -96,7 +109,7 @@ class _Chat:
     ) -> None:
         self._codec = codec
         self._continued = continued
-        self.template = _told(lambda: parsed(chosen(codec.tokenizer, given)))
+        self.template = template_of(codec, given)
         self.template.check(given, messages)
         self._messages = len(messages)
         values = {name: value for name, value in given.items() if name != "chat_template"}
@@ -109,6 +122,14 @@ class _Chat:
         self._meter = Meter(sum(len(text) + 8 for _, text in self.said))
         self.text = checked(_told(lambda: self._render([text for _, text in self.said])), "the chat")
         self._check_contents(messages)
+        self._check_tools(values.get("tools"))
+
+    def _check_tools(self, tools: Any) -> None:
+        """Refuse tools that the template reads, and does not write."""
+        for tool in tools if isinstance(tools, list) else ():
+            inner = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+            if isinstance(name := inner.get("name"), str) and name not in self.text:
+                raise OptionError(f"this checkpoint's chat template writes no tools, such as {name!r}: it knows none.")
 
     def _listen(self) -> None:
         def note(text: str) -> str:

@@ -232,11 +232,12 @@ class Codec:
 
     def named(self, texts: Sequence[str]) -> dict[int, str]:
         """Return the special tokens whose names are in texts."""
-        names = self._names.items() if texts else ()
+        names = self.names.items() if texts else ()
         return {one: name for one, name in names if any(name in text for text in texts)}
 
     @cached_property
-    def _names(self) -> dict[int, str]:
+    def names(self) -> dict[int, str]:
+        """The special tokens and their names."""
         return {one: name for one in self.special if (name := self.token(one))}
 
     def whole_tokens(self, token_ids: Sequence[int]) -> int:

@@ -14,7 +14,7 @@ from lmkit.errors import EngineError, LmkitError, OptionError
 from lmkit.options.option import check_word, declared
 from lmkit.options.per_row import split
 from lmkit.planning.layout import ModulePlan
-from lmkit.results import Generation, TextChunk
+from lmkit.results import ChunkKind, Generation, TextChunk
 from lmkit.structured.grammars import Grammars
 from lmkit.text.codec import Codec, checked
 from lmkit.wrappers.asynchronous import a_thread, cancelled, finished
@@ -291,9 +291,14 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
         try:
             for news in filter(None, run):
                 failed = failed or news.error
-                if news.text or news.outcome is not None:
-                    result = news.outcome if isinstance(news.outcome, Generation) else None
-                    yield TextChunk(news.text, news.index, result.finish_reason if result else None, result)
+                result = news.outcome if isinstance(news.outcome, Generation) else None
+                pieces: list[tuple[ChunkKind, str]] = [*news.pieces]
+                if not pieces and (news.text or result):
+                    pieces = [("content", news.text)]
+                for kind, text in pieces[:-1]:
+                    yield TextChunk(text, news.index, kind=kind)
+                for kind, text in pieces[-1:]:
+                    yield TextChunk(text, news.index, result.finish_reason if result else None, result, kind)
         finally:
             surely(run.close, run.close)  # type: ignore[attr-defined]  # a generator
         if failed is not None:

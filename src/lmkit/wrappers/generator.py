@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, get_args, overload
 
 from lmkit.errors import LmkitError, OptionError
 from lmkit.options.generation import GeneratorCall, GeneratorOptions
 from lmkit.options.option import check_word
+from lmkit.replies.asking import asked
 from lmkit.results import Generation, Ranking, Score, TextChunk, Timing
 from lmkit.text.chats import Chats
 from lmkit.text.windows import fit
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from lmkit.engine import Outcome
+    from lmkit.engine.stream_text import Marks
+    from lmkit.replies.scanner import Scanner
+    from lmkit.results import Completion
     from lmkit.structured.outputs import Kind, ValueT
 
 Message: TypeAlias = Mapping[str, Any]
@@ -426,7 +431,10 @@ class Generator(Writer[Generation]):
 
     def _job(self, given: Any, options: dict[str, Any], row: int) -> Job:
         chosen = self._options(options)
-        prompt, token_ids, around = self._prompt(given, options, row)
+        chat = not isinstance(given, str) and ids_of(given, self._vocabulary, row) is None
+        given = chat_of(given, row) if chat else given
+        answer = asked(self._chats, self._codec, options) if chat else None
+        prompt, token_ids, around = self._prompt(given, options | ({"template": answer.values} if answer else {}), row)
         if chosen.truncate is not None and around is None:
             raise OptionError(
                 f"row {row} is a chat, and truncate= would cut its template: leave out its oldest messages."
@@ -441,8 +449,23 @@ class Generator(Writer[Generation]):
         around = around or (0, 0)
         token_ids, cut = fit(token_ids, limit, keep=keep, around=around, truncate=chosen.truncate, row=row)
         room = chosen.max_new_tokens if context is None else context - len(token_ids)
-        requests = (self._request(chosen, token_ids, room=room, ends=ends),)
-        return Job(requests, prompt, cut, row, output=chosen.output)
+        if answer is None:
+            requests = (self._request(chosen, token_ids, room=room, ends=ends),)
+            return Job(requests, prompt, cut, row, output=chosen.output)
+        begun = given[-1].get("content") if options.get("continue_final_message") else ""
+        scanner = answer.scanner(prompt, begun if isinstance(begun, str) else "")
+        output, before = answer.held(self._codec, scanner, chosen.output)
+        request = self._request(
+            replace(chosen, output=output),
+            token_ids,
+            room=room,
+            ends=ends,
+            before=before,
+            processors=answer.processor(self._codec, scanner, len(token_ids)),
+            marked=True,
+        )
+        name = answer.reasoning_name
+        return Job((request,), prompt, cut, row, output=chosen.output, scanner=scanner, reasoning_name=name)
 
     def _prompt(
         self, given: Any, options: Mapping[str, Any], row: int
@@ -452,7 +475,7 @@ class Generator(Writer[Generation]):
         if token_ids is None and not isinstance(given, str):
             continued = bool(options.get("continue_final_message"))
             return *self._chats.encode(chat_of(given, row), options.get("template") or {}, continued=continued), None
-        for name in ("template", "continue_final_message"):
+        for name in ("template", "continue_final_message", "tools", "tool_choice", "thinking"):
             if options.get(name):
                 kind = "a text" if token_ids is None else "token ids"
                 raise OptionError(f"row {row} is {kind}, and {name}= belongs to chats: leave it out, or pass messages.")
@@ -473,14 +496,31 @@ class Generator(Writer[Generation]):
         return [int(config.bos_token_id)]
 
     def _result(self, job: Job, outcomes: Sequence[Outcome], timing: Timing) -> Generation:
+        completions = outcomes[0].completions
+        if job.scanner is not None:
+            pairs = zip(completions, outcomes[0].marks, strict=True)
+            completions = tuple(parts_of(one, marks, job.scanner(), job.reasoning_name) for one, marks in pairs)
         return Generation(
             prompt=job.text,
-            completions=outcomes[0].completions,
+            completions=completions,
             prompt_tokens=len(job.requests[0].input_ids),
             seed=job.requests[0].seed,
             truncated=job.truncated,
             timing=timing,
         )
+
+
+def parts_of(completion: Completion, marks: Marks, scanner: Scanner, reasoning_name: str) -> Completion:
+    """Tell the parts of a chat's answer apart."""
+    scanner.feed(completion.text, marks)
+    scanner.finish()
+    return replace(
+        completion,
+        content=scanner.content,
+        reasoning=scanner.reasoning,
+        tool_calls=tuple(scanner.calls),
+        reasoning_name=reasoning_name,
+    )
 
 
 _MESSAGE = "a list of messages like {'role': 'user', 'content': 'Hello!'}"

@@ -155,6 +155,7 @@ def _whole(parts: Sequence[Completion], text: str) -> Completion:
     ended = next((part for reason in _GRAVE for part in parts if part.finish_reason == reason), None)
     return Completion(
         text=text,
+        content=text,
         token_ids=tuple(chain.from_iterable(part.token_ids for part in parts)),
         score=parts[0].score if len(parts) == 1 else sum(scores) / tokens if scores and tokens else None,
         finish_reason="eos" if ended is None else ended.finish_reason,

@@ -20,9 +20,11 @@ from lmkit.wrappers.base import Loaded, Wrapper, embedded_rows
 from lmkit.wrappers.scoring import Scores
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from lmkit.engine import Engine
+    from lmkit.engine.stream_text import Marks
+    from lmkit.replies.scanner import Scanner
     from lmkit.structured.outputs import Output
 
 
@@ -40,6 +42,8 @@ class Job:
         row: Its number in the call.
         between: What stands in the answer before, between and behind what the requests give.
         output: What the answer must be, if anything.
+        scanner: What tells the parts of a chat's answer apart.
+        reasoning_name: What the chat template calls the reasoning of a message.
     """
 
     requests: tuple[Request, ...]
@@ -48,6 +52,8 @@ class Job:
     row: int = 0
     between: tuple[str, ...] = ("", "")
     output: Output[Any] | None = None
+    scanner: Callable[[], Scanner] | None = None
+    reasoning_name: str = ""
 
     @property
     def grows(self) -> bool:
@@ -73,6 +79,7 @@ class Parts:
         index: Its number in the run.
         outcomes: What its requests ended with.
         failed: Whether one of them failed, so that the row has been reported.
+        scanner: What tells the parts of a chat's answer apart, if it streams.
     """
 
     def __init__(self, job: Job, index: int, *, stream: bool) -> None:
@@ -81,6 +88,7 @@ class Parts:
         self.index = index
         self.outcomes: list[Outcome | None] = [None] * len(job.requests)
         self.failed = False
+        self.scanner = job.scanner() if stream and job.scanner else None
         self._texts = [*[""] * len(job.requests), ""]
         self._texts[0] = job.between[0] if stream else ""
         self._stream = stream
@@ -165,8 +173,15 @@ class Writer(Wrapper[Job, ResultT]):
         room: int,
         forced_bos_token_id: int | None = None,
         ends: Sequence[int] = (),
+        before: str = "",
+        processors: tuple[Callable[..., Any], ...] = (),
+        marked: bool = False,
     ) -> Request:
-        """Make the request of a row whose answer may take at most `room` tokens; `ends` are more that end it."""
+        """Make the request of a row whose answer may take at most `room` tokens.
+
+        `ends` are more that end it, what may stand `before` an output is a rule of Lark, `processors` reshape its
+        scores, and where it is `marked` its special tokens are told.
+        """
         self._check_rows(token_ids)
         if options.suppress_unknown and (unknown := self._codec.unknown) is not None:
             own, asked = self._checkpoint_config.suppress_tokens, options.suppress_tokens
@@ -185,20 +200,20 @@ class Writer(Wrapper[Job, ResultT]):
         stop = options.stop or tuple(self._checkpoint_config.stop_strings or ())
         grammar = None
         if options.output is not None:  # a whole answer ends by itself
-            stop, grammar = (), self._grammars.of(options.output, forced=config.forced_bos_token_id)
+            stop, grammar = (), self._grammars.of(options.output, before, config.forced_bos_token_id)
         return Request(
             input_ids=tuple(token_ids),
             config=config,
             copies=options.num_return_sequences if sampled else 1,
             stop=stop,
-            named=self._codec.named(stop),
+            named=self._codec.names if marked else self._codec.named(stop),
             stop_token_ids=options.stop_token_ids,
             special=not options.skip_special_tokens,
             context=self._codec.visible(token_ids) if self._start is None else (),
             seed=options.seed if sampled else None,
             logprobs=options.logprobs,
             lookup=options.lookup,
-            processors=options.processors,
+            processors=(*processors, *options.processors),
             grammar=grammar,
         )
 
@@ -259,16 +274,27 @@ class Writer(Wrapper[Job, ResultT]):
             return None
         if update.error is not None:
             parts.failed = True
-            return Update(parts.index, update.text, error=failure(update.error, parts.job.row))
-        return self._told_of(parts, parts.take(number, update))
+            error = failure(update.error, parts.job.row)
+            return self._news_of(parts, update.text, update.marks, error=error)
+        return self._told_of(parts, parts.take(number, update), update.marks)
 
-    def _told_of(self, parts: Parts, text: str) -> Update[ResultT] | None:
+    def _told_of(self, parts: Parts, text: str, marks: Marks = ()) -> Update[ResultT] | None:
         if (outcomes := parts.ended) is not None:
             result = self._result(parts.job, outcomes, parts.timing())
             if (output := parts.job.output) is not None:
                 result = replace(result, completions=tuple(answer(one, output) for one in result.completions))
-            return Update(parts.index, text, result)
-        return Update(parts.index, text) if text else None
+            return self._news_of(parts, text, marks, result)
+        return self._news_of(parts, text, marks) if text or marks else None
+
+    def _news_of(
+        self, parts: Parts, text: str, marks: Marks, result: ResultT | None = None, error: LmkitError | None = None
+    ) -> Update[ResultT]:
+        if parts.scanner is None:
+            return Update(parts.index, text, result, error)
+        pieces = parts.scanner.feed(text, marks)
+        if result is not None or error is not None:
+            pieces += parts.scanner.finish()
+        return Update(parts.index, "", result, error, pieces=tuple(pieces))
 
     @property
     def _opened_engine(self) -> Engine:
@@ -292,7 +318,7 @@ def answer(completion: Completion, output: Output[Any]) -> Completion:
     if completion.finish_reason != "eos":
         return replace(completion, _value_error=f"it was cut, with finish_reason={completion.finish_reason!r}")
     try:
-        return replace(completion, _value=output.read(completion.text), _value_error=None)
+        return replace(completion, _value=output.read(completion.content), _value_error=None)
     except ValueError as error:
         return replace(
             completion, _value_error=f"it is not what output= asked for ({' '.join(str(error).split())[:500]})"
