@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, TypedDict, get_args
 
-from lmkit.errors import OptionError
+from lmkit.errors import OptionError, shown
 from lmkit.options.option import Option, checked, choice, declared, is_a, is_strings, is_whole, number, whole
 from lmkit.options.per_row import Many, PerRow
 
@@ -233,7 +233,7 @@ class RowOptions:
                 raise OptionError("logprobs and num_beams contradict: a beam has one score, `Completion.score`.")
         if (self.min_new_tokens or 0) > self.max_new_tokens:
             raise OptionError(
-                f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}."
+                f"min_new_tokens={shown(self.min_new_tokens)} is more than max_new_tokens={self.max_new_tokens}."
             )
 
     def with_seed(self) -> Self:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeAli
 
 from lmkit._interrupts import surely
 from lmkit.engine import Caller, Update
-from lmkit.errors import EngineError, LmkitError, OptionError
+from lmkit.errors import EngineError, LmkitError, OptionError, shown
 from lmkit.options.option import check_word, declared
 from lmkit.options.per_row import split
 from lmkit.planning.layout import ModulePlan
@@ -216,9 +216,9 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
     ) -> Iterator[ResultT | LmkitError]:
         """Check the options now; read and run the inputs when asked for results."""
         check_word("on_error", on_error, get_args(OnError))
-        if isinstance(inputs, str):
+        if _single(inputs):
             raise OptionError(
-                f"map takes an iterable of rows, not the one text {inputs!r}: call the model, or pass a list."
+                f"map takes an iterable of rows, not the one row {shown(inputs)}: call the model, or pass a list."
             )
         options = dict(options)
         progress = bar(options.pop("progress", None), len(inputs) if isinstance(inputs, Sized) else None)
@@ -283,10 +283,12 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
 
 def rows_of(inputs: Any) -> Rows:
     """Return the rows of a call; each is checked when its turn comes."""
-    single = isinstance(inputs, (str, bytes, Mapping)) or not isinstance(inputs, Iterable)
-    if single or getattr(inputs, "shape", None) == ():  # an array of no dimension cannot be gone through
-        return [inputs], True
-    return list(inputs), False
+    return ([inputs], True) if _single(inputs) else (list(inputs), False)
+
+
+def _single(inputs: object) -> bool:
+    kind = isinstance(inputs, (str, bytes, Mapping)) or not isinstance(inputs, Iterable)
+    return kind or getattr(inputs, "shape", None) == ()  # an array of no dimension cannot be gone through
 
 
 def text_of(given: Any, row: int, what: str = "a text") -> str:
@@ -297,8 +299,7 @@ def text_of(given: Any, row: int, what: str = "a text") -> str:
     """
     if isinstance(given, str):
         return checked(given, f"row {row}")
-    shown = repr(given) if len(repr(given)) <= LONGEST_SHOWN else f"an object of type {type(given).__name__}"
-    raise OptionError(f"row {row} is {shown}, not {what}: pass {what}, or a list of them.")
+    raise OptionError(f"row {row} is {shown(given, LONGEST_SHOWN)}, not {what}: pass {what}, or a list of them.")
 
 
 LONGEST_SHOWN = 60
