@@ -389,6 +389,10 @@ def _read_tokenizer(source: Source, wish: Wish) -> Any:
             raise TypeError(f"{type(tokenizer).__name__} is no tokenizer of one vocabulary")
         if not isinstance(tokenizer.model_max_length, (int, float)):
             raise TypeError(f"model_max_length is {tokenizer.model_max_length!r}, not a number")
+        try:
+            tokenizer.all_special_ids  # noqa: B018 - transformers looks for what is no token as for the unknown one
+        except RecursionError as error:
+            raise ValueError(f"its unk_token {tokenizer.unk_token!r} is not in its vocabulary") from error
         if template is not None:
             tokenizer.chat_template = chat_template(template.folder)
     if brought is not None and not tokenizer.chat_template:

@@ -131,7 +131,7 @@ def read_index(index: Path) -> dict[str, str]:
     """
     content = read_json(index)
     weights = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weights, dict):
+    if not isinstance(weights, dict) or not weights:
         raise WeightsError(
             f"{index} has no 'weight_map' that names the shards: restore it from where the model came from."
         )

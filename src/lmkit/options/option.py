@@ -64,7 +64,7 @@ def unboxed(value: Any) -> object:
     if getattr(value, "shape", None) != () or not hasattr(value, "item"):
         return value
     with contextlib.suppress(RuntimeError):  # torch's, on the meta device, have no value
-        return value.item()  # type: ignore[no-any-return]
+        return value.item()
     return value
 
 

@@ -17,6 +17,7 @@ from lmkit.planning.layout import ModulePlan
 from lmkit.results import Generation, TextChunk
 from lmkit.text.codec import Codec, checked
 from lmkit.wrappers.asynchronous import a_thread, cancelled, finished
+from lmkit.wrappers.letting_go import let_go, letting_go
 from lmkit.wrappers.ordered_map import ReadAhead
 from lmkit.wrappers.progress import bar
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lmkit.kernels.wide_copies import Copies
     from lmkit.planning.plan import LoadPlan
 
+VERBS = {"__call__", "chat", "map", "stream", "score", "rank"}
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
 ItemT = TypeVar("ItemT")
@@ -60,6 +62,12 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
     """A loaded model with verbs. Subclasses say what a row is and how rows are run."""
 
     _accepted: ClassVar[type]
+
+    def __init_subclass__(cls) -> None:
+        """Have errors of the verbs hold no wrapper: who keeps one would keep the model."""
+        super().__init_subclass__()
+        for name in VERBS & vars(cls).keys():
+            setattr(cls, name, letting_go(vars(cls)[name]))
 
     def __init__(self, loaded: Loaded) -> None:
         """Take over a loaded model; `lmkit.load` calls this."""
@@ -171,6 +179,7 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
             try:
                 jobs.append(self._job(given, row, number))
             except LmkitError as error:
+                let_go(error)
                 jobs.append(error)
         return jobs
 
@@ -279,6 +288,7 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
                     yield item
             finally:
                 items.close()  # type: ignore[attr-defined]
+                del self, items, run  # for an error that is kept
 
 
 def rows_of(inputs: Any) -> Rows:
