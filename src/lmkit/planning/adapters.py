@@ -114,12 +114,14 @@ def _check_patterns(origin: str, settings: Mapping[str, Any]) -> None:
     """
     parts = [one for key in _PARTS for one in _several(settings.get(key))]
     for pattern in (*parts, *map(settings.get, _WHOLE)):
+        if not isinstance(pattern, str):
+            continue
         try:
-            compiled = isinstance(pattern, str) and re.compile(pattern)
-            copies = math.prod(map(int, re.findall(r"\d+(?=\})", pattern))) if compiled else 1
+            re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise WeightsError(f"the adapter {origin!r} has the pattern {pattern!r:.200}: {error}.") from error
-        many = compiled and (_NESTED.search(pattern) or len(_CHOICES.findall(pattern)) > _MOST_CHOICES)
+        many = _NESTED.search(pattern) or len(_CHOICES.findall(pattern)) > _MOST_CHOICES
+        copies = math.prod(map(int, re.findall(r"\d+(?=\})", pattern)))
         if copies > _MOST_COPIES or (many and pattern in parts):
             raise WeightsError(
                 f"the adapter {origin!r} has the pattern {pattern!r:.200}, which can take for ever to match: write it "
