@@ -238,3 +238,67 @@ def test_options_of_other_kinds_are_refused(option: dict[str, Any], copy: Copy) 
     """What is no word and no number is named."""
     name, value = next(iter(option.items()))
     assert f"{name}={value!r} is not accepted" in told(copy(), lmkit.OptionError, **option)
+
+
+@pytest.mark.parametrize("file", ["special_tokens_map.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("token", ["", {"__type": "AddedToken"}], ids=["empty", "nothing"])
+def test_an_unknown_token_that_is_none_is_told(token: Any, file: str, copy: Copy) -> None:
+    """A tokenizer whose token for the unknown is itself unknown would look for it for ever."""
+    where = copy()
+    (where / "special_tokens_map.json").write_text("{}")
+    write(where / file, {"unk_token": token})
+    with pytest.raises(lmkit.WeightsError, match=r"the tokenizer of .* cannot be read: .*unk_token '' is not"):
+        load("causal", where, devices="cpu")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """Save a tiny Llama in shards."""
+    shutil.copytree(
+        checkpoints.folder("llama"), tmp_path / "shards", ignore=shutil.ignore_patterns("model.safetensors")
+    )
+    checkpoints.plain("causal", checkpoints.folder("llama"))[0].save_pretrained(
+        tmp_path / "shards", max_shard_size="40KB"
+    )
+    return tmp_path / "shards"
+
+
+FIRST = "model.embed_tokens.weight"
+INDEX: dict[str, Callable[[dict[str, str]], Any]] = {
+    "none": lambda _: {},
+    "a list": list,
+    "a number": lambda _: 5,
+    "a number for a shard": lambda held: held | {FIRST: 5},
+    "a list for a shard": lambda held: held | {FIRST: [held[FIRST]]},
+    "a folder": lambda held: held | {FIRST: ".."},
+    "outside": lambda held: held | {FIRST: "../outside.safetensors"},
+    "absolute": lambda held: held | {FIRST: "/etc/model.safetensors"},
+    "no shard": lambda held: held | {FIRST: "config.json"},
+    "a shard that is missing": lambda held: held | {FIRST: "model-9.safetensors"},
+    "another shard": lambda held: held | {FIRST: next(one for one in held.values() if one != held[FIRST])},
+    "a weight more": lambda held: held | {"more": held[FIRST]},
+    "other names": lambda held: {f"other.{name}": shard for name, shard in held.items()},
+    "half a character": lambda held: held | {FIRST: "a\ud800.safetensors"},
+}
+
+
+@pytest.mark.parametrize("name", INDEX)
+def test_an_index_that_is_false_is_told(name: str, sharded: Path) -> None:
+    """Whatever an index says that its shards do not is an error that names it; nothing outside the folder is read."""
+    index = sharded / "model.safetensors.index.json"
+    held = json.loads(index.read_text())["weight_map"]
+    assert len(set(held.values())) > 1
+    write(index, {"weight_map": INDEX[name](held)})
+    assert "model.safetensors.index.json" in told(sharded)
+
+
+def test_a_true_index_loads_whatever_else_it_says(sharded: Path) -> None:
+    """The tokens are those of plain transformers: an index's sizes are not read, and a shard may be a link."""
+    index = sharded / "model.safetensors.index.json"
+    write(index, {"metadata": {"total_size": "x"}, "more": [None]})
+    shard = next(iter(json.loads(index.read_text())["weight_map"].values()))
+    (sharded / shard).rename(sharded.parent / "elsewhere")
+    (sharded / shard).symlink_to(sharded.parent / "elsewhere")
+    with load("causal", sharded, "float32", "cpu") as generator:
+        found = list(generator("She", max_new_tokens=4).token_ids)
+    assert found == checkpoints.generated("llama", ["She"], max_new_tokens=4)[0]

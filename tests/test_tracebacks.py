@@ -131,6 +131,52 @@ def test_an_error_of_the_callers_keeps_no_closed_model(name: str) -> None:
     assert isinstance(again, (lmkit.LmkitError, ValueError))
 
 
+ERRORS = [RuntimeError("broken"), KeyboardInterrupt()]
+ALL = [*((name, error) for name in CALLS for error in ERRORS), *((name, None) for name in OTHERS)]
+
+
+@pytest.mark.parametrize("name, error", ALL, ids=str)
+def test_an_error_keeps_no_wrapper(name: str, error: BaseException | None) -> None:
+    """A wrapper that nobody has any more goes, with its model, though an error of it is kept; nobody has closed it."""
+    family, call = (CALLS | OTHERS)[name]
+    held = [checkpoints.fresh(family)]
+    wrapped, whole = weakref.ref(held[0]), weakref.ref(held[0].model)
+    hook = None if error is None else fails(held[0].model, error, [])
+    found = kept(lambda: call(Passing(held)))
+    assert isinstance(found, (lmkit.LmkitError, KeyboardInterrupt, ValueError))
+    del hook
+    held.clear()
+    gc.collect()
+    assert wrapped() is whole() is None
+
+
+class Passing:
+    """Passes calls on to a wrapper in a list: no frame of the caller's holds it, who may be rid of it."""
+
+    def __init__(self, held: list[Any]) -> None:
+        self._held = held
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the wrapper has."""
+        return getattr(self._held[0], name)
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        """Call the wrapper."""
+        return self._held[0](*given, **options)
+
+
+def test_what_the_callers_code_raised_keeps_its_frames() -> None:
+    """An error of the source of a map shows where in the caller's code it came from, and comes as it was raised."""
+
+    def source() -> Iterator[str]:
+        mark = "the caller's"
+        yield str(int(mark))
+
+    error = kept(lambda: list(wrapper("llama").map(source())))
+    frames = {frame.f_code.co_name: frame for frame, _ in traceback.walk_tb(error.__traceback__)}
+    assert frames["source"].f_locals == {"mark": "the caller's"}
+
+
 BROKEN: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "no scores": ("llama", lambda model: model("She", max_new_tokens=4)),
     "no scores in a beam": ("t5", lambda model: model("She", num_beams=2, max_new_tokens=4)),

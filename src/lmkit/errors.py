@@ -114,6 +114,15 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
+def shown(given: object, most: int = 200) -> str:
+    """Write what somebody gave for a message: at most so much of it, or its type where Python cannot write it."""
+    try:
+        written = repr(given)
+    except (RecursionError, ValueError):  # it goes too deep, or has thousands of digits
+        written = f"an object of type {type(given).__name__}"
+    return written if len(written) <= most else written[:most] + "…"
+
+
 def listed(words: Iterable[str]) -> str:
     """Write `words` as a quoted, comma-separated list for a message."""
     return ", ".join(repr(word) for word in words)

@@ -17,11 +17,11 @@ from lmkit._interrupts import holding, surely
 from lmkit._quiet import hushed, quiet, without_warnings
 from lmkit._tracebacks import frameless
 from lmkit.checkpoint.config import chat_template
-from lmkit.checkpoint.files import Source, reading, tensors_of
+from lmkit.checkpoint.files import Source, reading, reading_weights, tensors_of
 from lmkit.checkpoint.find import Access, find, find_headers
 from lmkit.checkpoint.gguf import gguf_read_once
 from lmkit.checkpoint.tasks import CausalWord, MaskedWord, Seq2SeqWord, Task, TaskWord, auto_class, resolve_task
-from lmkit.errors import OptionError, UnknownOptionError, listed, nearest
+from lmkit.errors import OptionError, UnknownOptionError, listed, nearest, shown
 from lmkit.kernels import attention, rotary
 from lmkit.kernels.openmp import release_pool
 from lmkit.kernels.packed import pack
@@ -310,7 +310,7 @@ def _asked(task: TaskWord, name: object, options: LoadOptions) -> tuple[Task, Ac
     _check_options(options)
     if not isinstance(name, (str, os.PathLike)):
         raise OptionError(
-            f"name={name!r} is not accepted: pass a Hub id, a folder or a .gguf file, as a string or a path."
+            f"name={shown(name)} is not accepted: pass a Hub id, a folder or a .gguf file, as a string or a path."
         )
     given = _of(Access, options)
     if given.get("cache_dir") is not None:
@@ -357,12 +357,13 @@ def _check_options(options: Mapping[str, object]) -> None:
             raise UnknownOptionError(f"load() takes no {name}=.{nearest(name, known)} Accepted: {listed(known)}.")
     asked = options.get("attn_implementation")
     if asked is not None and not isinstance(asked, str):
-        raise OptionError(f"attn_implementation={asked!r} is not accepted: pass a word, such as 'sdpa' or 'eager'.")
+        raise OptionError(f"attn_implementation={shown(asked)} is not accepted: pass a word, as 'sdpa' or 'eager'.")
     for option, (unit, least) in _WHOLE.items():
         number = options.get(option)
         given = option in options and (number is not None or option != "context_length")
         if given and (not isinstance(number, int) or isinstance(number, bool) or number < least):
-            raise OptionError(f"{option}={number!r} is not accepted: pass a whole number of {unit}, {least} or more.")
+            told = shown(number)
+            raise OptionError(f"{option}={told} is not accepted: pass a whole number of {unit}, {least} or more.")
 
 
 _WHOLE = {
@@ -388,6 +389,10 @@ def _read_tokenizer(source: Source, wish: Wish) -> Any:
             raise TypeError(f"{type(tokenizer).__name__} is no tokenizer of one vocabulary")
         if not isinstance(tokenizer.model_max_length, (int, float)):
             raise TypeError(f"model_max_length is {tokenizer.model_max_length!r}, not a number")
+        try:
+            tokenizer.all_special_ids  # noqa: B018 - transformers looks for what is no token as for the unknown one
+        except RecursionError as error:
+            raise ValueError(f"its unk_token {tokenizer.unk_token!r} is not in its vocabulary") from error
         if template is not None:
             tokenizer.chat_template = chat_template(template.folder)
     if brought is not None and not tokenizer.chat_template:
@@ -416,7 +421,7 @@ def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, wish: 
         arguments["gguf_file"] = source.gguf_file
     if wish.attn_implementation is not None:
         arguments["attn_implementation"] = wish.attn_implementation
-    with reading(f"the weights of {source.name!r}"):
+    with reading_weights(source):
         model, report = auto_class(plan.task, config).from_pretrained(source.folder, **arguments)
     check_report(report, plan.name, plan.model_class)
     if source.gguf_file is not None and plan.end_token_ids:

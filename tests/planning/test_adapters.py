@@ -534,3 +534,56 @@ def test_other_kinds_of_adapters_are_what_peft_makes_of_them(kind: str, tmp_path
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         if kind == "norm-beside":  # "norm" is the end of every norm's name, and peft saves all of those
             assert generator.memory_bytes == generator.plan.weights_bytes + generator.plan.beside_bytes
+
+
+SLOW = "(.*)" * 10 + r"\1\2\3\4\5\6y"
+
+
+def patterned(adapter: Path, where: Path, **settings: Any) -> Path:
+    """Copy an adapter, with other values in its config."""
+    shutil.copytree(adapter, where)
+    config = where / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    return where
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "((x{1000}){1000}){1000}"},
+        {"target_modules": "("},
+        *({key: [".*" * 9 + "x"]} for key in ("modules_to_save", "layers_pattern")),
+        *({key: {pattern: 8}} for key in ("rank_pattern", "alpha_pattern") for pattern in ("(.*)*x", "(.|.)" * 40)),
+        {"modules_to_save": ["("]},
+    ],
+    ids=str,
+)
+def test_patterns_that_take_for_ever_are_refused(
+    settings: dict[str, Any], base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """What is no pattern, or one that could be tried for ever, is refused before it is tried, in a plan too."""
+    where = patterned(adapter, tmp_path / "copy", **settings)
+    for do in (lmkit.plan, lmkit.load):
+        with pytest.raises(lmkit.WeightsError, match="has the pattern"):
+            do("causal", base, "float32", "cpu", adapter=where)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("pattern", [r".*\.(q|v)_proj", ".*" * 30 + "(q|v)_proj", ".*?self_attn.*?(?:q|v)_proj.*?"])
+def test_patterns_of_whole_names_choose_the_modules_that_peft_chooses(
+    pattern: str, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """However many repetitions a pattern has, it is matched, and gives the answer of the adapter with the names."""
+    where = patterned(adapter, tmp_path / "copy", target_modules=pattern)
+    with (
+        lmkit.load("causal", base, "float32", "cpu", adapter=where) as found,
+        lmkit.load("causal", base, "float32", "cpu", adapter=adapter) as expected,
+    ):
+        assert found(PROMPT, max_new_tokens=6).token_ids == expected(PROMPT, max_new_tokens=6).token_ids
+
+
+def test_a_pattern_that_takes_longer_than_a_second_is_told(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """What the names of the modules cannot be matched with in bounded time is refused in a plan and a load."""
+    where = patterned(adapter, tmp_path / "copy", target_modules=SLOW)
+    for do in (lmkit.plan, lmkit.load):
+        with pytest.raises(lmkit.WeightsError, match=r"longer than a second to match the names of .* modules"):
+            do("causal", base, "float32", "cpu", adapter=where)  # type: ignore[operator]

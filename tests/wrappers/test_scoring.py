@@ -275,7 +275,7 @@ def test_single_ones_serve_all() -> None:
         ((3,), "row 0 is 3, not a text"),
         (("The", 3), "row 0 is 3, not a continuation"),
         ((["The", None], " sea"), "row 1 has None, not a text and not a list of messages"),
-        ((CHAT,), "row 0 is an object of type list, not a text"),
+        ((CHAT,), r"row 0 is \[{.role.: .*…, not a text"),
     ],
 )
 def test_what_cannot_be_scored_says_why(arguments: Any, words: str) -> None:

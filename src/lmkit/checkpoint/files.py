@@ -43,6 +43,11 @@ class Source:
     folder: Path
     gguf_file: str | None = None
 
+    @property
+    def pickled(self) -> bool:
+        """Whether its weights are pickles."""
+        return self.gguf_file is None and not any((self.folder / name).exists() for name in (SINGLE, INDEX))
+
     def read_config(self) -> dict[str, Any]:
         """Read `config.json`.
 
@@ -126,7 +131,7 @@ def read_index(index: Path) -> dict[str, str]:
     """
     content = read_json(index)
     weights = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weights, dict):
+    if not isinstance(weights, dict) or not weights:
         raise WeightsError(
             f"{index} has no 'weight_map' that names the shards: restore it from where the model came from."
         )
@@ -186,7 +191,7 @@ def mapped_weights(source: Source) -> dict[str, torch.Tensor]:
         files = weight_files(source, allow_pickle=True)
     except WeightsError:  # those of the Hub, of which the headers are enough for a plan
         return {}
-    with reading(f"the weights of {source.name!r}"):
+    with reading_weights(source):
         return {name: tensor for file in files for name, tensor in load_state_dict(file).items()}
 
 
@@ -262,6 +267,21 @@ def read_json(file: Path) -> object:
         raise WeightsError(f"{file} cannot be read ({error}): restore it from where the model came from.") from error
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{file} is not JSON: {error}. Restore it from where the model came from.") from error
+
+
+@contextlib.contextmanager
+def reading_weights(source: Source) -> Iterator[None]:
+    """Do as `reading` does; of a pickle, say what is read of one, and not what torch advises: to have its code run."""
+    try:
+        with reading(f"the weights of {source.name!r}"):
+            yield
+    except WeightsError as error:
+        if not source.pickled or error.__cause__ is None:
+            raise
+        raise WeightsError(
+            f"{str(error).partition('. ')[0]}. Of pickles, those are read that hold a dict of plain tensors by name, "
+            "and nothing in them is run: fetch the file again, or have it saved as safetensors."
+        ) from error.__cause__
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from lmkit.errors import LanguageError, LmkitError, OptionError, listed, nearest
+from lmkit.errors import LanguageError, LmkitError, OptionError, listed, nearest, shown
 from lmkit.languages.detect import DETECT, Detector
 from lmkit.languages.names import Names, Resolver, is_group, standard, unknown
 
@@ -103,10 +103,10 @@ class Languages:
         for which, word in (("source", source), ("target", target)):
             if word is not None and not isinstance(word, str):
                 raise LanguageError(
-                    f"{which}={word!r} is not a language: pass a code or a name, such as 'fr' or 'French'."
+                    f"{which}={shown(word)} is not a language: pass a code or a name, such as 'fr' or 'French'."
                 )
         if preset is not None and not isinstance(preset, str):
-            raise OptionError(f"preset={preset!r} is not accepted: it takes a name from Translator.presets.")
+            raise OptionError(f"preset={shown(preset)} is not accepted: it takes a name from Translator.presets.")
         if preset is not None:
             return self._preset(text or "", preset, [name for name in (source, target) if name is not None])
         if source == DETECT and (source := self._detected(text)) is None:

@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lmkit.errors import OptionError
+from lmkit.errors import OptionError, shown
 from lmkit.masked.fill import Blanks, Fill, Target, Way
 from lmkit.results import Candidate, MaskSlot, Unmasking
 from lmkit.text.codec import WORD_STARTS, Codec, Typed, alike
@@ -147,13 +147,13 @@ class MaskedTexts:
         if not known:
             pieces = self._codec.tokenizer.convert_ids_to_tokens(list(encoded[1]))
             raise OptionError(
-                f"the target {_shown(word.strip())} cannot be written with this checkpoint's vocabulary: it would be "
-                f"{_shown(pieces)}, and unknown or special tokens are no words. Choose another word."
+                f"the target {shown(word.strip(), _SHOWN)} cannot be written with this checkpoint's vocabulary: it "
+                f"would be {shown(pieces, _SHOWN)}, and unknown or special tokens are no words. Choose another word."
             )
         if self._limit is not None and len(known[0]) > (room := self._limit - sum(self._codec.around)):
             raise OptionError(
-                f"the target {_shown(word.strip())} has {len(known[0])} tokens, and the model takes {room}: choose a "
-                "shorter one."
+                f"the target {shown(word.strip(), _SHOWN)} has {len(known[0])} tokens, and the model takes {room}: "
+                "choose a shorter one."
             )
         return known[0]
 
@@ -268,7 +268,3 @@ class MaskedTexts:
 def _in_place(word: str, before: str) -> str:
     """Return a word as it stands behind `before`: a space at its beginning counts behind a letter or a digit alone."""
     return f"{' ' if word[0].isspace() and before[-1:].isalnum() else ''}{word.strip()}"
-
-
-def _shown(given: object) -> str:
-    return written if len(written := repr(given)) <= _SHOWN else written[:_SHOWN] + "…"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, TypedDict, get_args
 
-from lmkit.errors import OptionError
+from lmkit.errors import OptionError, shown
 from lmkit.options.option import LARGEST, Option, checked, choice, declared, is_a, is_strings, is_whole, number, whole
 from lmkit.options.per_row import Many, PerRow
 from lmkit.structured.outputs import ACCEPTED, Output, is_output, output_of
@@ -316,7 +316,7 @@ class RowOptions:
             raise OptionError("output and stop contradict: an answer ends where it is whole, and stop would cut it.")
         if (self.min_new_tokens or 0) > self.max_new_tokens:
             raise OptionError(
-                f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}."
+                f"min_new_tokens={shown(self.min_new_tokens)} is more than max_new_tokens={self.max_new_tokens}."
             )
 
     def with_seed(self) -> Self:

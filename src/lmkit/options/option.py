@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
-from lmkit.errors import OptionError, listed, nearest
+from lmkit.errors import OptionError, listed, nearest, shown
 
 LARGEST = 1e6
 """Beyond this, no option that is a number means anything, and powers of it overflow."""
@@ -37,7 +38,7 @@ class Option:
     def check(self, name: str, value: object) -> None:
         """Refuse a value that is not accepted."""
         if not self.test(value):
-            raise OptionError(f"{name}={value!r} is not accepted: {name} takes {self.accepts}.")
+            raise OptionError(f"{name}={shown(value)} is not accepted: {name} takes {self.accepts}.")
 
 
 @cache
@@ -52,16 +53,19 @@ def checked(given: Mapping[str, object], options: Mapping[str, Option]) -> dict[
     Raises:
         OptionError: A value that is not accepted.
     """
-    row = {name: _unboxed(value) for name, value in given.items() if value is not None}
+    row = {name: unboxed(value) for name, value in given.items() if value is not None}
     for name, value in row.items():
         options[name].check(name, value)
     return row
 
 
-def _unboxed(value: object) -> object:
+def unboxed(value: Any) -> object:
     """Turn a number of numpy or torch into Python's own."""
-    unbox = getattr(value, "item", None)
-    return unbox() if callable(unbox) and getattr(value, "shape", None) == () else value
+    if getattr(value, "shape", None) != () or not hasattr(value, "item"):
+        return value
+    with contextlib.suppress(RuntimeError):  # torch's, on the meta device, have no value
+        return value.item()
+    return value
 
 
 def choice(values: Sequence[object], meaning: str, default: str = "", *, call: bool = False) -> Option:
@@ -76,9 +80,9 @@ def choice(values: Sequence[object], meaning: str, default: str = "", *, call: b
 
 def check_word(name: str, given: object, accepted: Sequence[str]) -> None:
     """Raise an `OptionError` for a word that the argument called `name` does not take."""
-    if given not in accepted:
+    if not isinstance(given, str) or given not in accepted:
         hint = nearest(given, accepted) if isinstance(given, str) else ""
-        raise OptionError(f"{name}={given!r} is not accepted.{hint} Accepted: {listed(accepted)}.")
+        raise OptionError(f"{name}={shown(given)} is not accepted.{hint} Accepted: {listed(accepted)}.")
 
 
 def whole(low: int, meaning: str, default: str = "", *, high: float = math.inf, note: str = "") -> Option:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar, get_origin
 
 from lmkit.errors import OptionError, UnknownOptionError, listed, nearest
-from lmkit.options.option import Option, checked
+from lmkit.options.option import Option, checked, unboxed
 
 T = TypeVar("T")
 PerRow: TypeAlias = T | Sequence[T | None]
@@ -81,20 +81,20 @@ def _column(name: str, value: object, rows: int | None, option: Option) -> Seque
     return value
 
 
-def _listed(value: Any) -> object:
+def _listed(value: Any, levels: int = 2) -> object:
     """Return a sequence of any kind as a list: an array too, or a pandas Series, where a missing value is None.
 
-    A Series is no `Sequence`, and what it gives for a number is the row that is labelled so.
+    A Series is no `Sequence`, and what it gives for a number is the row that is labelled so. No option has more levels
+    than a list of lists.
     """
-    dimensions = getattr(value, "shape", None)
-    if dimensions == () and hasattr(value, "item"):
-        return value.item()
-    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__getitem__"):
+    value = unboxed(value)
+    sequence = hasattr(value, "__getitem__") and hasattr(value, "__len__") and getattr(value, "shape", None) != ()
+    if not levels or not sequence or isinstance(value, (str, bytes, Mapping, type)):
         return value
     if isinstance(value, type) or get_origin(value) is not None:  # an enumeration, list[int]
         return value
     missing = value.isna() if hasattr(value, "isna") else [False] * len(value)
-    return [None if absent else _listed(item) for item, absent in zip(value, missing, strict=True)]
+    return [None if absent else _listed(item, levels - 1) for item, absent in zip(value, missing, strict=True)]
 
 
 def _nested(value: Sequence[object]) -> bool:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import regex
 import torch
 
 from lmkit.checkpoint.code import check_adapter_code, import_without_kernels
@@ -97,30 +101,72 @@ def _found(name: str, origin: str, access: Access) -> Adapter:
     own = {renamed: tensor for key, tensor in tensors.items() if (renamed := _renamed(key))}
     with reading(f"the config of the adapter {origin!r}"):
         _check_patterns(origin, settings)
-        return Adapter(name, origin, folder, own, tuple(settings.get("modules_to_save") or ()))
+        return Adapter(name, origin, folder, own, tuple(map(str, _several(settings.get("modules_to_save")))))
 
 
 def _check_patterns(origin: str, settings: Mapping[str, Any]) -> None:
-    """Refuse patterns of module names that Python does not take, or tries for ever: what is repeated in a repetition.
+    """Refuse patterns of module names that Python does not take, and parts of names that could take for ever to match.
+
+    Whole names are what `_matched` matches, in bounded time; parts of them peft puts into patterns of its own.
 
     Raises:
         WeightsError: There is one in the adapter's config.
     """
-    patterns = [settings.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
-    patterns += [key for name in ("rank_pattern", "alpha_pattern") for key in settings.get(name) or ()]
-    for pattern in patterns:
+    parts = [one for key in _PARTS for one in _several(settings.get(key))]
+    for pattern in (*parts, *map(settings.get, _WHOLE)):
+        if not isinstance(pattern, str):
+            continue
         try:
-            compiled = isinstance(pattern, str) and re.compile(pattern)
+            re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise WeightsError(f"the adapter {origin!r} has the pattern {pattern!r:.200}: {error}.") from error
-        if compiled and _REPEATED_TWICE.search(compiled.pattern):
+        many = _NESTED.search(pattern) or len(_CHOICES.findall(pattern)) > _MOST_CHOICES
+        copies = math.prod(map(int, re.findall(r"\d+(?=\})", pattern)))
+        if copies > _MOST_COPIES or (many and pattern in parts):
             raise WeightsError(
-                f"the adapter {origin!r} has the pattern {pattern!r:.200}, which repeats a repetition and can take for "
-                "ever to match: write it without."
+                f"the adapter {origin!r} has the pattern {pattern!r:.200}, which can take for ever to match: write it "
+                f"with at most {_MOST_CHOICES} of * + ? {{ and |, none inside of another, and counts that are small."
             )
 
 
-_REPEATED_TWICE = re.compile(r"[+*}][?+]?[^()]*\)[+*{]")
+def _several(given: Any) -> list[Any]:
+    return [given] if isinstance(given, str) else list(given or ())
+
+
+_PARTS = ("modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern")
+_WHOLE = ("target_modules", "exclude_modules", "feedforward_modules")
+"""What an adapter's config may have patterns in: lists of them, or for keys; and one for a whole name, if a string."""
+_NESTED = re.compile(r"[+*}?][^()]*\)[+*{?]")
+_CHOICES = re.compile(r"(?<!\()[*+?{|]")
+_MOST_CHOICES, _MOST_COPIES = 4, 10_000
+
+
+def _matched(settings: Mapping[str, Any], model: Any, origin: str) -> dict[str, list[str]]:
+    """Return in the place of patterns of whole names those of a model's modules that they match.
+
+    Raises:
+        WeightsError: That takes longer than `_SECONDS`. Python's own patterns, which peft has, know no end of time.
+    """
+    until = time.perf_counter() + _SECONDS
+    found: dict[str, list[str]] = {}
+    names = [name for name, _ in model.named_modules()]
+    for key in _WHOLE:
+        pattern = settings.get(key)
+        if not isinstance(pattern, str) or pattern.replace("-", "_").isidentifier():  # "all-linear" is a word
+            continue
+        matches = functools.partial(regex.compile(pattern).fullmatch, concurrent=False)
+        try:
+            found[key] = [name for name in names if matches(name, timeout=max(until - time.perf_counter(), 1e-3))]
+            found[key] = found[key] or [pattern]  # a name that no module has, for peft to say so
+        except TimeoutError as error:
+            raise WeightsError(
+                f"the adapter {origin!r} has the pattern {pattern!r:.200}, which takes longer than a second to "
+                f"match the names of {len(names)} modules: write a list of names there."
+            ) from error
+    return found
+
+
+_SECONDS = 1.0
 
 
 def _renamed(key: str) -> str | None:
@@ -184,6 +230,7 @@ def check_base(adapter: Adapter, skeleton: Skeleton) -> None:
         PrecisionError: It replaces or measures layers that would be quantized.
     """
     modules = dict(skeleton.model.named_modules())
+    _matched(read_object(adapter.folder / "adapter_config.json"), skeleton.model, adapter.origin)
     for name, tensor in adapter.tensors.items():
         module, leaf = _place(name)
         base: Any = modules.get(module)
@@ -254,8 +301,10 @@ def _load(model: Any, adapter: Adapter) -> None:
     from safetensors.torch import load_file
 
     tensors = load_file(adapter.folder / ADAPTER_WEIGHTS)
+    config = PeftConfig.from_pretrained(str(adapter.folder))
+    vars(config).update(_matched(vars(config), model, adapter.origin))
     report = model.load_adapter(
-        peft_config=PeftConfig.from_pretrained(str(adapter.folder)),
+        peft_config=config,
         adapter_state_dict={name: tensors[key] for key in tensors if (name := _renamed(key))},
         adapter_name=adapter.name,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from jinja2 import nodes
 from jinja2.meta import find_undeclared_variables
 
-from lmkit.errors import OptionError, listed, nearest
+from lmkit.errors import OptionError, listed, nearest, shown
 from lmkit.text.sandbox import syntax
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Template:
         for name in given:
             if name not in {*self.variables, "chat_template"}:
                 raise OptionError(
-                    f"this checkpoint's chat template does not read {name!r}, so it would change nothing."
+                    f"this checkpoint's chat template does not read {shown(name)}, so it would change nothing."
                     f"{nearest(str(name), self.variables)} "
                     f"Besides messages it reads: {listed(sorted(self.variables)) or 'nothing'}."
                 )
@@ -127,7 +127,7 @@ def chosen(tokenizer: Any, given: Mapping[str, Any]) -> str:
     if wanted is not None and wanted not in named and not (isinstance(wanted, str) and "{" in wanted):
         hint = nearest(wanted, named) if isinstance(wanted, str) else ""
         raise OptionError(
-            f"template={{'chat_template': {wanted!r}}} is no template of this checkpoint.{hint} "
+            f"template={{'chat_template': {shown(wanted)}}} is no template of this checkpoint.{hint} "
             + (f"It has: {listed(named)}." if named else "It has one, without a name; pass a Jinja text, or none.")
         )
     return str(tokenizer.get_chat_template(wanted, given.get("tools")))

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from lmkit._interrupts import Flag
+from lmkit.wrappers.letting_go import letting_go
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -46,17 +47,24 @@ def cancelled() -> Flag:
 
 def asynchronous(verb: Callable[Given, ResultT]) -> Callable[Given, Coroutine[Any, Any, ResultT]]:
     """Return a verb for asyncio: it runs in a thread, and what is left of it is not read once its task is cancelled."""
+    light = letting_go(verb)
 
     @functools.wraps(verb)
     async def call(*given: Given.args, **options: Given.kwargs) -> ResultT:
         gone = Flag()
 
-        def work() -> ResultT:
+        def work(ask: Callable[[], ResultT]) -> ResultT:
             _CANCELLED.set(gone)  # in a context of its own
-            return verb(*given, **options)
+            try:
+                return ask()
+            finally:
+                del ask
 
-        with a_thread() as run:
-            result: ResultT = await finished(run(work), gone.set)
+        try:
+            with a_thread() as run:
+                result: ResultT = await finished(run(work, functools.partial(light, *given, **options)), gone.set)
+        finally:
+            del given, options  # for an error that is kept: the frames of both are in its traceback
         return result
 
     return call

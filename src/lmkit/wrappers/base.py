@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeAli
 
 from lmkit._interrupts import surely
 from lmkit.engine import Caller, Update
-from lmkit.errors import EngineError, LmkitError, OptionError
+from lmkit.errors import EngineError, LmkitError, OptionError, shown
 from lmkit.options.option import check_word, declared
 from lmkit.options.per_row import split
 from lmkit.planning.layout import ModulePlan
@@ -18,6 +18,7 @@ from lmkit.results import ChunkKind, Generation, TextChunk
 from lmkit.structured.grammars import Grammars
 from lmkit.text.codec import Codec, checked
 from lmkit.wrappers.asynchronous import a_thread, cancelled, finished
+from lmkit.wrappers.letting_go import let_go, letting_go
 from lmkit.wrappers.ordered_map import ReadAhead
 from lmkit.wrappers.progress import bar
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from lmkit.kernels.wide_copies import Copies
     from lmkit.planning.plan import LoadPlan
 
+VERBS = {"__call__", "chat", "map", "stream", "score", "rank"}
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
 ItemT = TypeVar("ItemT")
@@ -88,6 +90,12 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
     """A loaded model with verbs. Subclasses say what a row is and how rows are run."""
 
     _accepted: ClassVar[type]
+
+    def __init_subclass__(cls) -> None:
+        """Have errors of the verbs hold no wrapper: who keeps one would keep the model."""
+        super().__init_subclass__()
+        for name in VERBS & vars(cls).keys():
+            setattr(cls, name, letting_go(vars(cls)[name]))
 
     def __init__(self, loaded: Loaded) -> None:
         """Take over a loaded model; `lmkit.load` calls this."""
@@ -199,6 +207,7 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
             try:
                 jobs.append(self._job(given, row, number))
             except LmkitError as error:
+                let_go(error)
                 jobs.append(error)
         return jobs
 
@@ -244,9 +253,9 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
     ) -> Iterator[ResultT | LmkitError]:
         """Check the options now; read and run the inputs when asked for results."""
         check_word("on_error", on_error, get_args(OnError))
-        if isinstance(inputs, str):
+        if _single(inputs):
             raise OptionError(
-                f"map takes an iterable of rows, not the one text {inputs!r}: call the model, or pass a list."
+                f"map takes an iterable of rows, not the one row {shown(inputs)}: call the model, or pass a list."
             )
         options = dict(options)
         progress = bar(options.pop("progress", None), len(inputs) if isinstance(inputs, Sized) else None)
@@ -312,14 +321,17 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
                     yield item
             finally:
                 items.close()  # type: ignore[attr-defined]
+                del self, items, run  # for an error that is kept
 
 
 def rows_of(inputs: Any) -> Rows:
     """Return the rows of a call; each is checked when its turn comes."""
-    single = isinstance(inputs, (str, bytes, Mapping)) or not isinstance(inputs, Iterable)
-    if single or getattr(inputs, "shape", None) == ():  # an array of no dimension cannot be gone through
-        return [inputs], True
-    return list(inputs), False
+    return ([inputs], True) if _single(inputs) else (list(inputs), False)
+
+
+def _single(inputs: object) -> bool:
+    kind = isinstance(inputs, (str, bytes, Mapping)) or not isinstance(inputs, Iterable)
+    return kind or getattr(inputs, "shape", None) == ()  # an array of no dimension cannot be gone through
 
 
 def text_of(given: Any, row: int, what: str = "a text") -> str:
@@ -330,8 +342,7 @@ def text_of(given: Any, row: int, what: str = "a text") -> str:
     """
     if isinstance(given, str):
         return checked(given, f"row {row}")
-    shown = repr(given) if len(repr(given)) <= LONGEST_SHOWN else f"an object of type {type(given).__name__}"
-    raise OptionError(f"row {row} is {shown}, not {what}: pass {what}, or a list of them.")
+    raise OptionError(f"row {row} is {shown(given, LONGEST_SHOWN)}, not {what}: pass {what}, or a list of them.")
 
 
 LONGEST_SHOWN = 60

@@ -11,9 +11,9 @@ from dataclasses import replace
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, get_args, overload
 
-from lmkit.errors import LmkitError, OptionError
+from lmkit.errors import LmkitError, OptionError, shown
 from lmkit.options.generation import GeneratorCall, GeneratorOptions
-from lmkit.options.option import check_word
+from lmkit.options.option import check_word, checked, declared
 from lmkit.replies.asking import asked
 from lmkit.results import Generation, Ranking, Score, TextChunk, Timing
 from lmkit.text.chats import Chats
@@ -158,7 +158,7 @@ class Generator(Writer[Generation]):
         for number, row in enumerate(rows):
             if isinstance(row, str) or ids_of(row, self._vocabulary, number):
                 raise OptionError(
-                    f"row {number} is {row!r}, not a chat: pass {_MESSAGE}, or call the generator with a text."
+                    f"row {number} is {shown(row)}, not a chat: pass {_MESSAGE}, or call the generator with a text."
                 )
         return self._call((rows, single), {**options, "output": output})
 
@@ -403,16 +403,16 @@ class Generator(Writer[Generation]):
             return items if neutral is None else items + self._behind(neutral, texts, False, row)  # noqa: FBT003
         except OptionError as error:
             raise OptionError(
-                f"normalize='prior' scores the choices behind neutral={neutral!r}: {error} Here that is neutral=."
+                f"normalize='prior' scores the choices behind neutral={shown(neutral)}: {error} Here that is neutral=."
             ) from error
 
     def _behind(self, prompt: Any, texts: Sequence[str], go_on: bool, row: int) -> list[Item]:  # noqa: FBT001
         """Make what is scored of continuations of a prompt."""
         texts = [text_of(text, row, "a continuation") for text in texts]
-        if isinstance(prompt, str) and not go_on:
+        options = checked({"continue_final_message": go_on}, declared(self._accepted))
+        if isinstance(prompt, str) and not options.get("continue_final_message"):
             found = continued(self._codec, prompt, texts)
         else:
-            options = {"continue_final_message": True} if go_on else {}
             found = answered(self._codec, self._prompt(prompt, options, row)[1], texts)
         return [self._item(text, *tokens, row) for text, tokens in zip(texts, found, strict=True)]
 
@@ -528,10 +528,22 @@ _MESSAGE = "a list of messages like {'role': 'user', 'content': 'Hello!'}"
 
 def prompts_of(given: Any) -> Rows:
     """Return the rows of a call, where a single one is a text, the messages of one chat, or token ids."""
-    rows, single = rows_of(given.tolist() if hasattr(given, "tolist") else given)
+    rows, single = rows_of(_plain(given))
     if not single and rows and isinstance(rows[0], (Mapping, SupportsIndex)):
         return [rows], True
     return rows, single
+
+
+def _plain(given: Any) -> Any:
+    """Return an array as lists.
+
+    Raises:
+        OptionError: It is one of torch's meta device, which has no values.
+    """
+    try:
+        return given.tolist() if hasattr(given, "tolist") and not isinstance(given, type) else given
+    except RuntimeError as error:
+        raise OptionError(f"{shown(given)} cannot be read: {error}") from error
 
 
 def ids_of(given: Any, vocabulary: int, row: int) -> list[int] | None:
@@ -540,14 +552,14 @@ def ids_of(given: Any, vocabulary: int, row: int) -> list[int] | None:
     Raises:
         OptionError: One of them is no token of the model's.
     """
-    found = given.tolist() if hasattr(given, "tolist") else given
+    found = _plain(given)
     if not isinstance(found, (list, tuple)) or not found or not isinstance(found[0], SupportsIndex):
         return None
     for token_id in found:
         whole = isinstance(token_id, SupportsIndex) and not isinstance(token_id, bool)
         if not whole or not 0 <= index(token_id) < vocabulary:
             raise OptionError(
-                f"row {row} has the token id {token_id!r}: the model has those from 0 to {vocabulary - 1}."
+                f"row {row} has the token id {shown(token_id)}: the model has those from 0 to {vocabulary - 1}."
             )
     return [index(token_id) for token_id in found]
 
@@ -558,11 +570,12 @@ def chat_of(messages: Any, row: int) -> Chat:
     Raises:
         OptionError: It has no messages, or one that is not a dict with a role.
     """
-    parts = list(messages) if isinstance(messages, Iterable) and not isinstance(messages, (bytes, Mapping)) else []
+    rows, single = rows_of(messages)
+    parts = [] if single else rows
     wrong = [part for part in parts if not (isinstance(part, Mapping) and isinstance(part.get("role"), str))]
     if wrong or not parts:
-        shown = repr(wrong[0] if wrong else messages)
+        told = shown(wrong[0] if wrong else messages)
         raise OptionError(
-            f"row {row} has {shown}, not a text and not {_MESSAGE}, with roles such as 'system', 'user', 'assistant'."
+            f"row {row} has {told}, not a text and not {_MESSAGE}, with roles such as 'system', 'user', 'assistant'."
         )
     return parts

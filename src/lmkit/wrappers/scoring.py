@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
 
 from lmkit.engine import CLOSED, Reading, Scored
-from lmkit.errors import EngineError, LmkitError, OptionError
+from lmkit.errors import EngineError, LmkitError, OptionError, shown
 from lmkit.options.option import check_word
 from lmkit.results import Choice, Ranking, Score
 from lmkit.text.codec import alike
@@ -268,7 +268,7 @@ def texts_of(choices: Any, row: int) -> list[str]:
     """
     given, single = rows_of(choices)
     if single or not given:
-        raise OptionError(f"row {row} has the choices {choices!r}: pass a list of texts, at least one.")
+        raise OptionError(f"row {row} has the choices {shown(choices)}: pass a list of texts, at least one.")
     return [text_of(choice, row, "a text to choose") for choice in given]
 
 
