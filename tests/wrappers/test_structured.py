@@ -110,6 +110,21 @@ def test_a_stream_has_the_value_with_its_last_chunk() -> None:
         chunks[0].value  # noqa: B018 - it raises
 
 
+@pytest.mark.parametrize("rows", [["She"], ["She", "He"]])
+def test_a_stream_shows_what_there_is_so_far(rows: list[str]) -> None:
+    """Each chunk has the data of its row's text so far, and the last one's is that of the value."""
+    seen = list(wrapper("gpt2").stream(rows, output=Thing, partial=True, max_new_tokens=120))
+    for row in range(len(rows)):
+        parts = [chunk.partial for chunk in seen if chunk.index == row]
+        assert parts[-1] == dataclasses.asdict(seen[-1].value) or len(rows) > 1
+        assert parts[-1].keys() == {"kind", "legs", "tags"}
+        grown = [len(part or {}) for part in parts]
+        assert grown == sorted(grown)
+        assert grown[0] < 3
+    with pytest.raises(lmkit.OptionError, match="partial=True shows what output= asks for"):
+        wrapper("gpt2").stream("She", partial=True)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_drawn_rows_are_whole_and_their_own(name: str) -> None:
     """Completions drawn with a seed are all of the kind, and those of a single call, whoever runs beside them."""

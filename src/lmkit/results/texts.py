@@ -353,6 +353,7 @@ class TextChunk(Result):
         finish_reason: Why the row ended, on its last chunk only.
         result: The whole result with its timing, on its last chunk only.
         kind: What it is of a chat's answer; always `"content"` of other rows.
+        partial: With `partial=True`, the data of the answer so far, unchecked: None where there is none yet.
     """
 
     text: str
@@ -360,6 +361,7 @@ class TextChunk(Result):
     finish_reason: FinishReason | None = None
     result: Generation[Any] | None = None
     kind: ChunkKind = "content"
+    partial: Any = None
 
     @property
     def value(self) -> Any:

@@ -239,6 +239,16 @@ def read_json(text: str) -> Any:
     return value
 
 
+def begun_json(text: str) -> Any:
+    """Return the data of JSON that is not all there; None where there is none so far."""
+    from pydantic_core import from_json
+
+    try:
+        return from_json(text, allow_partial="trailing-strings")
+    except ValueError:
+        return None
+
+
 def _no_number(word: str) -> float:
     raise ValueError(f"{word} is no number of JSON's")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeAlias, TypeVar, get_args
 
 from lmkit._interrupts import surely
@@ -16,6 +17,7 @@ from lmkit.options.per_row import split
 from lmkit.planning.layout import ModulePlan
 from lmkit.results import ChunkKind, Generation, TextChunk
 from lmkit.structured.grammars import Grammars
+from lmkit.structured.outputs import begun_json
 from lmkit.text.codec import Codec, checked
 from lmkit.wrappers.asynchronous import a_thread, cancelled, finished
 from lmkit.wrappers.letting_go import let_go, letting_go
@@ -287,12 +289,15 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
         if rows.broken is not None:
             raise rows.broken
 
-    def _stream(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> Iterator[TextChunk]:
+    def _stream(self, inputs: Sequence[Any], options: Mapping[str, Any], *, partial: bool) -> Iterator[TextChunk]:
         """Check all rows now; compute when asked for chunks."""
         for row in split(options, len(inputs), declared(self._accepted)):
             if (copies := row.get("num_return_sequences", 1)) != 1:
                 raise OptionError(f"num_return_sequences={copies!r} cannot be streamed: call the model, or stream one.")
-        return self._streamed(self._valid(inputs, options))
+        if partial and options.get("output") is None:
+            raise OptionError("partial=True shows what output= asks for while it grows: pass output= too.")
+        chunks = self._streamed(self._valid(inputs, options))
+        return growing(chunks) if partial else chunks
 
     def _streamed(self, jobs: list[JobT]) -> Iterator[TextChunk]:
         failed: LmkitError | None = None
@@ -322,6 +327,17 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
             finally:
                 items.close()  # type: ignore[attr-defined]
                 del self, items, run  # for an error that is kept
+
+
+def growing(chunks: Iterator[TextChunk]) -> Iterator[TextChunk]:
+    """Give chunks the data that their rows' answers have so far."""
+    texts = defaultdict[int, str](str)
+    try:
+        for chunk in chunks:
+            texts[chunk.index] += chunk.text if chunk.kind == "content" else ""
+            yield replace(chunk, partial=begun_json(texts[chunk.index]))
+    finally:
+        chunks.close()  # type: ignore[attr-defined]  # a generator
 
 
 def rows_of(inputs: Any) -> Rows:

@@ -217,26 +217,36 @@ class Generator(Writer[Generation]):
         return self._map(prompts, {**options, "output": output}, on_error)
 
     def stream(
-        self, prompts: Prompt | Prompts, *, output: object = None, **options: Unpack[GeneratorOptions]
+        self,
+        prompts: Prompt | Prompts,
+        *,
+        output: object = None,
+        partial: bool = False,
+        **options: Unpack[GeneratorOptions],
     ) -> Iterator[TextChunk]:
         """Continue prompts and yield their text while it grows.
 
-        A row's chunks joined are its whole text; its last chunk has a `finish_reason`, and the value of `output`.
-        Leaving the loop ends the rows.
+        A row's chunks joined are its whole text; its last chunk has a `finish_reason`, and the value of `output`. With
+        `partial`, each has the data so far. Leaving the loop ends the rows.
 
         Raises:
             OptionError: As for a call; also for `num_return_sequences` above 1.
         """
-        return self._stream(prompts_of(prompts)[0], {**options, "output": output})
+        return self._stream(prompts_of(prompts)[0], {**options, "output": output}, partial=partial)
 
     acall = asynchronous(__call__)
     """Do as a call does, for asyncio; cancelling the task ends its rows at their next step."""
 
     def astream(
-        self, prompts: Prompt | Prompts, *, output: object = None, **options: Unpack[GeneratorOptions]
+        self,
+        prompts: Prompt | Prompts,
+        *,
+        output: object = None,
+        partial: bool = False,
+        **options: Unpack[GeneratorOptions],
     ) -> AsyncIterator[TextChunk]:
         """Do as `stream` does, for asyncio."""
-        return self._alternate(self.stream(prompts, output=output, **options))
+        return self._alternate(self.stream(prompts, output=output, partial=partial, **options))
 
     @overload
     def score(self, prompt: str | TokenIds, continuation: None = None, *, progress: bool | None = None) -> Score: ...

@@ -182,23 +182,33 @@ class Translator(Writer[Translation]):
         return self._map(texts, {**options, "output": output}, on_error)
 
     def stream(
-        self, texts: str | Iterable[str], *, output: object = None, **options: Unpack[TranslationOptions]
+        self,
+        texts: str | Iterable[str],
+        *,
+        output: object = None,
+        partial: bool = False,
+        **options: Unpack[TranslationOptions],
     ) -> Iterator[TextChunk]:
         """Translate texts and yield the translations while they grow.
 
         A row's chunks joined are its whole text; its last chunk has a `finish_reason`. A beam search
         knows its text only at the end, so it comes in one chunk. Leaving the loop ends the rows.
         """
-        return self._stream(rows_of(texts)[0], {**options, "output": output})
+        return self._stream(rows_of(texts)[0], {**options, "output": output}, partial=partial)
 
     acall = asynchronous(__call__)
     """Do as a call does, for asyncio; cancelling the task ends its rows at their next step."""
 
     def astream(
-        self, texts: str | Iterable[str], *, output: object = None, **options: Unpack[TranslationOptions]
+        self,
+        texts: str | Iterable[str],
+        *,
+        output: object = None,
+        partial: bool = False,
+        **options: Unpack[TranslationOptions],
     ) -> AsyncIterator[TextChunk]:
         """Do as `stream` does, for asyncio."""
-        return self._alternate(self.stream(texts, output=output, **options))
+        return self._alternate(self.stream(texts, output=output, partial=partial, **options))
 
     def _check(self, options: dict[str, Any]) -> None:
         handling(options)
