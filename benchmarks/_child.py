@@ -13,7 +13,7 @@ from typing import Any
 
 import _data
 import _machine
-from _context import load
+from _context import ends, load
 from _harness import interleave
 from _sides import lmkit_side, single_side
 
@@ -29,7 +29,7 @@ def compiled(folder: str, new_tokens: str, repeats: str) -> dict[str, Any]:
     begun = time.perf_counter()
     generator = load("causal", Path(folder), compile=True)
     loaded = time.perf_counter() - begun
-    forced = {"suppress_tokens": [tokenizer.eos_token_id]}
+    forced = {"suppress_tokens": ends(generator.model)}
     ours = lmkit_side(generator, [chat], [prompt], "lmkit, compiled", max_new_tokens=budget, **forced)
     calls = [ours.run().seconds for _ in range(2)]
     found = {"load": loaded, "first_call": calls[0], "second_call": calls[1], "start": loaded + calls[0]}

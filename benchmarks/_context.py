@@ -66,9 +66,15 @@ class Bench:
         return load("causal", self.checkpoint, compile=True)
 
     @cached_property
-    def end(self) -> int:
-        """SmolLM2's end token; rows that must run to their budget may not write it."""
-        return int(self.model.generation_config.eos_token_id)
+    def ends(self) -> list[int]:
+        """SmolLM2's end tokens; rows that must run to their budget may not write them."""
+        return ends(self.model)
+
+
+def ends(model: Any) -> list[int]:
+    """Return the tokens that end a model's texts."""
+    own = model.generation_config.eos_token_id
+    return [own] if isinstance(own, int) else list(own)
 
 
 def load(

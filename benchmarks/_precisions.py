@@ -114,7 +114,7 @@ def _perplexity(model: Any, tokens: list[int]) -> float:
 def one_stream(bench: Bench) -> Report:
     """L: one stream of 128 tokens in every precision."""
     prompt = bench.tokenizer(BEGINNING)["input_ids"]
-    forced = {"max_new_tokens": NEW_TOKENS, "suppress_tokens": [bench.end]}
+    forced = {"max_new_tokens": NEW_TOKENS, "suppress_tokens": bench.ends}
     loaded: dict[str, Any] = {
         word: load("causal", bench.checkpoint, word) for word in ("bfloat16", "int8", "int4", "nf4")
     }
@@ -122,7 +122,7 @@ def one_stream(bench: Bench) -> Report:
     sides = [
         decoding(stream_side(functools.partial(one.stream, BEGINNING, **forced), name)) for name, one in loaded.items()
     ]
-    plain = generate_side(bench.model, prompt, NEW_TOKENS, suppress_tokens=[bench.end])
+    plain = generate_side(bench.model, prompt, NEW_TOKENS, suppress_tokens=bench.ends)
     sides.append(decoding(plain, "transformers bfloat16"))
     peer = bench.peers.get("llama", gguf=str(_models.smollm2_gguf()), threads=os.cpu_count() or 1)
     if peer is not None:
@@ -144,7 +144,7 @@ def rows(bench: Bench) -> Report:
     """M: 32 rows of 48 tokens, quantized, with copies for many rows and without, and bfloat16."""
     chats = _data.steady_chats()[:ROWS]
     prompts = [_data.encode(bench.tokenizer, chat) for chat in chats]
-    forced = {"max_new_tokens": ROW_TOKENS, "suppress_tokens": [bench.end]}
+    forced = {"max_new_tokens": ROW_TOKENS, "suppress_tokens": bench.ends}
     sides = [
         lmkit_side(load("causal", bench.checkpoint, word), chats, prompts, word, **forced)
         for word in ("bfloat16", "int8", "int4")
@@ -224,7 +224,7 @@ def billion(bench: Bench) -> Report:
     """O: a Llama of a billion random parameters: bytes read for a token, against what the machine can read."""
     folder = _billion.checkpoint(bench.folder, bench.checkpoint)
     prompt = list(range(100, 116))
-    forced: dict[str, Any] = {"max_new_tokens": 24, "suppress_tokens": [bench.end]}
+    forced: dict[str, Any] = {"max_new_tokens": 24, "suppress_tokens": bench.ends}
     speed = _billion.read_bytes_per_second()
     words = ("bfloat16", "int8", "int4")
     loaded = {word: load("causal", folder, word) for word in words}

@@ -30,7 +30,7 @@ ALLOWED_MIB = 400
 def threads(bench: Bench) -> Report:
     """C: 16 threads of 8 calls each, against the same calls one after the other."""
     chats = _data.chats(bench.tokenizer, THREADS * CALLS)
-    options = {"max_new_tokens": NEW_TOKENS, "suppress_tokens": [bench.end]}
+    options = {"max_new_tokens": NEW_TOKENS, "suppress_tokens": bench.ends}
 
     def side(name: str, run: Callable[[Any, Sequence[Any], Any], list[Any]]) -> Side:
         def timed() -> Run:
@@ -129,7 +129,7 @@ def host_overhead(bench: Bench) -> Report:
     ):
         # Loaded within, so that an engine that keeps the method keeps the one with the clock.
         generator = load("causal", bench.checkpoint)
-        side = lmkit_side(generator, chats, prompts, max_new_tokens=STEPS, suppress_tokens=[bench.end])
+        side = lmkit_side(generator, chats, prompts, max_new_tokens=STEPS, suppress_tokens=bench.ends)
         side.run()
         for clock in (forward, choice, text):
             clock.seconds, clock.calls = 0.0, 0

@@ -6,6 +6,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
+from _context import ends
 from _harness import Run, Side
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], budgets: Sequence[int
     import torch
 
     decoder_only = not model.config.is_encoder_decoder
-    pad, end = model.generation_config.pad_token_id, model.generation_config.eos_token_id
+    pad, stops = model.generation_config.pad_token_id, ends(model)
     longest = max(map(len, prompts))
     fill = [[pad] * (longest - len(ids)) for ids in prompts]
     rows = zip(fill, prompts, strict=True)
@@ -82,13 +83,13 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], budgets: Sequence[int
     settings = {"max_new_tokens": max(budgets), "do_sample": False, "num_beams": 1} | options
     output = model.generate(ids, attention_mask=mask, **settings)
     new = output[:, longest if decoder_only else 1 :].tolist()
-    return [useful(row, end, budget) for row, budget in zip(new, budgets, strict=True)]
+    return [useful(row, stops, budget) for row, budget in zip(new, budgets, strict=True)]
 
 
-def useful(token_ids: Sequence[int], end: int, budget: int) -> int:
-    """Count the tokens up to and with the end token, at most as many as were asked for."""
+def useful(token_ids: Sequence[int], stops: Sequence[int], budget: int) -> int:
+    """Count the tokens up to and with the first end token, at most as many as were asked for."""
     whole = list(token_ids[:budget])
-    return whole.index(end) + 1 if end in whole else len(whole)
+    return next((number for number, token_id in enumerate(whole, start=1) if token_id in stops), len(whole))
 
 
 def pipeline_side(

@@ -33,7 +33,7 @@ def one_stream(bench: Bench) -> Report:
     """D: one stream of 128 new tokens, and the time to its first."""
     chat = longest_chat(bench)
     prompt = _data.encode(bench.tokenizer, chat)
-    forced = {"suppress_tokens": [bench.end]}
+    forced = {"suppress_tokens": bench.ends}
     ours = stream_side(lambda: bench.generator.stream(chat, max_new_tokens=NEW_TOKENS, **forced))
     plain = single_side(bench.model, prompt, NEW_TOKENS, **forced)
     bare = prefill_side(bench.model, prompt)
@@ -125,7 +125,7 @@ def talk_side(bench: Bench, generator: Any, name: str) -> Side:
             chat.append({"role": "user", "content": asked})
             turn = time.perf_counter()
             chunks: list[Any] = []
-            for chunk in generator.stream(chat, max_new_tokens=ANSWER_TOKENS, suppress_tokens=[bench.end]):
+            for chunk in generator.stream(chat, max_new_tokens=ANSWER_TOKENS, suppress_tokens=bench.ends):
                 if not chunks:
                     firsts.append(time.perf_counter() - turn)
                 chunks.append(chunk)
@@ -143,7 +143,7 @@ def editing(bench: Bench) -> Report:
     wanted = bench.tokenizer(text.replace(old, new))["input_ids"]
     prompt = editing_prompt(text, old, new)
     ids = bench.tokenizer(prompt)["input_ids"]
-    forced = {"max_new_tokens": len(wanted), "suppress_tokens": [bench.end]}
+    forced = {"max_new_tokens": len(wanted), "suppress_tokens": bench.ends}
     plain = lmkit_side(bench.generator, [prompt], [ids], "plain greedy", **forced)
     looked = lmkit_side(bench.generator, [prompt], [ids], "lookup=True", lookup=True, **forced)
     written = [bench.generator(prompt, **forced, **more).token_ids for more in ({}, {"lookup": True})]

@@ -29,6 +29,7 @@ import _precisions
 import _scores
 import _shared
 import _streams
+import _structured
 from _context import Bench
 from _harness import Finding, Report, say, table
 from _peers import Peers
@@ -61,7 +62,8 @@ WORKLOADS: dict[str, tuple[Callable[[Bench], Report], str | None]] = {
     "T": (_masks.base, None),
     "U": (_batches.beams, "ctranslate2"),
     "V": (_batches.few_sentences, None),
-    "W": (_batches.splits, None),
+    "W": (_structured.filled_schemas, None),
+    "X": (_batches.splits, None),
 }
 """Each workload, and which peer it is compared with."""
 

@@ -30,6 +30,7 @@ TRACED = ("/lmkit/", "/logging/", "threading.py", "contextlib.py", "warnings.py"
 CALLS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "call": ("llama", lambda w: w(["She", "The old sailor"], max_new_tokens=3)),
     "sampled": ("llama", lambda w: w(["She", "The"], max_new_tokens=3, temperature=1.5, seed=[1, 2], stop="zz")),
+    "structured": ("llama", lambda w: w(["She", "The"], output=lmkit.OneOf("yes", "no"), max_new_tokens=6)),
     "map": ("llama", lambda w: list(w.map(["She", "The"], max_new_tokens=2))),
     "stream": ("llama", lambda w: list(w.stream("She", max_new_tokens=3))),
     "score": ("llama", lambda w: w.score(["She is old", "The"])),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         MissingExtraError,
         ModelNotFoundError,
         OptionError,
+        OutputError,
         PlacementError,
         PrecisionError,
         UnknownOptionError,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
         Translation,
         Unmasking,
     )
+    from lmkit.structured.outputs import Grammar, JSONSchema, OneOf, Output, Regex, schema_prompt
     from lmkit.wrappers.generator import Chat, Generator, Message
     from lmkit.wrappers.translator import Translator
     from lmkit.wrappers.unmasker import Unmasker
@@ -64,7 +66,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "errors": (
         "EngineError InputTooLongError LanguageError LmkitError MissingExtraError ModelNotFoundError OptionError "
-        "PlacementError PrecisionError UnknownOptionError UnknownTaskError VersionError "
+        "OutputError PlacementError PrecisionError UnknownOptionError UnknownTaskError VersionError "
         "WeightsError"
     ),
     "loading": "LoadOptions load plan",
@@ -79,6 +81,7 @@ _MODULES = {
         "Candidate Choice Completion EngineStats Generation MaskSlot Ranking Score Segment TextChunk Timing "
         "TokenLogprob Translation Unmasking"
     ),
+    "structured.outputs": "Grammar JSONSchema OneOf Output Regex schema_prompt",
     "wrappers.generator": "Chat Generator Message",
     "wrappers.translator": "Translator",
     "wrappers.unmasker": "Unmasker",
@@ -88,12 +91,13 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names.s
 
 __all__ = [
     "Beam", "Candidate", "Chat", "Choice", "Completion", "EngineError", "EngineStats", "Generation",
-    "GenerationOptions", "Generator", "GeneratorOptions", "Greedy", "InputTooLongError", "KeyValueBytes",
-    "LanguageError", "LmkitError", "LoadOptions", "LoadPlan", "MaskSlot", "Message", "MissingExtraError", "Mode",
-    "ModelNotFoundError", "ModulePlan", "OptionError", "Placement", "PlacementError", "Precision", "PrecisionError",
-    "Ranking", "Sample", "Score", "Segment", "TextChunk", "Timing", "TokenLogprob", "Translation",
+    "GenerationOptions", "Generator", "GeneratorOptions", "Grammar", "Greedy", "InputTooLongError", "JSONSchema",
+    "KeyValueBytes", "LanguageError", "LmkitError", "LoadOptions", "LoadPlan", "MaskSlot", "Message",
+    "MissingExtraError", "Mode", "ModelNotFoundError", "ModulePlan", "OneOf", "OptionError", "Output", "OutputError",
+    "Placement", "PlacementError", "Precision", "PrecisionError", "Ranking", "Regex", "Sample",
+    "Score", "Segment", "TextChunk", "Timing", "TokenLogprob", "Translation",
     "TranslationOptions", "Translator", "UnknownOptionError", "UnknownTaskError", "UnmaskOptions", "Unmasker",
-    "Unmasking", "VersionError", "WeightsError", "load", "plan",
+    "Unmasking", "VersionError", "WeightsError", "load", "plan", "schema_prompt",
 ]  # fmt: skip
 
 

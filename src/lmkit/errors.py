@@ -10,6 +10,7 @@ LmkitError
 ├── LanguageError      (ValueError)     a language the checkpoint does not speak
 ├── OptionError        (ValueError)     an option's value, or two that contradict
 │   └── UnknownOptionError (TypeError)  an option's name
+├── OutputError        (ValueError)     an answer that is not what output= asked for
 ├── InputTooLongError  (ValueError)     more tokens than the model takes
 ├── MissingExtraError  (ImportError)    an optional dependency is not installed
 ├── VersionError       (ImportError)    a library that lmkit stands on is too old
@@ -65,6 +66,24 @@ class LanguageError(LmkitError, ValueError):
 
 class OptionError(LmkitError, ValueError):
     """An option has a value that is not accepted, or contradicts another."""
+
+
+class OutputError(LmkitError, ValueError):
+    """An answer that is not what `output=` asked for, or that was cut, so that it has no value.
+
+    Attributes:
+        text: What the model wrote.
+        reason: Why that has no value.
+    """
+
+    def __init__(self, text: str, reason: str) -> None:
+        """Say both."""
+        super().__init__(text, reason)
+        self.text, self.reason = text, reason
+
+    def __str__(self) -> str:
+        """Return the message."""
+        return f"the answer has no value: {self.reason}. Its text: {self.text[:200]!r}"
 
 
 class UnknownOptionError(OptionError, TypeError):

@@ -37,6 +37,9 @@ def test_a_compiled_step_gives_the_tokens_of_generate(cache: Path) -> None:
     budgets = [2, 3, 24, 2, 3]
     for prompt, budget, result in zip(prompts, budgets, generator(prompts, max_new_tokens=budgets), strict=True):
         assert list(result.token_ids) == checkpoints.generated("llama", [prompt], max_new_tokens=budget)[0]
+    lower = [lambda _token_ids, scores: scores.sub_(torch.arange(scores.shape[-1]) * 0.1)]
+    expected = checkpoints.generated("llama", prompts[:1], logits_processor=lower)[0]
+    assert list(generator(prompts[0], max_new_tokens=24, processors=lower).token_ids) == expected
     assert len(list(cache.rglob("*.step"))) == 1
 
 

@@ -534,8 +534,9 @@ def test_the_global_random_state_does_not_change_a_seeded_text() -> None:
     "name, told",
     [
         ("eos_token_id", "lmkit calls it stop_token_ids"),
-        ("logit_bias", "suppress_tokens forbids tokens"),
-        ("bad_words_ids", "suppress_tokens, which forbids single tokens"),
+        ("bad_words_ids", "lmkit calls it bad_words"),
+        ("sequence_bias", "lmkit calls it logit_bias"),
+        ("logits_processor", "lmkit calls it processors"),
         ("return_full_text", r"result\.prompt \+ result\.text"),
         ("echo", r"result\.prompt \+ result\.text"),
         ("tools", "template="),

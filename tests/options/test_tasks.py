@@ -35,7 +35,7 @@ def test_what_is_kept_is_written_as_strings(keep: Any, words: str) -> None:
 @pytest.mark.parametrize("value", [True, False])
 def test_a_translator_does_not_look_up(verb: str, value: object) -> None:
     """`lookup` is an option of a `Generator` alone: elsewhere it is an error that says so, and what is accepted."""
-    words = r"unknown option 'lookup'\. Only a Generator .*: leave it out\. Accepted: 'early_stopping', "
+    words = r"unknown option 'lookup'\. Only a Generator .*: leave it out\. Accepted: 'bad_words', 'early_stopping', "
     with pytest.raises(lmkit.OptionError, match=words):
         getattr(wrapper("m2m100"), verb)(["Birds fly."], source="en", target="fr", lookup=value)
 

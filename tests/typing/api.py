@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, assert_type
+from typing import Any, Literal, TypedDict, assert_type
 
 import torch
 
@@ -59,6 +59,20 @@ def generate() -> None:
     )
     assert_type(generator(("a", "b"), mode=lmkit.Beam(num_beams=4)), list[lmkit.Generation])
     assert_type(generator(prompts(), mode=[lmkit.Greedy(), lmkit.Sample(top_p=0.9)]), list[lmkit.Generation])
+
+
+def steered() -> None:
+    def halved(_token_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores / 2
+
+    by_text = {" up": -1.0}
+    both: dict[int | str, float] = {5: 1, " up": -2.5}
+    assert_type(generator("a", processors=[halved], logit_bias={" up": -2.5}), lmkit.Generation)
+    assert_type(generator("a", processors=[halved], logit_bias=both), lmkit.Generation)
+    assert_type(generator(["a", "b"], processors=[[halved], None], logit_bias=[by_text, None]), list[lmkit.Generation])
+    assert_type(generator("a", bad_words=["up"], frequency_penalty=0.5), lmkit.Generation)
+    assert_type(generator("a", bad_words=[[3, 4], [5]]), lmkit.Generation)
+    assert_type(translator(["a", "b"], bad_words=[["up"], None], presence_penalty=[1.0, 2]), list[lmkit.Translation])
 
 
 def chat() -> None:
@@ -227,3 +241,38 @@ def refused() -> None:
     translator("a", truncate="middle")  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]
     translator("a", lookup=True)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     unmasker.map(prompts(), on_error="skip")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+# output: the value's type is that of what was asked for.
+
+
+class Person(TypedDict):
+    """What is asked for."""
+
+    name: str
+
+
+async def structured() -> None:
+    messages = [{"role": "user", "content": "Hello!"}]
+    assert_type(generator("a", output=Person).value, Person)
+    assert_type(generator("a", output=list[int], max_new_tokens=5), lmkit.Generation[list[int]])
+    assert_type(generator(["a", "b"], output=int)[0].completions[0].value, int)
+    assert_type(generator("a", output=lmkit.OneOf("yes", "no")).value, str)
+    assert_type(generator("a", output=lmkit.Regex(r"\d")).value, str)
+    assert_type(generator("a", output=lmkit.Grammar("start: /a/")).value, str)
+    assert_type(generator("a", output=lmkit.JSONSchema({"type": "object"})).value, Any)
+    assert_type(generator("a", output=Literal["a", "b"]), lmkit.Generation)
+    assert_type(generator(["a", "b"], output=[Person, None]), list[lmkit.Generation])
+    assert_type(generator.chat(messages, output=Person).value, Person)
+    assert_type(generator.chat([messages], output=Person)[0].value, Person)
+    assert_type(next(generator.map(prompts(), output=Person)).value, Person)
+    assert_type(
+        generator.map(prompts(), output=Person, on_error="return"),
+        Iterator[lmkit.Generation[Person] | lmkit.LmkitError],
+    )
+    assert_type((await generator.acall("a", output=Person)).value, Person)
+    assert_type(next(generator.stream("a", output=Person)).value, Any)
+    assert_type(translator("a", output=Person).value, Person)
+    assert_type(next(translator.map(prompts(), output=Person)).value, Person)
+    assert_type(generator("a").value_error, str | None)
+    assert_type(lmkit.schema_prompt(Person), str)

@@ -4,11 +4,21 @@ The rooms above know the names below, and nothing of batches, caches or processo
 made of their tokens, is `wrappers`' and `masked`'s; how rows will run was decided in `planning`.
 """
 
-from lmkit.engine.engine import Engine
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from lmkit.engine.failures import CLOSED
-from lmkit.engine.passes.masks import Asking, Draw, Found, MaskScorer, Query, drawn, parallel
-from lmkit.engine.passes.scores import Reading, Scored, Scorer
-from lmkit.engine.request import Caller, Outcome, Request, Update
+from lmkit.engine.questions import Asking, Draw, Found, Query, parallel
+from lmkit.engine.request import Caller, Outcome, Reading, Request, Scored, Update
+
+if TYPE_CHECKING:
+    from lmkit.engine.engine import Engine
+    from lmkit.engine.passes.masks import MaskScorer, drawn
+    from lmkit.engine.passes.scores import Scorer
+
+_COMPUTING = {"Engine": "engine", "MaskScorer": "passes.masks", "Scorer": "passes.scores", "drawn": "passes.masks"}
 
 __all__ = [
     "CLOSED",
@@ -28,3 +38,11 @@ __all__ = [
     "drawn",
     "parallel",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import what computes with torch when it is first used (PEP 562)."""
+    if name not in _COMPUTING:
+        raise AttributeError(f"module 'lmkit.engine' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"lmkit.engine.{_COMPUTING[name]}"), name)
+    return value

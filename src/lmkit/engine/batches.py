@@ -389,7 +389,7 @@ class Batches:
     def _step(self, decoder: Decoder) -> None:
         row = decoder.rows[0]
         guesses = guess(row) if row.request.lookup and len(decoder.rows) == 1 else []
-        guesses = guesses[: self._scaling.room(row.length)]
+        guesses = row.fitting(guesses[: self._scaling.room(row.length)])
         logits = decoder.verify(guesses) if guesses else None
         if logits is None:
             self._choose(decoder, decoder.step())

@@ -117,7 +117,8 @@ class Search(Row):
     @cached_property
     def settings(self) -> str:
         """All that the search was given beside its tokens."""
-        return str(self.request.config.to_json_string(use_diff=False))
+        own = id(self) if self.request.processors else ""  # which are asked for one row at a time
+        return f"{self.request.config.to_json_string(use_diff=False)}{own}"
 
     def _improves(self, best: float, length: int) -> bool:
         """Say whether a running beam could still be among the best, as transformers guesses it."""
@@ -253,7 +254,7 @@ def _steer(chooser: Chooser, rows: Sequence[Search], logits: torch.Tensor, runni
     shaped = scores.view(len(rows), -1, scores.shape[-1])
     for row, candidates in zip(rows, _best(shaped, running, rows[0].candidates), strict=True):
         if candidates[0][0] == -torch.inf:
-            row.error = EngineError(NO_CHOICE.format(step=len(row.beams[0]) + 1))
+            row.error = row.error or EngineError(NO_CHOICE.format(step=len(row.beams[0]) + 1))
         else:
             row.advance(candidates)
 

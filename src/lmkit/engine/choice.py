@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lmkit.engine.processors import more
 from lmkit.errors import EngineError
-from lmkit.kernels.logits import highest
+from lmkit.kernels.logits import forbidding, highest
 from lmkit.results import TokenLogprob
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Steering:
     """What reshapes a row's scores.
 
     Attributes:
-        processors: transformers' own, in its order.
+        processors: transformers' own, in its order, lmkit's among them, and the caller's behind them.
         key: What rows have in common that may go through one of their processors together.
         ordered: Whether they must have equally many tokens for that.
         sampled: Whether the token is drawn.
@@ -115,11 +116,13 @@ class Chooser:
             rows: The rows that still run.
             logits: The model's scores. *Shape:* `(rows, vocabulary)`.
         """
+        raw, logits = logits, _within(rows, logits)
         # One pass serves three questions: NaN and inf show in the maximum, and the place is the greedy choice.
         greatest, likeliest = highest(logits)
         usable = (greatest > -torch.inf).tolist()
         for place in (greatest == torch.inf).nonzero()[:, 0].tolist():
             usable[place] = bool(torch.isfinite(logits[place]).any())
+        usable = [fine and not (row.matcher and row.matcher.error) for fine, row in zip(usable, rows, strict=True)]
         best: list[int] = likeliest.tolist()
         chosen: list[int | None] = [*best]
         groups: dict[object, list[int]] = {}
@@ -139,12 +142,12 @@ class Chooser:
             step, own = len(row.token_ids) + 1, chosen[place]
             token_id = own if (forced := row.forced_end(step)) is None else forced
             if not usable[place]:
-                row.error = EngineError(NO_SCORES.format(step=step))
+                row.error = EngineError(_unusable(row, raw[place], step))
             elif token_id is None:
-                row.error = EngineError(NO_CHOICE.format(step=step))
+                row.error = row.error or EngineError(NO_CHOICE.format(step=step))
             else:
                 count = row.request.logprobs
-                scored = None if count is None else self._logprob(row, count, token_id, logits[place])
+                scored = None if count is None else self._logprob(row, count, token_id, raw[place])
                 row.accept(token_id, scored, own)
 
     def steering(self, row: Row) -> Steering:
@@ -152,7 +155,8 @@ class Chooser:
         if row.steering is None:
             # Not of to_diff_dict(), which copies all values: 2% of a translation.
             key = repr(sorted((vars(row.request.config) | {"max_new_tokens": 0, "max_length": 0}).items()))
-            row.steering = self._known.get(key) or self._new_steering(row, key)
+            known = None if row.request.processors else self._known.get(key)
+            row.steering = known or self._new_steering(row, key)
         return row.steering
 
     def _new_steering(self, row: Row, key: object) -> Steering:
@@ -166,8 +170,8 @@ class Chooser:
             forbidden = frozenset(t for name, one in named if name in FORBIDS for t in FORBIDS[name](one))
         forced = dict(FORCES[name](one) for name, one in named if name in FORCES)
         shared = self._start is not None or not ordered
-        if any(name.startswith("Encoder") for name in names):
-            key, shared = id(row), False  # these hold the row's own source
+        if row.request.processors or any(name.startswith("Encoder") for name in names):
+            key, shared = id(row), False  # these hold the row's own source, or are asked for one row at a time
         elif not shared:
             key = key, len(row.request.input_ids)  # some begin to count at the prompt's end
         steering = Steering(processors, key, ordered, config.do_sample, forbidden, forced)
@@ -188,13 +192,17 @@ class Chooser:
         config.forced_eos_token_id = None
         model._prepare_special_tokens(config, True, device="cpu", batch_size=1)  # noqa: SLF001, FBT003
         source = torch.tensor([request.input_ids], device="cpu")
+        start = 1 if model.config.is_encoder_decoder else len(request.input_ids)
+        penalties, own = more(row, start)
         processors: LogitsProcessorList = model._get_logits_processor(  # noqa: SLF001 - the only builder there is
             generation_config=config,
-            input_ids_seq_length=1 if model.config.is_encoder_decoder else len(request.input_ids),
+            input_ids_seq_length=start,
             encoder_input_ids=source,
+            logits_processor=penalties,  # which come before temperature and what cuts off
             device="cpu",
             model_kwargs={},
         )
+        processors += own
         return processors
 
     def _steered(self, rows: Sequence[Row], logits: torch.Tensor) -> list[int | None]:
@@ -237,6 +245,32 @@ class Chooser:
         )
         return replace(chosen, top=tuple(others))
 
+
+def _within(rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
+    """Return the scores without those of tokens that a row's grammar does not let come next."""
+    held = [(place, row.matcher, row.token_ids) for place, row in enumerate(rows) if row.matcher is not None]
+    if not held:
+        return logits
+    for _, matcher, token_ids in held:
+        matcher.read(token_ids)
+    masks = torch.stack([matcher.allowed() for _, matcher, _ in held])
+    forbidden = forbidding(masks.to(logits.device), logits.shape[-1]).to(logits.dtype)
+    if len(held) == len(rows):
+        return logits + forbidden
+    return logits.index_add(0, torch.tensor([place for place, _, _ in held], device=logits.device), forbidden)
+
+
+def _unusable(row: Row, logits: torch.Tensor, step: int) -> str:
+    """Say why there is nothing to choose from."""
+    if row.matcher is None or not bool(torch.isfinite(logits).any()):
+        return NO_SCORES.format(step=step)
+    return NO_ANSWER.format(step=step, why=row.matcher.error or "no token fits")
+
+
+NO_ANSWER = (
+    "output= leaves no token to choose at token {step}: {why}. Ask for something simpler, or for what the vocabulary "
+    "has all characters of."
+)
 
 NO_CHOICE = (
     "the options leave no token to draw at token {step}: suppress fewer tokens, or drop one of the "

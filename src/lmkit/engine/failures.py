@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from lmkit.errors import EngineError
 
 CLOSED = "the model was closed: load it again to go on."
@@ -23,6 +21,8 @@ def step_failed(error: Exception) -> EngineError:
 
 def out_of_memory(error: Exception) -> bool:
     """Recognise an allocation that failed, on an accelerator or on a CPU."""
+    import torch
+
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     told = str(error).lower()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lmkit._interrupts import Flag
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from transformers import GenerationConfig
 
     from lmkit.errors import LmkitError
     from lmkit.results import Completion, Timing
+    from lmkit.structured.grammars import Matcher
 
 OutcomeT = TypeVar("OutcomeT")
 
@@ -34,6 +35,8 @@ class Request:
         seed: Where the draws of a sampled row begin.
         logprobs: How many alternatives to record beside each token; None records nothing.
         lookup: Guess at next tokens from the row's own text while it runs alone.
+        processors: The caller's own, which see the row's tokens and scores last before a token is chosen.
+        grammar: Begins what says which tokens the answer may have, if not all.
     """
 
     input_ids: tuple[int, ...]
@@ -47,6 +50,8 @@ class Request:
     seed: int | None = None
     logprobs: int | None = None
     lookup: bool = False
+    processors: tuple[Callable[..., Any], ...] = ()
+    grammar: Callable[[], Matcher] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,3 +94,31 @@ class Update(Generic[OutcomeT]):
     text: str = ""
     outcome: OutcomeT | None = None
     error: LmkitError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Tokens of which the last ones are scored.
+
+    Attributes:
+        token_ids: What the decoder reads, but for the last one, which is only scored.
+        start: The first token that is scored, at least 1.
+        source: What the encoder reads, if there is one.
+    """
+
+    token_ids: tuple[int, ...]
+    start: int
+    source: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a model finds of the scored tokens of a reading.
+
+    Attributes:
+        logprobs: The natural logarithm of the probability of each.
+        greedy: Whether each is the likeliest in its place.
+    """
+
+    logprobs: tuple[float, ...]
+    greedy: bool

@@ -6,16 +6,17 @@ import hashlib
 import time
 from typing import TYPE_CHECKING
 
-import torch
-
 from lmkit.engine.stream_text import TextFeed
 from lmkit.results import Completion, FinishReason, Timing, TokenLogprob
 
 if TYPE_CHECKING:
+    import torch
+
     from lmkit.engine.choice import Steering
     from lmkit.engine.request import Request
     from lmkit.engine.ticket import Ticket
     from lmkit.errors import EngineError
+    from lmkit.structured.grammars import Matcher
     from lmkit.text.codec import Codec
 
 DRAWS = 64
@@ -31,6 +32,7 @@ class Row:
         streams: Whether its text is shown while it grows.
         error: Why the row failed, if it did.
         steering: What reshapes its scores, once built.
+        matcher: What says which tokens may come next, if not all.
         shared: Whether other rows wait for what it reads first.
         anew: Whether it leaves its batch, to be read from the beginning.
         width: How many answers it follows at a time.
@@ -52,6 +54,7 @@ class Row:
         self.error: EngineError | None = None
         self._own: int | None = None
         self.steering: Steering | None = None
+        self.matcher = self._new_matcher()
         self.shared = self.anew = False
         self._kept = 0  # how many tokens were wholly accepted
         ends = request.config.eos_token_id
@@ -59,7 +62,7 @@ class Row:
         self._codec = codec
         self._feed = self._new_feed()
         self.streams = ticket.stream and copy == 0
-        self._random = self._new_stream()
+        self._random: torch.Generator | None = None
         self._drawn: list[float] = []
         self._started = self._first = self._last = 0.0
 
@@ -89,8 +92,10 @@ class Row:
 
     def uniform(self) -> float:
         """Return the number of the row's own stream that belongs to its next token, in [0, 1)."""
-        assert self._random is not None  # noqa: S101 - only sampled rows draw, and those have a seed
         while len(self._drawn) <= len(self.token_ids):
+            import torch
+
+            self._random = self._random or _stream_of(self.request.seed, self.copy)
             self._drawn += torch.rand(DRAWS, generator=self._random, dtype=torch.float64, device="cpu").tolist()
         return self._drawn[len(self.token_ids)]
 
@@ -110,6 +115,8 @@ class Row:
         self._own = own
         if own in self._ends:
             self.finish_reason = "stop" if own in self.request.stop_token_ids else "eos"
+        elif self._complete():
+            self.finish_reason = "eos"
         elif len(self.token_ids) >= (self.request.config.max_new_tokens or 0):
             self.finish_reason = "length"
         if self.streams or self.request.stop or self.done:
@@ -121,7 +128,8 @@ class Row:
     def settle(self) -> None:
         """Undo what an interruption has cut short, so that the row can go on with the tokens it has."""
         self.anew = False
-        self._random, self._drawn = self._new_stream(), []
+        self.matcher = self._new_matcher()
+        self._random, self._drawn = None, []
         if self._kept != len(self.token_ids):
             del self.token_ids[self._kept :], self.logprobs[self._kept :]
             self.finish_reason = None
@@ -178,8 +186,22 @@ class Row:
         """Say what the row took; one of no time has no speed."""
         return Timing(self._last, self._first, len(self.token_ids) / self._last if self._last else 0.0)
 
-    def _new_stream(self) -> torch.Generator | None:
-        return None if self.request.seed is None else _stream_of(self.request.seed, self.copy)
+    def _new_matcher(self) -> Matcher | None:
+        return None if self.request.grammar is None else self.request.grammar()
+
+    def _complete(self) -> bool:
+        """Say whether nothing but the end fits behind the tokens."""
+        if self.matcher is None:
+            return False
+        self.matcher.read(self.token_ids)
+        return self.matcher.complete
+
+    def fitting(self, guesses: list[int]) -> list[int]:
+        """Return guesses at the next tokens, as far as the row may take them."""
+        if self.matcher is None or not guesses:
+            return guesses
+        self.matcher.read(self.token_ids)
+        return self.matcher.fitting(guesses)
 
     def _new_feed(self) -> TextFeed:
         ask = self.request
@@ -192,7 +214,9 @@ class Row:
         return self._codec.token(last)
 
 
-def _stream_of(seed: int, copy: int) -> torch.Generator:
+def _stream_of(seed: int | None, copy: int) -> torch.Generator:
     """Begin the stream of draws that belongs to this seed and completion alone."""
+    import torch
+
     digest = hashlib.sha256(f"{seed}:{copy}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

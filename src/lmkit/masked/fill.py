@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-
-from lmkit.engine import Asking, Draw, Found, Query, drawn, parallel
+from lmkit.engine import Asking, Draw, Found, Query, parallel
 from lmkit.text.windows import seen
 
 if TYPE_CHECKING:
@@ -148,6 +146,10 @@ def _draw(blanks: Blanks, mode: Sample, number: int) -> Asking[Way]:
             (found,) = yield [_query(blanks, way, mask, draw)]
             way = (*way, *_plain(mask, found))
         else:
+            import torch
+
+            from lmkit.engine import drawn
+
             fills = yield from _fills(blanks, way, mask, 0)
             way = (*way, fills[drawn(torch.tensor([math.fsum(one.logprobs) for one in fills]), draw)])
     return way

@@ -8,13 +8,14 @@ A mode of decoding is a frozen dataclass of its own, so that a contradiction can
 # Annotations are not postponed here: those of the options are read.
 import copy
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, TypedDict, get_args
 
 from lmkit.errors import OptionError, shown
-from lmkit.options.option import Option, checked, choice, declared, is_a, is_strings, is_whole, number, whole
+from lmkit.options.option import LARGEST, Option, checked, choice, declared, is_a, is_strings, is_whole, number, whole
 from lmkit.options.per_row import Many, PerRow
+from lmkit.structured.outputs import ACCEPTED, Output, is_output, output_of
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -78,10 +79,31 @@ class Beam:
 
 Mode: TypeAlias = Greedy | Sample | Beam
 Side: TypeAlias = Literal["left", "right"]
+Biases: TypeAlias = Mapping[int, float] | Mapping[str, float] | Mapping[int | str, float]
+"""Numbers that are added to the scores of tokens, which are ids or texts of one token."""
+
+Processor: TypeAlias = Callable[[Any, Any], Any]
+"""A `LogitsProcessor` of transformers, or any callable: a row's token ids and scores to other scores."""
 
 
 def _token_ids(value: object) -> bool:
     return isinstance(value, Sequence) and all(is_whole(0)(one) and one < 2**31 for one in value)
+
+
+def _words(value: object) -> bool:
+    items = [value] if isinstance(value, str) else value
+    return isinstance(items, Sequence) and all(one and (isinstance(one, str) or _token_ids(one)) for one in items)
+
+
+def _biases(value: object) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    tokens = all((isinstance(one, str) and one) or is_whole(0)(one) for one in value)
+    return tokens and all(map(number(-LARGEST, "").test, value.values()))
+
+
+def _callables(value: object) -> bool:
+    return isinstance(value, Sequence) and all(map(callable, value))
 
 
 def _check(mode: Sample | Beam) -> None:
@@ -117,6 +139,8 @@ class ModeOptions(TypedDict, total=False):
 class GenerationOptions(ModeOptions, total=False):
     """The options of every call that generates; each takes one value, or a list with one per row.
 
+    `output`, which is one more, stands in the signatures of calls, since it decides of which type a result's value is.
+
     The [options page](options.md#all-of-them) says what each takes and does, and what it is when left out.
     """
 
@@ -142,6 +166,20 @@ class GenerationOptions(ModeOptions, total=False):
     no_repeat_ngram_size: Annotated[
         PerRow[int], whole(0, "No sequence of as many tokens twice", "the checkpoint's", note=", where 0 is off")
     ]
+    frequency_penalty: Annotated[
+        PerRow[float], number(-2, "Take this from a token's score for each time the answer has it", "0", high=2)
+    ]
+    presence_penalty: Annotated[
+        PerRow[float], number(-2, "Take this from the scores of tokens that the answer has", "0", high=2)
+    ]
+    logit_bias: Annotated[
+        PerRow[Biases],
+        Option("a dict from token ids, or texts of one token, to numbers", "Add this to scores of tokens", _biases),
+    ]
+    bad_words: Annotated[
+        str | Many[str | Sequence[int]],
+        Option("a text or a list, of texts or lists of token ids", "Words never to write", _words, many=True),
+    ]
     suppress_tokens: Annotated[
         Many[int], Option("a list of token ids", "Tokens never to choose", _token_ids, "the checkpoint's", many=True)
     ]
@@ -157,6 +195,10 @@ class GenerationOptions(ModeOptions, total=False):
     ]
     skip_special_tokens: Annotated[PerRow[bool], choice((True, False), "Leave special tokens out of the text", "True")]
     logprobs: Annotated[PerRow[int], whole(0, "Record log-probabilities: of each token, and of this many likeliest")]
+    processors: Annotated[
+        Many[Processor],
+        Option("a list of callables", "Let these change scores last, before a token is chosen", _callables, many=True),
+    ]
     truncate: Annotated[PerRow[Side], choice(get_args(Side), "Cut a text that is too long there, instead of an error")]
 
 
@@ -176,6 +218,16 @@ class GeneratorOptions(GenerationOptions, total=False):
     ]
 
 
+class OutputOptions(TypedDict, total=False):
+    """The option that stands in the signatures of calls."""
+
+    output: Annotated[Any, Option(ACCEPTED, "Write nothing but such an answer, and give its value", is_output)]
+
+
+class GeneratorCall(GeneratorOptions, OutputOptions, total=False):
+    """All that a call of a `Generator` takes."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowOptions:
     """The options of one row, checked and complete.
@@ -189,6 +241,10 @@ class RowOptions:
     num_return_sequences: int = 1
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Biases | None = None
+    bad_words: tuple[str | Sequence[int], ...] = ()
     suppress_tokens: tuple[int, ...] | None = None
     suppress_unknown: bool = False
     stop: tuple[str, ...] = ()
@@ -197,25 +253,28 @@ class RowOptions:
     seed: int | None = None
     logprobs: int | None = None
     lookup: bool = False
+    processors: tuple[Processor, ...] = ()
     truncate: Side | None = None
+    output: Output[Any] | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, object], recommended: "GenerationConfig | None" = None) -> Self:
         """Check the options of one row and choose its mode.
 
         Args:
-            given: Options of `GeneratorOptions` by name, one value each (see `split`). None is not given.
+            given: Options of `GeneratorCall` by name, one value each (see `split`). None is not given.
             recommended: The checkpoint's own generation config, for `sample=True`.
 
         Raises:
             OptionError: A value that is not accepted, or two options that contradict each other.
         """
-        options = declared(GeneratorOptions)
+        options = declared(GeneratorCall)
         known = checked(given, options)
         plain = {one.name: known[one.name] for one in fields(cls) if one.name in known}
         lists = [name for name in plain if options[name].many]
         plain |= {name: (plain[name],) if isinstance(plain[name], str) else tuple(plain[name]) for name in lists}
         plain["mode"] = _mode(known, recommended)
+        plain["output"] = output_of(known["output"]) if "output" in known else None
         return cls(**plain)
 
     def __post_init__(self) -> None:
@@ -229,8 +288,12 @@ class RowOptions:
         if isinstance(mode, Beam):
             if copies > mode.num_beams:
                 raise OptionError(f"num_return_sequences={copies} is more than num_beams={mode.num_beams} can give.")
+            if self.output is not None:
+                raise OptionError("output and num_beams contradict: a search keeps to no grammar. Draw several.")
             if self.logprobs is not None:
                 raise OptionError("logprobs and num_beams contradict: a beam has one score, `Completion.score`.")
+        if self.output is not None and self.stop:
+            raise OptionError("output and stop contradict: an answer ends where it is whole, and stop would cut it.")
         if (self.min_new_tokens or 0) > self.max_new_tokens:
             raise OptionError(
                 f"min_new_tokens={shown(self.min_new_tokens)} is more than max_new_tokens={self.max_new_tokens}."
@@ -251,6 +314,8 @@ def build_config(
     max_new_tokens: int,
     forced_bos_token_id: int | None = None,
     ends: Sequence[int] = (),
+    biases: Mapping[int, float] | None = None,
+    forbidden: Sequence[list[int]] = (),
 ) -> "GenerationConfig":
     """Make the `GenerationConfig` of one row; `checkpoint` is copied, never changed.
 
@@ -264,6 +329,8 @@ def build_config(
         max_new_tokens: The row's budget, after what the context leaves.
         forced_bos_token_id: The token a translation must begin with, for families that want one.
         ends: Tokens that end this row beside the checkpoint's own.
+        biases: What is added to the scores of which tokens, beside the checkpoint's own.
+        forbidden: Sequences of tokens that are never completed, beside the checkpoint's own.
     """
     config = copy.copy(checkpoint)  # attributes are replaced below, and no list in one is written to
     mode = options.mode
@@ -280,6 +347,9 @@ def build_config(
         "num_return_sequences": options.num_return_sequences if beam else 1,
         "max_new_tokens": max_new_tokens,
         "max_length": prefix_tokens + max_new_tokens,
+        # Not transformers' own, which leaves them alone: see `engine.processors`.
+        "frequency_penalty": float(options.frequency_penalty),
+        "presence_penalty": float(options.presence_penalty),
     }
     asked = {
         "length_penalty": beam and beam.length_penalty and float(beam.length_penalty),
@@ -290,6 +360,8 @@ def build_config(
         "min_new_tokens": options.min_new_tokens,
         "min_length": None if options.min_new_tokens is None else prefix_tokens + options.min_new_tokens,
         "forced_bos_token_id": forced_bos_token_id,
+        "sequence_bias": _biased(config.sequence_bias, biases) if biases else None,
+        "bad_words_ids": [*(config.bad_words_ids or ()), *forbidden] if forbidden else None,
     }
     changes |= {name: value for name, value in asked.items() if value is not None}
     for name, value in changes.items():
@@ -299,6 +371,13 @@ def build_config(
         before = own if isinstance(own, list) else [] if own is None else [own]
         config.eos_token_id = list(dict.fromkeys([*before, *more]))
     return config
+
+
+def _biased(own: Any, biases: Mapping[int, float]) -> list[list[Any]]:
+    """Join the biases of a checkpoint, of which transformers takes two forms, with those of tokens, which win."""
+    pairs = own.items() if isinstance(own, Mapping) else own or ()
+    joined = {tuple(ids): bias for ids, bias in pairs} | {(one,): bias for one, bias in biases.items()}
+    return [[list(ids), bias] for ids, bias in joined.items()]
 
 
 REPLACED = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, get_origin
 
 from lmkit.errors import OptionError, UnknownOptionError, listed, nearest
 from lmkit.options.option import Option, checked, unboxed
@@ -24,8 +24,9 @@ _ELSEWHERE = {
     "n": "lmkit calls it num_return_sequences",
     "max_completion_tokens": "lmkit calls it max_new_tokens",
     "eos_token_id": "lmkit calls it stop_token_ids, which end a text beside the checkpoint's own end tokens",
-    "logit_bias": "lmkit adds nothing to scores: suppress_tokens forbids tokens",
-    "bad_words_ids": "lmkit has suppress_tokens, which forbids single tokens",
+    "bad_words_ids": "lmkit calls it bad_words, which takes texts too",
+    "sequence_bias": "lmkit calls it logit_bias, which is for single tokens",
+    "logits_processor": "lmkit calls it processors",
     **dict.fromkeys(
         ("return_full_text", "echo"),
         "The result's text is the new part only: result.prompt + result.text is all of a prompt that was continued",
@@ -60,14 +61,14 @@ def split(given: Mapping[str, object], rows: int | None, known: Mapping[str, Opt
         if name not in names:
             hint = f" {_ELSEWHERE[name]}." if name in _ELSEWHERE else nearest(name, names)
             raise UnknownOptionError(f"unknown option {name!r}.{hint} Accepted: {listed(names)}.")
-    columns = {name: _column(name, value, rows, many=known[name].many) for name, value in given.items()}
+    columns = {name: _column(name, value, rows, known[name]) for name, value in given.items()}
     numbers = range(1 if rows is None else rows)
     return [checked({name: column[row] for name, column in columns.items()}, known) for row in numbers]
 
 
-def _column(name: str, value: object, rows: int | None, *, many: bool) -> Sequence[object]:
+def _column(name: str, value: object, rows: int | None, option: Option) -> Sequence[object]:
     value = _listed(value)
-    if not isinstance(value, list) or (many and not _nested(value)):
+    if not isinstance(value, list) or (option.many and (not _nested(value) or option.test(value))):
         return [value] * (1 if rows is None else rows)
     if rows is None:
         raise OptionError(
@@ -87,6 +88,8 @@ def _listed(value: Any, levels: int = 2) -> object:
     value = unboxed(value)
     sequence = hasattr(value, "__getitem__") and hasattr(value, "__len__") and getattr(value, "shape", None) != ()
     if not levels or not sequence or isinstance(value, (str, bytes, Mapping, type)):
+        return value
+    if isinstance(value, type) or get_origin(value) is not None:  # an enumeration, list[int]
         return value
     missing = value.isna() if hasattr(value, "isna") else [False] * len(value)
     return [None if absent else _listed(item, levels - 1) for item, absent in zip(value, missing, strict=True)]

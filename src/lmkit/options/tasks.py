@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypedDict, get_args
 
 from lmkit.documents import READY, Split
 from lmkit.errors import listed
-from lmkit.options.generation import GenerationOptions, ModeOptions
+from lmkit.options.generation import GenerationOptions, ModeOptions, OutputOptions
 from lmkit.options.option import Option, choice, is_a, is_strings, whole
 from lmkit.options.per_row import Many, PerRow
 
@@ -50,6 +50,10 @@ class TranslationOptions(GenerationOptions, PairOptions, total=False):
             many=True,
         ),
     ]
+
+
+class TranslationCall(TranslationOptions, OutputOptions, total=False):
+    """All that a call of a `Translator` takes."""
 
 
 def _words(value: Any) -> bool:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Generic, Literal, TypeAlias
 
+from typing_extensions import TypeVar
+
+from lmkit.errors import OutputError
 from lmkit.results.base import Result
 
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "cancelled"]
@@ -72,8 +75,11 @@ class Timing(Result):
     tokens_per_second: float
 
 
+ValueT_co = TypeVar("ValueT_co", covariant=True, default=Any)
+
+
 @dataclass(frozen=True, slots=True)
-class Completion(Result):
+class Completion(Result, Generic[ValueT_co]):
     """One continuation of a prompt.
 
     Attributes:
@@ -93,14 +99,33 @@ class Completion(Result):
     stop_reason: str | None
     logprobs: tuple[TokenLogprob, ...] | None
     generated_tokens: int
+    _value: Any = None
+    _value_error: str | None = "no output= was asked for"
 
     def __str__(self) -> str:
         """Return the text."""
         return self.text
 
+    @property
+    def value(self) -> ValueT_co:
+        """What `output=` asked for, made of the text.
+
+        Raises:
+            OutputError: The text was cut or is no such answer, or nothing was asked for.
+        """
+        if self._value_error is not None:
+            raise OutputError(self.text, self._value_error)
+        value: ValueT_co = self._value
+        return value
+
+    @property
+    def value_error(self) -> str | None:
+        """Why there is no value; None where there is one."""
+        return self._value_error
+
 
 @dataclass(frozen=True, slots=True)
-class Generation(Result):
+class Generation(Result, Generic[ValueT_co]):
     """What a prompt was continued with; the fields of its first completion can be read directly.
 
     Attributes:
@@ -113,7 +138,7 @@ class Generation(Result):
     """
 
     prompt: str
-    completions: tuple[Completion, ...]
+    completions: tuple[Completion[ValueT_co], ...]
     prompt_tokens: int
     seed: int | None
     truncated: bool
@@ -127,6 +152,20 @@ class Generation(Result):
     def text(self) -> str:
         """The first completion's text."""
         return self.completions[0].text
+
+    @property
+    def value(self) -> ValueT_co:
+        """What `output=` asked for, made of the first completion's text.
+
+        Raises:
+            OutputError: See `Completion`.
+        """
+        return self.completions[0].value
+
+    @property
+    def value_error(self) -> str | None:
+        """Why the first completion has no value; None where it has one."""
+        return self.completions[0].value_error
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -214,7 +253,7 @@ class Segment(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class Translation(Generation):
+class Translation(Generation[ValueT_co]):
     """What a text was translated to, or turned into by a preset.
 
     Attributes:
@@ -250,7 +289,18 @@ class TextChunk(Result):
     text: str
     index: int
     finish_reason: FinishReason | None = None
-    result: Generation | None = None
+    result: Generation[Any] | None = None
+
+    @property
+    def value(self) -> Any:
+        """What `output=` asked for, on the row's last chunk.
+
+        Raises:
+            OutputError: See `Completion`; or there is more to come.
+        """
+        if self.result is None:
+            raise OutputError(self.text, "the row goes on, and the value comes with its last chunk")
+        return self.result.value
 
     def __str__(self) -> str:
         """Return the piece of text."""

@@ -54,16 +54,22 @@ class Chats:
             OptionError: The checkpoint has no template, the template refuses the chat or does not read what it is
                 given, or something in a message would be a control token however it is encoded.
         """
-        if continued and messages[-1]["role"] in sorted(ROLES - {"assistant", "model"}):
-            raise OptionError(
-                f"continue_final_message=True goes on with the assistant's last message, and the last one is the "
-                f"{messages[-1]['role']}'s: append {{'role': 'assistant', 'content': 'what it begins with'}}."
-            )
+        if continued:
+            check_last(messages[-1])
         chat = _Chat(self._codec, messages, template, continued=continued)
         key = chat.template.source, len(self._codec.tokenizer)
         if key not in self._control:
             self._control[key] = control_tokens(self._codec, chat.template)
         return chat.text, _Guard(self._codec, chat, self._control[key]).token_ids()
+
+
+def check_last(message: Mapping[str, Any]) -> None:
+    """Refuse to go on with a chat's last message that is not the assistant's."""
+    if message["role"] in sorted(ROLES - {"assistant", "model"}):
+        raise OptionError(
+            f"continue_final_message=True goes on with the assistant's last message, and the last one is the "
+            f"{message['role']}'s: append {{'role': 'assistant', 'content': 'what it begins with'}}."
+        )
 
 
 def control_tokens(codec: Codec, template: Template) -> dict[int, str]:

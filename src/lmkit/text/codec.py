@@ -149,9 +149,9 @@ class Codec:
         """Say which tokens, as indices, stand for what the vocabulary lacks."""
         return tuple(n for n, token_id in enumerate(token_ids) if token_id == self.unknown)
 
-    def encode_target(self, text: str) -> list[int]:
+    def encode_target(self, text: str, *, special: bool = True) -> list[int]:
         """Return the token ids of an answer, which some encoder-decoders write with another vocabulary."""
-        return list(self._called(text_target=checked(text))["input_ids"])
+        return list(self._called(text_target=checked(text), add_special_tokens=special)["input_ids"])
 
     def written(self, messages: Sequence[Mapping[str, Any]], meter: Meter, **template: Any) -> str:
         """Return a chat as the checkpoint's template writes it; see `sandbox.written`. Nobody waits for a template."""

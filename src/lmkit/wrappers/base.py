@@ -15,6 +15,7 @@ from lmkit.options.option import check_word, declared
 from lmkit.options.per_row import split
 from lmkit.planning.layout import ModulePlan
 from lmkit.results import Generation, TextChunk
+from lmkit.structured.grammars import Grammars
 from lmkit.text.codec import Codec, checked
 from lmkit.wrappers.asynchronous import a_thread, cancelled, finished
 from lmkit.wrappers.letting_go import let_go, letting_go
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lmkit.engine import Engine, MaskScorer, Scorer
     from lmkit.kernels.wide_copies import Copies
     from lmkit.planning.plan import LoadPlan
 
@@ -50,6 +52,32 @@ class Loaded:
     plan: LoadPlan
     reload: Callable[[], object]
     copies: Copies | None = None
+
+    def engine(self, codec: Codec, start: int | None) -> Engine:
+        """Start what writes rows; answers of an encoder-decoder begin with the token `start`."""
+        from lmkit.engine import Engine
+
+        return Engine(self.model, codec, self.plan, start)
+
+    def grammars(self, codec: Codec, start: int | None) -> Grammars:
+        """Return what answers are held to."""
+        own: Any = self.model.generation_config.eos_token_id
+        ends = [own] if isinstance(own, int) else own or ()
+        return Grammars(codec, [*ends, *self.plan.end_token_ids], encodes=start is not None)
+
+    def scorer(self, codec: Codec) -> Scorer:
+        """Start what scores texts, for a model that writes."""
+        from lmkit.engine import Scorer
+
+        return Scorer(self.model, codec.tokenizer.pad_token_id or 0, own=self.plan.engine == "lmkit")
+
+    def mask_scorer(self) -> MaskScorer:
+        """Start what fills masks, and scores texts by them."""
+        from lmkit.engine import MaskScorer
+
+        # Short rows are filled with the model's own token, by which some (mBART) find the ends of rows.
+        known = getattr(self.model.config, "pad_token_id", None), self.tokenizer.pad_token_id
+        return MaskScorer(self.model, next((token_id for token_id in known if isinstance(token_id, int)), 0))
 
 
 def embedded_rows(model: Any) -> int | None:

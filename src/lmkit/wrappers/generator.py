@@ -11,7 +11,7 @@ from operator import index
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, get_args, overload
 
 from lmkit.errors import LmkitError, OptionError, shown
-from lmkit.options.generation import GeneratorOptions
+from lmkit.options.generation import GeneratorCall, GeneratorOptions
 from lmkit.options.option import check_word, checked, declared
 from lmkit.results import Generation, Ranking, Score, TextChunk, Timing
 from lmkit.text.chats import Chats
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from lmkit.engine import Outcome
+    from lmkit.structured.outputs import Kind, ValueT
 
 Message: TypeAlias = Mapping[str, Any]
 """One message of a chat: a dict with `role` and `content`, as transformers takes it."""
@@ -48,6 +49,9 @@ Chat: TypeAlias = Sequence[Message]
 
 TokenIds: TypeAlias = Sequence[int]
 """A prompt that is encoded already; nothing is put around it."""
+
+Prompt: TypeAlias = str | Chat | TokenIds
+"""One row."""
 
 Prompts: TypeAlias = Iterable[str] | Iterable[Chat] | Iterable[TokenIds]
 """Several rows: texts, chats, or token ids."""
@@ -66,7 +70,7 @@ class Generator(Writer[Generation]):
     the new text only.
     """
 
-    _accepted = GeneratorOptions
+    _accepted = GeneratorCall
 
     def __init__(self, loaded: Loaded) -> None:
         """Take over a loaded model and start an engine for it."""
@@ -79,17 +83,29 @@ class Generator(Writer[Generation]):
         self._ends = {*(ends if isinstance(ends, list) else [ends])} - separators | {tokenizer.eos_token_id}
 
     @overload
-    def __call__(self, prompts: str | Chat | TokenIds, **options: Unpack[GeneratorOptions]) -> Generation: ...
-    @overload
-    def __call__(self, prompts: Prompts, **options: Unpack[GeneratorOptions]) -> list[Generation]: ...
     def __call__(
-        self, prompts: str | Chat | TokenIds | Prompts, **options: Unpack[GeneratorOptions]
-    ) -> Generation | list[Generation]:
+        self, prompts: Prompt, *, output: Kind[ValueT], **options: Unpack[GeneratorOptions]
+    ) -> Generation[ValueT]: ...
+    @overload
+    def __call__(
+        self, prompts: Prompts, *, output: Kind[ValueT], **options: Unpack[GeneratorOptions]
+    ) -> list[Generation[ValueT]]: ...
+    @overload
+    def __call__(
+        self, prompts: Prompt, *, output: object = None, **options: Unpack[GeneratorOptions]
+    ) -> Generation: ...
+    @overload
+    def __call__(
+        self, prompts: Prompts, *, output: object = None, **options: Unpack[GeneratorOptions]
+    ) -> list[Generation]: ...
+    def __call__(self, prompts: Prompt | Prompts, *, output: object = None, **options: Unpack[GeneratorOptions]) -> Any:
         """Continue a prompt or answer a chat, or each of a list of them.
 
         Args:
             prompts: A text, a chat or token ids, or an iterable of them.
-            **options: See `GeneratorOptions`; each is one value, or a list with one per prompt.
+            output: What the answer must be, which is then the result's `value`: a type, or `OneOf`, `Regex`,
+                `JSONSchema` or `Grammar`.
+            **options: See `GeneratorOptions`; each is one value, or a list with one per prompt, as `output` is.
 
         Returns:
             One result for a text, a list of the same length and order for a list.
@@ -99,15 +115,25 @@ class Generator(Writer[Generation]):
             InputTooLongError: A prompt fills the model's context and `truncate` is not given.
             EngineError: The model was closed, or a row failed; its `results` hold the other rows.
         """
-        return self._call(prompts_of(prompts), options)
+        return self._call(prompts_of(prompts), {**options, "output": output})
 
     @overload
-    def chat(self, messages: Chat, **options: Unpack[GeneratorOptions]) -> Generation: ...
-    @overload
-    def chat(self, messages: Iterable[Chat], **options: Unpack[GeneratorOptions]) -> list[Generation]: ...
     def chat(
-        self, messages: Chat | Iterable[Chat], **options: Unpack[GeneratorOptions]
-    ) -> Generation | list[Generation]:
+        self, messages: Chat, *, output: Kind[ValueT], **options: Unpack[GeneratorOptions]
+    ) -> Generation[ValueT]: ...
+    @overload
+    def chat(
+        self, messages: Iterable[Chat], *, output: Kind[ValueT], **options: Unpack[GeneratorOptions]
+    ) -> list[Generation[ValueT]]: ...
+    @overload
+    def chat(self, messages: Chat, *, output: object = None, **options: Unpack[GeneratorOptions]) -> Generation: ...
+    @overload
+    def chat(
+        self, messages: Iterable[Chat], *, output: object = None, **options: Unpack[GeneratorOptions]
+    ) -> list[Generation]: ...
+    def chat(
+        self, messages: Chat | Iterable[Chat], *, output: object = None, **options: Unpack[GeneratorOptions]
+    ) -> Any:
         """Answer one chat, or each of a list of chats, by the checkpoint's own template.
 
         The same as a call with messages, but a text is an error. Control tokens written inside a message reach the
@@ -115,6 +141,7 @@ class Generator(Writer[Generation]):
 
         Args:
             messages: Dicts with `role` and `content`, the oldest first; or an iterable of such lists.
+            output: As for a call.
             **options: See `GeneratorOptions`.
 
         Raises:
@@ -128,49 +155,83 @@ class Generator(Writer[Generation]):
                 raise OptionError(
                     f"row {number} is {shown(row)}, not a chat: pass {_MESSAGE}, or call the generator with a text."
                 )
-        return self._call((rows, single), options)
+        return self._call((rows, single), {**options, "output": output})
 
     @overload
     def map(
-        self, prompts: Prompts, *, on_error: Literal["raise"] = "raise", **options: Unpack[GeneratorOptions]
+        self,
+        prompts: Prompts,
+        *,
+        on_error: Literal["raise"] = "raise",
+        output: Kind[ValueT],
+        **options: Unpack[GeneratorOptions],
+    ) -> Iterator[Generation[ValueT]]: ...
+    @overload
+    def map(
+        self,
+        prompts: Prompts,
+        *,
+        on_error: Literal["return"],
+        output: Kind[ValueT],
+        **options: Unpack[GeneratorOptions],
+    ) -> Iterator[Generation[ValueT] | LmkitError]: ...
+    @overload
+    def map(
+        self,
+        prompts: Prompts,
+        *,
+        on_error: Literal["raise"] = "raise",
+        output: object = None,
+        **options: Unpack[GeneratorOptions],
     ) -> Iterator[Generation]: ...
     @overload
     def map(
-        self, prompts: Prompts, *, on_error: Literal["return"], **options: Unpack[GeneratorOptions]
+        self,
+        prompts: Prompts,
+        *,
+        on_error: Literal["return"],
+        output: object = None,
+        **options: Unpack[GeneratorOptions],
     ) -> Iterator[Generation | LmkitError]: ...
     def map(
-        self, prompts: Prompts, *, on_error: OnError = "raise", **options: Unpack[GeneratorOptions]
+        self,
+        prompts: Prompts,
+        *,
+        on_error: OnError = "raise",
+        output: object = None,
+        **options: Unpack[GeneratorOptions],
     ) -> Iterator[Any]:
         """Continue prompts as they come, lazily and in order, reading a bounded number ahead.
 
         Args:
             prompts: Any iterable of texts or chats, an endless one too.
             on_error: `"return"` puts the error of a row that fails in its place instead of raising it.
+            output: As for a call.
             **options: See `GeneratorOptions`; one value each, for all prompts.
         """
-        return self._map(prompts, options, on_error)
+        return self._map(prompts, {**options, "output": output}, on_error)
 
     def stream(
-        self, prompts: str | Chat | TokenIds | Prompts, **options: Unpack[GeneratorOptions]
+        self, prompts: Prompt | Prompts, *, output: object = None, **options: Unpack[GeneratorOptions]
     ) -> Iterator[TextChunk]:
         """Continue prompts and yield their text while it grows.
 
-        A row's chunks joined are its whole text; its last chunk has a `finish_reason`. Leaving the loop
-        ends the rows.
+        A row's chunks joined are its whole text; its last chunk has a `finish_reason`, and the value of `output`.
+        Leaving the loop ends the rows.
 
         Raises:
             OptionError: As for a call; also for `num_return_sequences` above 1.
         """
-        return self._stream(prompts_of(prompts)[0], options)
+        return self._stream(prompts_of(prompts)[0], {**options, "output": output})
 
     acall = asynchronous(__call__)
     """Do as a call does, for asyncio; cancelling the task ends its rows at their next step."""
 
     def astream(
-        self, prompts: str | Chat | TokenIds | Prompts, **options: Unpack[GeneratorOptions]
+        self, prompts: Prompt | Prompts, *, output: object = None, **options: Unpack[GeneratorOptions]
     ) -> AsyncIterator[TextChunk]:
         """Do as `stream` does, for asyncio."""
-        return self._alternate(self.stream(prompts, **options))
+        return self._alternate(self.stream(prompts, output=output, **options))
 
     @overload
     def score(self, prompt: str | TokenIds, continuation: None = None, *, progress: bool | None = None) -> Score: ...
@@ -180,17 +241,12 @@ class Generator(Writer[Generation]):
     ) -> list[Score]: ...
     @overload
     def score(
-        self,
-        prompt: str | Chat | TokenIds,
-        continuation: str,
-        *,
-        continue_final_message: bool = False,
-        progress: bool | None = None,
+        self, prompt: Prompt, continuation: str, *, continue_final_message: bool = False, progress: bool | None = None
     ) -> Score: ...
     @overload
     def score(
         self,
-        prompt: str | Chat | TokenIds | Prompts,
+        prompt: Prompt | Prompts,
         continuation: str | Iterable[str],
         *,
         continue_final_message: bool = False,
@@ -199,7 +255,7 @@ class Generator(Writer[Generation]):
     @overload
     def score(
         self,
-        prompt: str | Chat | TokenIds | Prompts,
+        prompt: Prompt | Prompts,
         continuation: str | Iterable[str] | None = None,
         *,
         continue_final_message: bool = False,
@@ -208,7 +264,7 @@ class Generator(Writer[Generation]):
     ) -> list[Score | LmkitError]: ...
     def score(
         self,
-        prompt: str | Chat | TokenIds | Prompts,
+        prompt: Prompt | Prompts,
         continuation: str | Iterable[str] | None = None,
         *,
         continue_final_message: bool = False,
@@ -258,7 +314,7 @@ class Generator(Writer[Generation]):
     @overload
     def rank(
         self,
-        prompt: str | Chat | TokenIds,
+        prompt: Prompt,
         choices: Iterable[str],
         *,
         normalize: Normalize = "none",
@@ -291,7 +347,7 @@ class Generator(Writer[Generation]):
     ) -> list[Ranking | LmkitError]: ...
     def rank(
         self,
-        prompt: str | Chat | TokenIds | Prompts,
+        prompt: Prompt | Prompts,
         choices: Iterable[str] | Iterable[Iterable[str]],
         *,
         normalize: Normalize = "none",
@@ -385,7 +441,8 @@ class Generator(Writer[Generation]):
         around = around or (0, 0)
         token_ids, cut = fit(token_ids, limit, keep=keep, around=around, truncate=chosen.truncate, row=row)
         room = chosen.max_new_tokens if context is None else context - len(token_ids)
-        return Job((self._request(chosen, token_ids, room=room, ends=ends),), prompt, cut, row)
+        requests = (self._request(chosen, token_ids, room=room, ends=ends),)
+        return Job(requests, prompt, cut, row, output=chosen.output)
 
     def _prompt(
         self, given: Any, options: Mapping[str, Any], row: int

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
 
-from lmkit.engine import CLOSED, Reading, Scored, Scorer
+from lmkit.engine import CLOSED, Reading, Scored
 from lmkit.errors import EngineError, LmkitError, OptionError, shown
 from lmkit.options.option import check_word
 from lmkit.results import Choice, Ranking, Score
@@ -19,6 +19,7 @@ from lmkit.wrappers.base import OnError, rows_of, text_of
 from lmkit.wrappers.progress import bar
 
 if TYPE_CHECKING:
+    from lmkit.engine import Scorer
     from lmkit.text.codec import Codec
 
 T = TypeVar("T")
@@ -46,10 +47,10 @@ class Item:
 class Scores:
     """Scores and ranks with one model, whatever its task."""
 
-    def __init__(self, model: Any, codec: Codec, *, own: bool) -> None:
-        """Serve `model`; `own` says whether it runs on lmkit's own loop."""
+    def __init__(self, scorer: Scorer, codec: Codec) -> None:
+        """Score with `scorer`, whose tokens are `codec`'s."""
         self._codec = codec
-        self._scorer: Scorer | None = Scorer(model, codec.tokenizer.pad_token_id or 0, own=own)
+        self._scorer: Scorer | None = scorer
 
     def close(self) -> None:
         """Refuse further work, and let go of the model."""

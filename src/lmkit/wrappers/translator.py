@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 from lmkit.documents import Piece, Size, Span, Split, between, kept, pieces
+from lmkit.errors import OptionError
 from lmkit.languages import Languages, Prepared, languages_of, script
 from lmkit.options.option import check_word, choice, declared
 from lmkit.options.per_row import split as per_row
-from lmkit.options.tasks import PairOptions, TranslationOptions
+from lmkit.options.tasks import PairOptions, TranslationCall, TranslationOptions
 from lmkit.results import Ranking, Score, TextChunk, Timing, Translation
 from lmkit.text.windows import fit
 from lmkit.wrappers.asynchronous import asynchronous
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from lmkit.engine import Outcome, Request
     from lmkit.errors import LmkitError
     from lmkit.options.generation import RowOptions
+    from lmkit.structured.outputs import Kind, ValueT
 
 
 _RANKED = {**declared(PairOptions), "normalize": choice(get_args(Normalize), "How choices are made comparable")}
@@ -68,7 +70,7 @@ class Translator(Writer[Translation]):
     All options are those of `TranslationOptions`.
     """
 
-    _accepted = TranslationOptions
+    _accepted = TranslationCall
 
     def __init__(self, loaded: Loaded) -> None:
         """Take over a loaded model; `lmkit.load` calls this."""
@@ -91,17 +93,28 @@ class Translator(Writer[Translation]):
         return tuple(self._languages.presets)
 
     @overload
-    def __call__(self, texts: str, **options: Unpack[TranslationOptions]) -> Translation: ...
-    @overload
-    def __call__(self, texts: Iterable[str], **options: Unpack[TranslationOptions]) -> list[Translation]: ...
     def __call__(
-        self, texts: str | Iterable[str], **options: Unpack[TranslationOptions]
-    ) -> Translation | list[Translation]:
+        self, texts: str, *, output: Kind[ValueT], **options: Unpack[TranslationOptions]
+    ) -> Translation[ValueT]: ...
+    @overload
+    def __call__(
+        self, texts: Iterable[str], *, output: Kind[ValueT], **options: Unpack[TranslationOptions]
+    ) -> list[Translation[ValueT]]: ...
+    @overload
+    def __call__(self, texts: str, *, output: object = None, **options: Unpack[TranslationOptions]) -> Translation: ...
+    @overload
+    def __call__(
+        self, texts: Iterable[str], *, output: object = None, **options: Unpack[TranslationOptions]
+    ) -> list[Translation]: ...
+    def __call__(
+        self, texts: str | Iterable[str], *, output: object = None, **options: Unpack[TranslationOptions]
+    ) -> Any:
         """Translate one text, or each of a list of texts.
 
         Args:
             texts: A text, or an iterable of texts.
-            **options: See `TranslationOptions`; each is one value, or a list with one per text.
+            output: What the answer must be, which is then the result's `value`; see `Generator`.
+            **options: See `TranslationOptions`; each is one value, or a list with one per text, as `output` is.
 
         Returns:
             One result for a text, a list of the same length and order for a list.
@@ -112,46 +125,89 @@ class Translator(Writer[Translation]):
             InputTooLongError: A text that is not split is longer than the encoder takes, and `truncate` is not given.
             EngineError: The model was closed, or a row failed; its `results` hold the other rows.
         """
-        return self._call(rows_of(texts), options)
+        return self._call(rows_of(texts), {**options, "output": output})
 
     @overload
     def map(
-        self, texts: Iterable[str], *, on_error: Literal["raise"] = "raise", **options: Unpack[TranslationOptions]
+        self,
+        texts: Iterable[str],
+        *,
+        on_error: Literal["raise"] = "raise",
+        output: Kind[ValueT],
+        **options: Unpack[TranslationOptions],
+    ) -> Iterator[Translation[ValueT]]: ...
+    @overload
+    def map(
+        self,
+        texts: Iterable[str],
+        *,
+        on_error: Literal["return"],
+        output: Kind[ValueT],
+        **options: Unpack[TranslationOptions],
+    ) -> Iterator[Translation[ValueT] | LmkitError]: ...
+    @overload
+    def map(
+        self,
+        texts: Iterable[str],
+        *,
+        on_error: Literal["raise"] = "raise",
+        output: object = None,
+        **options: Unpack[TranslationOptions],
     ) -> Iterator[Translation]: ...
     @overload
     def map(
-        self, texts: Iterable[str], *, on_error: Literal["return"], **options: Unpack[TranslationOptions]
+        self,
+        texts: Iterable[str],
+        *,
+        on_error: Literal["return"],
+        output: object = None,
+        **options: Unpack[TranslationOptions],
     ) -> Iterator[Translation | LmkitError]: ...
     def map(
-        self, texts: Iterable[str], *, on_error: OnError = "raise", **options: Unpack[TranslationOptions]
+        self,
+        texts: Iterable[str],
+        *,
+        on_error: OnError = "raise",
+        output: object = None,
+        **options: Unpack[TranslationOptions],
     ) -> Iterator[Any]:
         """Translate texts as they come, lazily and in order, reading a bounded number ahead.
 
         Args:
             texts: Any iterable, an endless one too.
             on_error: `"return"` puts the error of a row that fails in its place instead of raising it.
+            output: As for a call.
             **options: See `TranslationOptions`; one value each, for all texts.
         """
-        return self._map(texts, options, on_error)
+        return self._map(texts, {**options, "output": output}, on_error)
 
-    def stream(self, texts: str | Iterable[str], **options: Unpack[TranslationOptions]) -> Iterator[TextChunk]:
+    def stream(
+        self, texts: str | Iterable[str], *, output: object = None, **options: Unpack[TranslationOptions]
+    ) -> Iterator[TextChunk]:
         """Translate texts and yield the translations while they grow.
 
         A row's chunks joined are its whole text; its last chunk has a `finish_reason`. A beam search
         knows its text only at the end, so it comes in one chunk. Leaving the loop ends the rows.
         """
-        return self._stream(rows_of(texts)[0], options)
+        return self._stream(rows_of(texts)[0], {**options, "output": output})
 
     acall = asynchronous(__call__)
     """Do as a call does, for asyncio; cancelling the task ends its rows at their next step."""
 
-    def astream(self, texts: str | Iterable[str], **options: Unpack[TranslationOptions]) -> AsyncIterator[TextChunk]:
+    def astream(
+        self, texts: str | Iterable[str], *, output: object = None, **options: Unpack[TranslationOptions]
+    ) -> AsyncIterator[TextChunk]:
         """Do as `stream` does, for asyncio."""
-        return self._alternate(self.stream(texts, **options))
+        return self._alternate(self.stream(texts, output=output, **options))
 
     def _check(self, options: dict[str, Any]) -> None:
         handling(options)
         self._told(None, options)
+
+    def _answer_ids(self, text: str) -> list[int]:
+        if self._languages.scheme == "codes":
+            return super()._answer_ids(text)
+        return self._codec.encode_target(text, special=False)
 
     def _told(self, given: str | None, options: dict[str, Any]) -> tuple[Prepared, RowOptions]:
         """Write a text as the family wants it, and check the options beside the languages; None only checks."""
@@ -164,7 +220,9 @@ class Translator(Writer[Translation]):
         split, keep = handling(options)
         prepared, chosen = self._told(given, options)
         usual = self._usual_split(prepared)
-        split = split or ("none" if chosen.truncate else usual)
+        if chosen.output is not None and split not in (None, "none"):
+            raise OptionError(f"split={split!r} and output contradict: an answer is to a whole text.")
+        split = split or ("none" if chosen.truncate or chosen.output is not None else usual)
         start = len(given) - len(prepared.text) + len(prepared.prefix)  # behind a tag
         if not given[start:].strip():
             split = "paragraph"  # of no pieces: a model would make something up
@@ -198,6 +256,7 @@ class Translator(Writer[Translation]):
             kept=tuple(spans),
             copies=chosen.num_return_sequences,
             seed=chosen.seed,
+            output=chosen.output,
         )
 
     def _noted(self, piece: Piece, token_ids: Sequence[int], text: str, spans: Sequence[Span]) -> Piece:

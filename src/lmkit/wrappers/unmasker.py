@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
-from lmkit.engine import Caller, MaskScorer, Update
+from lmkit.engine import Caller, Update
 from lmkit.errors import LmkitError, OptionError
 from lmkit.masked.fill import fill
 from lmkit.masked.score import Hidden, Metric, hidden, pseudo
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
     from typing_extensions import Unpack
+
+    from lmkit.engine import MaskScorer
 
 
 ROWS, ROWS_AHEAD, TEXTS = 512, 128, 64
@@ -51,7 +53,7 @@ class Unmasker(Wrapper[MaskedText, Unmasking]):
         self._texts = MaskedTexts(
             self._codec, self._plan.context_length, self.name, getattr(loaded.model.config, "type_vocab_size", None)
         )
-        self._scorer: MaskScorer | None = MaskScorer(loaded.model, _pad(loaded))
+        self._scorer: MaskScorer | None = loaded.mask_scorer()
 
     def close(self) -> None:
         """Give the memory back."""
@@ -331,9 +333,3 @@ class Unmasker(Wrapper[MaskedText, Unmasking]):
                     yield Update(number, outcome=self._texts.result(job, *found))
                 number += 1
             yield None
-
-
-def _pad(loaded: Loaded) -> int:
-    """Return the token that fills short rows: the model's own, by which some (mBART) find the ends of rows."""
-    known = getattr(loaded.model.config, "pad_token_id", None), loaded.tokenizer.pad_token_id
-    return next((token_id for token_id in known if isinstance(token_id, int)), 0)

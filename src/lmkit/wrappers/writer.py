@@ -11,15 +11,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmkit._interrupts import surely
-from lmkit.engine import Caller, Engine, Outcome, Request, Update
+from lmkit.engine import Caller, Outcome, Request, Update
 from lmkit.errors import EngineError, LmkitError, OptionError, WeightsError
 from lmkit.options.generation import REPLACED, RowOptions, Sample, build_config
-from lmkit.results import EngineStats, Generation, Timing
+from lmkit.results import Completion, EngineStats, Generation, Timing
+from lmkit.text.words import Words
 from lmkit.wrappers.base import Loaded, Wrapper, embedded_rows
 from lmkit.wrappers.scoring import Scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from lmkit.engine import Engine
+    from lmkit.structured.outputs import Output
 
 
 ResultT = TypeVar("ResultT", bound=Generation)
@@ -35,6 +39,7 @@ class Job:
         truncated: Whether the text was cut.
         row: Its number in the call.
         between: What stands in the answer before, between and behind what the requests give.
+        output: What the answer must be, if anything.
     """
 
     requests: tuple[Request, ...]
@@ -42,6 +47,7 @@ class Job:
     truncated: bool
     row: int = 0
     between: tuple[str, ...] = ("", "")
+    output: Output[Any] | None = None
 
     @property
     def grows(self) -> bool:
@@ -136,9 +142,12 @@ class Writer(Wrapper[Job, ResultT]):
             # generate() fills what a config leaves open from the model's own, so it has to be gone from there.
             setattr(model.generation_config, name, None)
         self._rows = embedded_rows(model)
+        outputs = getattr(model.get_output_embeddings(), "out_features", None)
+        self._words = Words(self._codec, self._answer_ids, outputs or self._rows or len(loaded.tokenizer))
         self._start = decoder_start(model) if model.config.is_encoder_decoder else None
-        self._scores = Scores(model, self._codec, own=loaded.plan.engine == "lmkit")
-        self._engine: Engine | None = Engine(model, self._codec, loaded.plan, self._start)
+        self._scores = Scores(loaded.scorer(self._codec), self._codec)
+        self._grammars = loaded.grammars(self._codec, self._start)
+        self._engine: Engine | None = loaded.engine(self._codec, self._start)
 
     def close(self) -> None:
         """Give the memory back; work in flight ends with an `EngineError` at its next step."""
@@ -169,9 +178,14 @@ class Writer(Wrapper[Job, ResultT]):
             max_new_tokens=min(options.max_new_tokens, room),
             forced_bos_token_id=forced_bos_token_id,
             ends=ends,
+            biases=self._words.biases(options.logit_bias or {}),
+            forbidden=self._words.forbidden(options.bad_words),
         )
         sampled = isinstance(options.mode, Sample)
         stop = options.stop or tuple(self._checkpoint_config.stop_strings or ())
+        grammar = None
+        if options.output is not None:  # a whole answer ends by itself
+            stop, grammar = (), self._grammars.of(options.output, forced=config.forced_bos_token_id)
         return Request(
             input_ids=tuple(token_ids),
             config=config,
@@ -184,7 +198,13 @@ class Writer(Wrapper[Job, ResultT]):
             seed=options.seed if sampled else None,
             logprobs=options.logprobs,
             lookup=options.lookup,
+            processors=options.processors,
+            grammar=grammar,
         )
+
+    def _answer_ids(self, text: str) -> list[int]:
+        """Return the tokens of a part of an answer."""
+        return self._codec.encode(text, special=False)
 
     def _check_rows(self, token_ids: Sequence[int]) -> None:
         """Refuse tokens of a tokenizer that has more than the model.
@@ -244,7 +264,10 @@ class Writer(Wrapper[Job, ResultT]):
 
     def _told_of(self, parts: Parts, text: str) -> Update[ResultT] | None:
         if (outcomes := parts.ended) is not None:
-            return Update(parts.index, text, self._result(parts.job, outcomes, parts.timing()))
+            result = self._result(parts.job, outcomes, parts.timing())
+            if (output := parts.job.output) is not None:
+                result = replace(result, completions=tuple(answer(one, output) for one in result.completions))
+            return Update(parts.index, text, result)
         return Update(parts.index, text) if text else None
 
     @property
@@ -262,6 +285,18 @@ class Writer(Wrapper[Job, ResultT]):
     @abstractmethod
     def _result(self, job: Any, outcomes: Sequence[Outcome], timing: Timing) -> ResultT:
         """Describe a row whose requests have all ended."""
+
+
+def answer(completion: Completion, output: Output[Any]) -> Completion:
+    """Give a completion its value, or the reason why it has none."""
+    if completion.finish_reason != "eos":
+        return replace(completion, _value_error=f"it was cut, with finish_reason={completion.finish_reason!r}")
+    try:
+        return replace(completion, _value=output.read(completion.text), _value_error=None)
+    except ValueError as error:
+        return replace(
+            completion, _value_error=f"it is not what output= asked for ({' '.join(str(error).split())[:500]})"
+        )
 
 
 def decoder_start(model: Any) -> int:

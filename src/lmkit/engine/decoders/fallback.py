@@ -11,6 +11,7 @@ from lmkit._quiet import without_prints, without_warnings
 from lmkit.engine.choice import NO_CHOICE, NO_SCORES
 from lmkit.engine.decoders.base import Decoder
 from lmkit.engine.inputs import input_device, padded
+from lmkit.engine.processors import more
 from lmkit.errors import EngineError
 
 if TYPE_CHECKING:
@@ -118,15 +119,19 @@ class SearchDecoder(Decoder):
         sources = [row.request.input_ids for row in self.rows]
         token_ids, mask = padded(sources, self._pad, input_device(self._model), left=not encodes)
         cancelled = self.rows[0].ticket.cancelled
-        watch = _Watch(len(self.rows), 1 if encodes else token_ids.shape[1])
+        first, start = self.rows[0], 1 if encodes else token_ids.shape[1]
+        penalties, own = more(first, start)  # with processors of its own it is the only row
+        watch = _Watch(len(self.rows), start)
         options: dict[str, Any] = {
-            "generation_config": self.rows[0].request.config,
+            "generation_config": first.request.config,
             "return_dict_in_generate": True,
             "output_scores": True,
-            "logits_processor": [watch],
-            "output_logits": self.rows[0].request.config.forced_eos_token_id is not None,
+            "logits_processor": [*penalties, *own, watch],
+            "output_logits": first.request.config.forced_eos_token_id is not None,
             "stopping_criteria": [
-                lambda token_ids, _scores: torch.full_like(token_ids[:, 0], cancelled.is_set(), dtype=torch.bool)
+                lambda ids, _scores: torch.full_like(
+                    ids[:, 0], cancelled.is_set() or bool(first.error), dtype=torch.bool
+                )
             ],
         }
         search = functools.partial(self._model.generate, inputs=token_ids, attention_mask=mask, **options)
@@ -134,7 +139,7 @@ class SearchDecoder(Decoder):
         sequences = found.sequences[:, 1 if encodes else token_ids.shape[1] :].tolist()
         self._found = [(ids, self._forced_over(found, number)) for number, ids in enumerate(sequences)]
         for row, told in zip(self.rows, watch.failed, strict=True):
-            row.error = EngineError(told) if told else None
+            row.error = row.error or (EngineError(told) if told else None)
         scores: torch.Tensor = found.sequences_scores
         return scores
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
@@ -13,13 +10,15 @@ import torch
 from lmkit.engine.body_and_head import Reader
 from lmkit.engine.inputs import padded
 from lmkit.engine.passes.base import Runner
+from lmkit.engine.questions import Asking, Draw, Found, Query, Want, parallel
 from lmkit.errors import EngineError, LmkitError
 from lmkit.kernels import rotary
 from lmkit.results import EngineStats
 
 if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Mapping, Sequence
+
     from lmkit._interrupts import Flag
-    from lmkit.options.generation import Sample
     from lmkit.text.codec import Typed
 
 PADDING_SENSITIVE = frozenset({"convbert", "fnet", "funnel", "mobilebert", "nystromformer", "perceiver", "yoso"})
@@ -32,65 +31,8 @@ PROBE = 8
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """A token to be drawn: how the distribution is reshaped, and a number in [0, 1)."""
-
-    mode: Sample
-    uniform: float
-
-
-Want: TypeAlias = int | tuple[int, ...] | Draw
-"""How many of the likeliest tokens, or which tokens, or one that is drawn."""
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """A question about one place of a text.
-
-    Attributes:
-        tokens: What the model reads, special tokens included, each with its type.
-        place: Which of them is asked about.
-        want: What is to be known of it.
-    """
-
-    tokens: tuple[Typed, ...]
-    place: int
-    want: Want
-
-
-Found: TypeAlias = list[tuple[int, float]]
-"""The answer: tokens and their natural log-probabilities, the likeliest first, or in the order they were asked for."""
-
-Asking: TypeAlias = Generator[list[Query], list[Found], T]
-"""What asks in rounds, each knowing the answers of the one before, and returns what it made of them."""
-
-
 Asked: TypeAlias = "tuple[tuple[Typed, ...], Mapping[int, list[int]], Sequence[Query]]"
 """A row: its tokens, per place in it the numbers of the questions that ask about it, and all questions."""
-
-
-def parallel(askings: Iterable[Asking[T]]) -> Asking[list[T]]:
-    """Let several ask side by side: the questions of a round go together."""
-    results: dict[int, T] = {}
-    waiting: dict[int, tuple[Asking[T], int]] = {}
-
-    def ask(number: int, asking: Asking[T], found: list[Found] | None) -> list[Query]:
-        try:
-            queries = asking.send(found)  # type: ignore[arg-type]  # None begins a generator
-        except StopIteration as end:
-            waiting.pop(number, None)
-            results[number] = end.value
-            return []
-        waiting[number] = asking, len(queries)
-        return queries
-
-    queries = [query for number, asking in enumerate(askings) for query in ask(number, asking, None)]
-    while waiting:
-        found = iter((yield queries))
-        asked = list(waiting.items())
-        queries = [q for number, (asking, n) in asked for q in ask(number, asking, list(islice(found, n)))]
-    return [results[number] for number in sorted(results)]
 
 
 def _guarded(asking: Asking[T]) -> Generator[list[Query], list[Found | EngineError], T | LmkitError]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,6 +14,7 @@ from lmkit._borrowed import cache_name
 from lmkit.engine.body_and_head import Reader, alike, with_states
 from lmkit.engine.inputs import padded
 from lmkit.engine.passes.base import Runner
+from lmkit.engine.request import Reading, Scored
 from lmkit.errors import EngineError, OptionError
 from lmkit.kernels import rotary
 from lmkit.kernels.logits import logprobs
@@ -31,34 +31,6 @@ PLACES = 128
 
 WORTH_SHARING = 16
 """Beginnings of fewer tokens are read again for each row."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """Tokens of which the last ones are scored.
-
-    Attributes:
-        token_ids: What the decoder reads, but for the last one, which is only scored.
-        start: The first token that is scored, at least 1.
-        source: What the encoder reads, if there is one.
-    """
-
-    token_ids: tuple[int, ...]
-    start: int
-    source: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """What a model finds of the scored tokens of a reading.
-
-    Attributes:
-        logprobs: The natural logarithm of the probability of each.
-        greedy: Whether each is the likeliest in its place.
-    """
-
-    logprobs: tuple[float, ...]
-    greedy: bool
 
 
 Group: TypeAlias = "tuple[int, Mapping[int, Reading]]"

@@ -1,0 +1,173 @@
+"""Which tokens a row may take next, by llguidance: a model's grammars, and the state of each row in one."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property, lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+from lmkit.errors import OptionError
+from lmkit.structured.outputs import JSONSchema, library
+from lmkit.structured.vocabulary import spelled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+    from lmkit.structured.outputs import Output
+    from lmkit.text.codec import Codec
+
+MOST_KEPT = 64
+"""How many compiled grammars are kept; to compile one takes 1 to 30 ms."""
+
+SPACES = r"( |\r?\n){0,2}"
+"""What may stand before an answer, where anything may."""
+
+
+class Matcher:
+    """Where one row is in its grammar.
+
+    An error, of llguidance's bounds, leaves nothing but the end allowed, so it has to be looked for.
+    """
+
+    def __init__(self, compiled: Any, words: int, forced: int | None) -> None:
+        """Begin; a first token `forced` by the model's config is no part of the answer."""
+        self._state = compiled.deep_copy()
+        self._words = words
+        self._forced = forced
+        self._count = 0
+
+    def read(self, token_ids: Sequence[int]) -> None:
+        """Take in what the row has written since the last time."""
+        new = list(token_ids[self._count :])
+        if self._count == 0 and new[:1] == [self._forced]:
+            del new[0]
+        self._count = len(token_ids)
+        self._state.consume_tokens(new)
+        self._heed()
+
+    def _heed(self) -> None:
+        """Raise an interrupt that came while llguidance asked the tokenizer: it makes an error of its own of it."""
+        if self._state.is_error() and "KeyboardInterrupt" in self._state.get_error():
+            raise KeyboardInterrupt
+
+    @property
+    def error(self) -> str:
+        """What is wrong, or nothing."""
+        return str(self._state.get_error()).partition("\n")[0]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but the end fits any more."""
+        return bool(self._state.is_stopped() and not self._state.is_error())
+
+    def fitting(self, guesses: list[int]) -> list[int]:
+        """Return the first of some tokens, as far as they fit."""
+        return guesses[: self._state.validate_tokens(guesses)]
+
+    def allowed(self) -> torch.Tensor:
+        """Return a bit for each token, set where it may come next. *Shape:* `(vocabulary / 8,)`, bytes."""
+        import torch
+
+        mask = torch.zeros(self._words, dtype=torch.int32, device="cpu")
+        self._state.unsafe_compute_mask_ptr(mask.data_ptr(), 4 * self._words)
+        self._heed()
+        return mask.view(torch.uint8)
+
+
+class Grammars:
+    """The grammars of a model's answers, compiled when they are first asked for."""
+
+    def __init__(self, codec: Codec, ends: Sequence[int], *, encodes: bool) -> None:
+        """Serve a model whose answers end with one of `ends`; one that `encodes` begins a text of its own."""
+        self._codec = codec
+        self._ends = list(ends)
+        self._encodes = encodes
+        self._compiled = lru_cache(maxsize=MOST_KEPT)(self._compile)
+
+    def of(self, output: Output[Any], before: str = "", forced: int | None = None) -> Callable[[], Matcher]:
+        """Return what begins an answer, for each row anew.
+
+        Args:
+            output: What the answer must be.
+            before: What may stand before it, as a rule of Lark's whose name is `before`.
+            forced: A first token that the model's config puts there.
+
+        Raises:
+            OptionError: There is no such grammar, or the tokenizer cannot write it.
+            MissingExtraError: The packages of the extra are not installed.
+        """
+        return partial(Matcher, self._compiled(output, before), -(-self._tokens.vocab_size // 32), forced)
+
+    @cached_property
+    def _spelled(self) -> _Spelled:
+        return _Spelled(self._codec, self._ends)
+
+    @cached_property
+    def _tokens(self) -> Any:
+        return _tokenizer(self._spelled)
+
+    def _compile(self, output: Output[Any], before: str) -> Any:
+        spaces = SPACES if output.spaced or before else "" if not self._encodes else " ?"
+        start = f"start: {'before' if before else ''} {f'/{spaces}/' if spaces else ''} @answer\n{before}"
+        grammars = [{"lark_grammar": start}, {**output.form(), "name": "answer"}]
+        compiled = library().LLMatcher(self._tokens, json.dumps({"grammars": grammars}), log_level=0)
+        if error := compiled.get_error():
+            raise OptionError(_refused(output, error))
+        mask = compiled.compute_bitmask()
+        if not any(mask[n // 8] >> n % 8 & 1 and token.strip() for n, token in enumerate(self._spelled.tokens)):
+            raise OptionError(
+                f"output={output!r:.80}: no token of this checkpoint's vocabulary can begin such an answer."
+            )
+        return compiled
+
+
+def _refused(output: Output[Any], error: str) -> str:
+    told = " ".join(error.partition(" Enable ")[0].split())[:300]  # behind that come options of llguidance's own
+    hint = " Leave it out, or pass a Python type: pydantic checks it." if isinstance(output, JSONSchema) else ""
+    return f"output={output!r:.80} cannot be held to: {told}.{hint}"
+
+
+class _Spelled:
+    """What llguidance asks of a tokenizer.
+
+    Where a grammar leaves only one way to go on, it lets the tokens come that the tokenizer makes of that text, not all
+    of which the text can be put together.
+    """
+
+    def __init__(self, codec: Codec, ends: list[int]) -> None:
+        if not ends:
+            raise OptionError("output= needs a token that ends a text, and this checkpoint has none: leave it out.")
+        self.tokens, self.special_token_ids = spelled(codec)
+        self.bos_token_id = codec.tokenizer.bos_token_id
+        self.eos_token_id, self.ends = ends[0], ends
+        self._codec = codec
+        self._numbers = {token: number for number, token in enumerate(self.tokens)}
+        self._longest = max(map(len, self.tokens))
+
+    def __call__(self, text: str) -> list[int]:
+        """Return the tokens of a part of a text, whose bytes they have to be."""
+        token_ids = self._codec.encode(text, special=False)
+        whole = b"".join(self.tokens[token_id] for token_id in token_ids) == text.encode()
+        return token_ids if whole else self._greedy(text.encode())  # sentencepiece puts a space before what it is given
+
+    def _greedy(self, text: bytes) -> list[int]:
+        found: list[int] = []
+        while text:
+            sizes = range(min(self._longest, len(text)), 0, -1)
+            size = next((size for size in sizes if text[:size] in self._numbers), 0)
+            if not size:
+                break  # the vocabulary lacks it
+            found.append(self._numbers[text[:size]])
+            text = text[size:]
+        return found
+
+
+def _tokenizer(spelled: _Spelled) -> Any:
+    try:
+        return library().LLTokenizer(library().TokenizerWrapper(spelled), eos_token=spelled.ends)
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust; it is not public
+            raise
+        raise OptionError(f"output= cannot be had with this checkpoint's tokenizer: {error!s:.300}") from None
