@@ -186,7 +186,10 @@ Verb = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], set[str]]
 def verbs(model: Any, kind: str) -> dict[str, Verb]:
     """Return each verb of a wrapper with good arguments, and the names of its options."""
     text, whole = ("She [MASK].", "She is.") if kind == "masked" else ("She", "She")
-    options, short = set(declared(type(model)._accepted)), {} if kind == "masked" else SHORT
+    options, short = (
+        set(declared(type(model)._accepted)) | ({"output"} if kind != "masked" else set()),
+        {} if kind == "masked" else SHORT,
+    )
     behind = () if kind == "masked" else (text,)
     told = {"on_error", "progress", *({"source", "target", "preset"} if kind == "seq2seq" else ())}
     told |= {"continue_final_message"} if kind == "causal" else {"metric"} if kind == "masked" else set()

@@ -100,7 +100,7 @@ def _thinking(value: object) -> bool:
 
 def _words(value: object) -> bool:
     items = [value] if isinstance(value, str) else value
-    return isinstance(items, Sequence) and all(one and (isinstance(one, str) or _token_ids(one)) for one in items)
+    return isinstance(items, Sequence) and all((isinstance(one, str) or _token_ids(one)) and one for one in items)
 
 
 def _biases(value: object) -> bool:
