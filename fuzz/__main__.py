@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PATIENCE = 60
+PATIENCE = 120
 """Seconds after which a process that says nothing is ended: a case has hung in native code."""
 
 
@@ -97,9 +97,10 @@ class Worker:
         wrong: How many things were wrong.
     """
 
-    def __init__(self, plans: int, loads: int, seed: int, *, seeds: bool) -> None:
-        """Take a share."""
+    def __init__(self, plans: int, loads: int, seed: int, *, seeds: bool, until: float) -> None:
+        """Take a share, which ends at a time of the clock `time.monotonic` as well."""
         self._left = {"planned": plans, "loaded": loads}
+        self._until = until
         self._seed, self._seeds = seed, seeds
         self.ends: collections.Counter[str] = collections.Counter()
         self.wrong = 0
@@ -111,7 +112,7 @@ class Worker:
             command = [sys.executable, str(HERE), *share, str(self._seed), "--seeds" if self._seeds else "--drawn"]
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
                 last = self._read(process)
-                if process.wait() == 0:
+                if process.wait() == 0 or time.monotonic() > self._until:
                     return
                 self._say([f"a process ended with {process.returncode}, or hung"], last)
             self._seed, self._seeds = self._seed + 1000, False
@@ -121,7 +122,8 @@ class Worker:
         case, rest = None, b""
         assert process.stdout is not None  # noqa: S101 - it is a pipe
         while True:
-            if not select.select([process.stdout], [], [], PATIENCE)[0]:
+            late = time.monotonic() > self._until
+            if late or not select.select([process.stdout], [], [], PATIENCE)[0]:
                 process.kill()
                 return case
             if not (some := os.read(process.stdout.fileno(), 2**16)):
@@ -148,10 +150,13 @@ def main() -> int:
     parser.add_argument("--loads", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=1e6, help="after which no more cases are tried")
     options = parser.parse_args()
     started = time.perf_counter()
     share = options.plans // options.workers, options.loads // options.workers
-    workers = [Worker(*share, 10**6 * (options.seed + n), seeds=n == 0) for n in range(options.workers)]
+    until = time.monotonic() + 60 * options.minutes
+    seeds = [10**6 * (options.seed + n) for n in range(options.workers)]
+    workers = [Worker(*share, seed, seeds=n == 0, until=until) for n, seed in enumerate(seeds)]
     threads = [threading.Thread(target=worker.run) for worker in workers]
     for thread in threads:
         thread.start()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TAKES_LONG = {"async_chat", "choose_answers"}  # they read the GGUF file of a chat model
+TAKES_LONG = {"async_chat", "choose_answers", "extract_people"}  # they read the GGUF file of a chat model
 NOT_HERE = {"demo", "smollm2"}  # nox -s demo runs the first; the second is a helper of the others
 SCRIPTS = [
     pytest.param(path, marks=pytest.mark.slow if path.stem in TAKES_LONG else (), id=path.stem)
