@@ -72,9 +72,8 @@ _WIDE = "products with weights that are widened for each"
 BORROWED: Final = tuple(
     Borrowed(*entry)
     for entry in (
-        ("transformers.cache_utils:DynamicLayer", "engine.cache, planning.running", _FAILS),
+        ("transformers.cache_utils:DynamicLayer", "engine.cache, engine.compiled, planning.running", _FAILS),
         ("transformers.cache_utils:DynamicSlidingWindowLayer", "planning.running", _FAILS),
-        ("transformers.cache_utils:CacheLayerMixin", "engine.compiled", _NOT_COMPILED),
         (f"{_WRITER}._supports_default_dynamic_cache", "planning.running", _SLOW),
         (f"{_WRITER}._prepare_special_tokens", "engine.choice", _NO_ROWS),
         (f"{_WRITER}._get_logits_processor", "engine.choice", _NO_ROWS),
@@ -105,11 +104,7 @@ BORROWED: Final = tuple(
         ("transformers.quantizers.auto:AUTO_QUANTIZER_MAPPING", "kernels.quantizer", _NOT_OWN),
         ("transformers.core_model_loading:ConversionOps", "kernels.quantizer", _NOT_OWN),
         ("transformers.pytorch_utils:Conv1D", "planning.skeleton, kernels.quantizer", _FAILS),
-        (
-            "transformers.modeling_rope_utils:ROPE_INIT_FUNCTIONS",
-            "checkpoint.config",
-            "unknown positions get another error",
-        ),
+        ("transformers.modeling_rope_utils:ROPE_INIT_FUNCTIONS", "checkpoint.config", "positions get another error"),
         ("transformers:AutoModelForCausalLM._model_mapping._model_mapping", "checkpoint.tasks", _FAILS),
         ("transformers.modeling_gguf_pytorch_utils:tqdm", "checkpoint.gguf", "GGUF files cannot be loaded"),
         ("transformers.utils.chat_template_utils:_compile_jinja_template", "text.sandbox", "no chats"),

@@ -54,12 +54,7 @@ class Source:
         Raises:
             WeightsError: It is absent, or not a JSON object.
         """
-        config = read_json(self.folder / "config.json")
-        if not isinstance(config, dict):
-            raise WeightsError(
-                f"{self.folder / 'config.json'} holds a JSON {type(config).__name__}, not an object: restore it."
-            )
-        return config
+        return read_object(self.folder / "config.json")
 
 
 def weight_files(source: Source, *, allow_pickle: bool) -> list[Path]:
@@ -244,7 +239,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """
     found = read_json(file)
     if not isinstance(found, dict):
-        raise WeightsError(f"{file} holds {json.dumps(found)[:60]} in place of a JSON object: fetch it again.")
+        raise WeightsError(f"{file} holds a JSON {type(found).__name__}, not an object: restore it.")
     return found
 
 

@@ -327,10 +327,13 @@ def find_adapter(name: str, access: Access) -> Path:
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        files = ["adapter_config.json", ADAPTER_WEIGHTS]
-        wanted = [*files, *_SIDE_FILES]  # its tokenizer, if it brings one
+        from huggingface_hub import try_to_load_from_cache
+
+        wanted = [ADAPTER_WEIGHTS, *_SIDE_FILES]  # its config, and its tokenizer if it brings one
         try:
-            folder = _cached_adapter(name, files, access) or _fetch(name, replace(access, revision=None), wanted)
+            cached = try_to_load_from_cache(name, ADAPTER_WEIGHTS, cache_dir=access.cache_dir)
+            there = isinstance(cached, str) and (Path(cached).parent / "adapter_config.json").is_file()
+            folder = Path(str(cached)).parent if there else _fetch(name, replace(access, revision=None), wanted)
         except (OSError, ValueError, _network_error()) as error:
             raise ModelNotFoundError(
                 f"the adapter {name!r} was not found: no folder {folder.absolute()}, and the Hub answered: {error}"
@@ -341,15 +344,6 @@ def find_adapter(name: str, access: Access) -> Path:
         )
     read_safetensors(folder / ADAPTER_WEIGHTS)
     return folder
-
-
-def _cached_adapter(name: str, files: Sequence[str], access: Access) -> Path | None:
-    """Return an adapter's folder in the cache, if all its files are there; no network call is made."""
-    from huggingface_hub import try_to_load_from_cache
-
-    paths = [try_to_load_from_cache(name, file, cache_dir=access.cache_dir) for file in files]
-    found = [path for path in paths if isinstance(path, str)]
-    return Path(found[0]).parent if len(found) == len(files) else None
 
 
 def _network_error() -> type[Exception]:

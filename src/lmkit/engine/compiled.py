@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from lmkit._borrowed import cache_name
 from lmkit.engine.cache import KeyValues
@@ -52,19 +53,15 @@ STEP, KERNELS = "compiled.step", "kernels"
 """What a compiled step's folder holds: the step, and inductor's own cache with the kernels that it calls."""
 
 
-class _Slot(CacheLayerMixin):
+class _Slot(DynamicLayer):
     """Buffers of one layer; a step writes the column `slot`."""
 
     is_compileable = True
-    is_sliding = False
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, slot: torch.Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values, self._slot = keys, values, slot
         self.is_initialized = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing is left to do."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -76,17 +73,9 @@ class _Slot(CacheLayerMixin):
         self.values.index_copy_(2, self._slot, value_states)
         return self.keys, self.values
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - transformers' signature
-        """Return the width; the mask is given whole."""
-        return self.keys.shape[2] if self.keys is not None else 0, 0
-
     def get_seq_length(self) -> int:
         """Return 0: positions are given."""
         return 0
-
-    def get_max_length(self) -> int:
-        """Return the width."""
-        return self.get_mask_sizes(1)[0]
 
 
 def compile_folder() -> Path:
@@ -173,15 +162,9 @@ class CompiledStep:
         described = [(name, place, str(self._weights[place].dtype)) for name, place in self._places.items()]
         shapes = [(tuple(weight.shape), weight.is_mkldnn) for weight in self._weights]
         told = [
-            [
-                version("lmkit"),
-                torch.__version__,
-                transformers.__version__,
-                type(self._model).__qualname__,
-                str(input_device(self._model)),
-            ],
-            [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), SETTINGS, TRACED],
-            [self._model.config.to_dict(), described, shapes, self.most_rows],
+            [version("lmkit"), torch.__version__, transformers.__version__, SETTINGS, TRACED],
+            [str(input_device(self._model)), torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()],
+            [type(self._model).__qualname__, self._model.config.to_dict(), described, shapes, self.most_rows],
         ]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

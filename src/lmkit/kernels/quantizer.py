@@ -79,11 +79,7 @@ class WeightOnlyQuantizer(_Base):  # type: ignore[misc]
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return what quantizes a tensor."""
-        return _Quantize(self._heap)
-
-    @functools.cached_property
-    def _heap(self) -> _Heap:
-        return _Heap()
+        return _Quantize()
 
     def _process_model_before_weight_loading(self, model: Any, **_kwargs: Any) -> None:
         config = self.quantization_config
@@ -98,7 +94,7 @@ class WeightOnlyQuantizer(_Base):  # type: ignore[misc]
             let_go_of_file(module, integers=self.pre_quantized or not own)
             if own:
                 module.pack()
-                self._heap.freed(8 * module.weight.numel())  # int4 is packed from int32
+                _heap.freed(8 * module.weight.numel())  # int4 is packed from int32
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -134,11 +130,11 @@ class _Heap:
                 ctypes.CDLL(None).malloc_trim(0)
 
 
+_heap = _Heap()
+
+
 class _Quantize(ConversionOps):
     """Turns one tensor into a weight and its scales."""
-
-    def __init__(self, heap: _Heap) -> None:
-        self._heap = heap
 
     def convert(self, input_dict: dict[str, Any], *_args: Any, model: Any = None, **_kwargs: Any) -> dict[str, Any]:
         ((name, given),) = input_dict.items()
@@ -149,7 +145,7 @@ class _Quantize(ConversionOps):
             tensor = tensor.T.contiguous()
         kind = module if isinstance(module, QuantizedLinear) else Int8Linear
         weight, scales = kind.quantize(tensor, module.scales.dtype)
-        self._heap.freed(tensor.nbytes)
+        _heap.freed(tensor.nbytes)
         return {name: weight, f"{path}.scales": scales}
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lmkit._borrowed import cache_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 SEEN, ANSWERED = 3, 2
 """How many tokens the model without memory reads, and as an encoder-decoder writes, to see its keys and values."""
@@ -43,13 +40,17 @@ class KeyValueBytes:
 def key_values(model: Any) -> KeyValueBytes | None:
     """Have a model on the meta device read a few tokens, and measure the shapes of what it keeps of them.
 
+    Its mixtures of experts compute with all of them from then on: which ones are chosen has no value there.
+
     Returns:
         None where the model keeps nothing that can be measured, or does not run without values.
     """
     token_ids = torch.ones(1, SEEN, dtype=torch.long, device="meta")
     both = model.config.is_encoder_decoder
     more = {"decoder_input_ids": token_ids[:, :ANSWERED]} if both else {}
-    with torch.no_grad(), _experts_in_order(model), contextlib.suppress(Exception):
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        config._experts_implementation = "batched_mm"  # noqa: SLF001 - the one that computes all
+    with torch.no_grad(), contextlib.suppress(Exception):
         outputs = model(input_ids=token_ids, use_cache=True, **more)
         if (cache := cache_of(outputs)) is not None:
             own = getattr(cache, "self_attention_cache", cache)
@@ -57,20 +58,6 @@ def key_values(model: Any) -> KeyValueBytes | None:
             sources = 0 if across is None else sum(_states(layer) for layer in across.layers) // SEEN
             return _measured(own.layers, ANSWERED if both else SEEN, sources)
     return None
-
-
-@contextlib.contextmanager
-def _experts_in_order(model: Any) -> Iterator[None]:
-    """Let mixtures of experts compute without asking which experts were chosen: that has no value here."""
-    configs = {id(config): config for config in (model.config, model.config.get_text_config(decoder=True))}.values()
-    before = [(config, getattr(config, "_experts_implementation", None)) for config in configs]
-    for config, _ in before:
-        config._experts_implementation = "batched_mm"  # noqa: SLF001 - the one that computes all
-    try:
-        yield
-    finally:
-        for config, implementation in before:
-            config._experts_implementation = implementation  # noqa: SLF001
 
 
 def _measured(layers: Any, tokens: int, sources: int) -> KeyValueBytes:

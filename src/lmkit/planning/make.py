@@ -61,7 +61,7 @@ def make_plan(
     """
     bounds, trusted = Bounds.of(tensors), wish.access.trust_remote_code
     config = read_config(source, trusted=trusted, bounds=bounds, attention=wish.attn_implementation)
-    model_class = check_task(wish.task, config, source.name, trusted=wish.access.trust_remote_code)
+    model_class = check_task(wish.task, config, source.name, trusted=trusted)
     language = check_language(config, wish.language, source.name)
     placed = resolve_placement(wish.devices, machine, absent=absent)
     _check_beside(source)
@@ -106,7 +106,7 @@ def _planned(trial: Trial, model_class: str, ends: Iterable[int], reasons: Mappi
         kernels="packed" if trial.packed else "torch",
         attention=skeleton.running.attention,
         engine=skeleton.running.engine,
-        compiled=skeleton.running.compiled,
+        compiled=case.wish.compile,
         prefix_cache_bytes=case.wish.prefix_cache_bytes if skeleton.running.keeps_prefixes else 0,
         key_values=skeleton.key_values,
         context_length=case.context[0],
@@ -206,11 +206,8 @@ def _quantized(trial: Trial) -> str | None:
 def _untied(trial: Trial) -> str | None:
     """Say which weights are held beside those that a new model has in their place."""
     pairs = [f"{name} beside {origin}" for name, origin in trial.skeleton.untied.items()]
-    return (
-        f"{', '.join(pairs)}: transformers ties them in a new model, and the file has both, different"
-        if pairs
-        else None
-    )
+    told = "transformers ties them in a new model, and the file has both, different"
+    return f"{', '.join(pairs)}: {told}" if pairs else None
 
 
 def _kernels(trial: Trial) -> str | None:

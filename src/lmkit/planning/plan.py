@@ -151,21 +151,47 @@ class LoadPlan(Result):
 
     def __str__(self) -> str:
         """Write the plan as a table for people."""
-        return written(self)
+        lines = _facts(self)
+        for device, used in self.bytes_per_device.items():
+            inside = [module for module in self.modules if module.device == device]
+            room = f" of {size(self._layout.limits[device])}" if device in self._layout.limits else ""
+            lines.append((device, f"{size(used)}{room}: {summed_names(inside)}"))
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
 
     def _repr_html_(self) -> str:
-        """Draw the plan for a notebook: a bar per device, the parts within it; every text escaped."""
-        return drawn(self)
+        """Draw the plan for a notebook: a bar per device as long as its budget, the parts in it; every text escaped."""
+        used = self.bytes_per_device
+        budgets = {device: self._layout.limits.get(device, held) for device, held in used.items()}
+        longest = max(budgets.values())
+        bars = []
+        for device, held in used.items():
+            whole = max(budgets[device], held)
+            blocks = "".join(
+                f'<div title="{html.escape(f"{part.name}: {part.dtype}, {size(part.bytes)}")}" style="width:'
+                f'{100 * part.bytes / max(whole, 1):.3f}%;background:{COLORS[number % 2]};height:1.4em"></div>'
+                for number, part in enumerate(part for part in self.modules if part.device == device)
+            )
+            label = html.escape(f"{device}: {size(held)} of {size(budgets[device])}")
+            share = max(100 * whole / max(longest, held, 1), 5)
+            bars.append(
+                f'<div>{label}</div><div style="display:flex;width:{share:.1f}%;background:#ddd;'
+                f'margin-bottom:.5em;overflow:hidden">{blocks}</div>'
+            )
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in _facts(self)
+        )
+        return f'<div style="max-width:60em">{"".join(bars)}<table>{rows}</table></div>'
 
 
-def facts(plan: LoadPlan) -> list[tuple[str, str]]:
+def _facts(plan: LoadPlan) -> list[tuple[str, str]]:
     """Return what a plan says beside its devices, line by line."""
     lines = [
+        ("name", plan.name),
         ("model", f"{plan.model_class}, {plan.parameters:,} parameters, for {plan.task!r}"),
         ("precision", f"{plan.precision.name}, {size(plan.weights_bytes)} of weights"),
+        ("context", f"{plan.context_length:,} tokens" if plan.context_length is not None else "not bounded"),
     ]
-    context = f"{plan.context_length:,} tokens" if plan.context_length is not None else "not bounded"
-    lines.append(("context", context))
     if plan.key_values is not None:
         tokens = min(plan.context_length or SHOWN_TOKENS, SHOWN_TOKENS)
         row = plan.key_values.of(tokens, tokens)
@@ -175,42 +201,3 @@ def facts(plan: LoadPlan) -> list[tuple[str, str]]:
         lines.append(("keys and values", told))
     lines.append(("fits", "yes" if plan.fits else "NO"))
     return lines + [(f"why: {what}", reason) for what, reason in plan.reasons.items()]
-
-
-def written(plan: LoadPlan) -> str:
-    """Write a plan as a table."""
-    lines = [("name", plan.name), *facts(plan)]
-    for device, used in plan.bytes_per_device.items():
-        inside = [module for module in plan.modules if module.device == device]
-        limit = plan.placement.max_memory.get(device)
-        room = f" of {size(limit)}" if isinstance(limit, int) else ""
-        lines.append((device, f"{size(used)}{room}: {summed_names(inside)}"))
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
-
-
-def drawn(plan: LoadPlan) -> str:
-    """Draw a plan: a bar per device, as long as its budget, and a block per part."""
-    used = plan.bytes_per_device
-    limits = {name: plan.placement.max_memory.get(name) for name in used}
-    longest = max((limit if isinstance(limit, int) else used[name]) for name, limit in limits.items())
-    bars = []
-    for device, held in used.items():
-        limit = limits[device]
-        whole = limit if isinstance(limit, int) else held
-        blocks = "".join(
-            f'<div title="{html.escape(f"{part.name}: {part.dtype}, {size(part.bytes)}")}" style="width:'
-            f'{100 * part.bytes / max(whole, held, 1):.3f}%;background:{COLORS[number % 2]};height:1.4em"></div>'
-            for number, part in enumerate(part for part in plan.modules if part.device == device)
-        )
-        label = html.escape(f"{device}: {size(held)} of {size(whole)}")
-        share = max(100 * max(whole, held) / max(longest, held, 1), 5)
-        bars.append(
-            f'<div>{label}</div><div style="display:flex;width:{share:.1f}%;background:#ddd;'
-            f'margin-bottom:.5em;overflow:hidden">{blocks}</div>'
-        )
-    rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
-        for name, text in [("name", plan.name), *facts(plan)]
-    )
-    return f'<div style="max-width:60em">{"".join(bars)}<table>{rows}</table></div>'

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
 from lmkit._borrowed import TESTED, cache_name
 from lmkit.errors import OptionError, listed
 from lmkit.kernels import attention, rotary
@@ -54,16 +57,14 @@ class Running:
     Attributes:
         engine: `"lmkit"`, or `"generate"` where each step is prepared by transformers.
         attention: `"lmkit"`, or what transformers calls the one it chooses.
-        compiled: Whether steps are compiled.
         keeps_prefixes: Whether keys and values can be taken out of a batch and put into another.
-        reasons: Why, by what.
+        reasons: Why, by what; None where there is nothing to say.
     """
 
     engine: EngineWord
     attention: str
-    compiled: bool
     keeps_prefixes: bool
-    reasons: dict[str, str]
+    reasons: dict[str, str | None]
 
 
 def pads(model: Any) -> bool:
@@ -84,34 +85,32 @@ def how_rows_run(task: Task, model: Any, device_type: str, *, compiled: bool, as
     Raises:
         OptionError: Compiled steps are asked for, and not to be had.
     """
-    reasons: dict[str, str] = {}
-    engine: EngineWord = "lmkit"
+    why = told = None
     plain = False
     if task != "masked":
         why = _not_own(model)
-        engine = "generate" if why else "lmkit"
-        plain = why is None and not model.config.is_encoder_decoder and all(map(_is_plain, _layers(model)))
+        plain = why is None and not model.config.is_encoder_decoder and _kinds(model) == {DynamicLayer}
         begin = "begin one by one" if task == "causal" else "begin together"
-        reasons["engine"] = (
+        told = (
             f"generate() prepares each step, since {why}: rows do not join a batch that runs, and no prefix is reused"
             if why
             else f"lmkit's own loop: rows {begin} and end one by one, each with its own options"
         )
     if compiled:
         _check_compiled(task, model, plain=plain)
-        reasons["compiled"] = "as asked: a step of all layers as one graph, kept for later loads"
-    how = rotary.scaling(model)
-    if how.reason:
-        reasons["rotary"] = how.reason
     chosen = model.config._attn_implementation  # noqa: SLF001 - it has no public name
     ours = not asked and device_type == "cpu" and attention.fits(model)
-    if asked:
-        reasons["attention"] = "as asked"
-    if ours:
-        reasons["attention"] = f"lmkit's: {_GAIN[task]}"
-        if str(model.dtype) == "torch.bfloat16" and packs():
-            reasons["attention"] += ", and products are those of this CPU's bfloat16 kernel"
-    return Running(engine, attention.NAME if ours else str(chosen), compiled, plain, reasons)
+    gain = f"lmkit's: {_GAIN[task]}"
+    if str(model.dtype) == "torch.bfloat16" and packs():
+        gain += ", and products are those of this CPU's bfloat16 kernel"
+    reasons = {
+        "engine": told,
+        "compiled": "as asked: a step of all layers as one graph, kept for later loads" if compiled else None,
+        "rotary": rotary.scaling(model).reason,
+        "attention": gain if ours else "as asked" if asked else None,
+    }
+    how = attention.NAME if ours else str(chosen)
+    return Running("generate" if why else "lmkit", how, plain, reasons)
 
 
 def _not_own(model: Any) -> str | None:
@@ -125,29 +124,15 @@ def _not_own(model: Any) -> str | None:
         return "transformers does not say any more which cache it keeps"
     if not asked():
         return "it keeps a cache of its own kind"
-    strange = sorted({type(layer).__name__ for layer in _layers(model) if not _is_known(layer)})
-    if strange:
+    kinds = _kinds(model)
+    if strange := sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}):
         return f"it keeps {listed(strange)} beside plain keys and values"
-    return None if _layers(model) else "its layers keep no keys and values"
+    return None if kinds else "its layers keep no keys and values"
 
 
-def _layers(model: Any) -> list[Any]:
-    from transformers import DynamicCache
-
-    layers: list[Any] = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    return layers
-
-
-def _is_plain(layer: object) -> bool:
-    from transformers.cache_utils import DynamicLayer
-
-    return type(layer) is DynamicLayer
-
-
-def _is_known(layer: object) -> bool:
-    from transformers.cache_utils import DynamicSlidingWindowLayer
-
-    return _is_plain(layer) or type(layer) is DynamicSlidingWindowLayer
+def _kinds(model: Any) -> set[type]:
+    """Return the kinds of layers in the cache that transformers makes for a model."""
+    return {type(layer) for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers}
 
 
 def _check_compiled(task: Task, model: Any, *, plain: bool) -> None:

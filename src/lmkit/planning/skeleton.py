@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from lmkit.checkpoint.bounds import Bounds
 from lmkit.checkpoint.code import import_without_kernels
-from lmkit.checkpoint.tasks import Task, auto_class
+from lmkit.checkpoint.tasks import auto_class
 from lmkit.errors import OptionError
+from lmkit.kernels.packed import packs
 from lmkit.kernels.quantized import Int8Embedding, QuantizedLinear
 from lmkit.planning.keyvalues import KeyValueBytes, key_values
 from lmkit.planning.placement import home
@@ -27,7 +30,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig
 
+    from lmkit.planning.placement import Placement
     from lmkit.planning.precision import Precision
+    from lmkit.planning.trial import Case
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,7 @@ class Skeleton:
         parameters: How many numbers it has before it is quantized, tied weights counted once.
         untied: The weights that have values of their own in the file, and those that they would be tied to.
         rows: How many tokens adapters give it; None if it keeps its own.
+        packs: Whether linear layers on a CPU will be kept in the order of the processor's own kernel.
         twice_bytes: What linear layers take whose weight is another module's too.
         shapes: Of each weight before it is quantized, tied ones once.
         buffers_bytes: What it computes once and keeps, such as masks and positions; they are in no file.
@@ -63,60 +69,44 @@ class Skeleton:
 
     def __init__(
         self,
-        task: Task,
-        config: PreTrainedConfig,
+        case: Case,
+        placed: Placement,
         precision: Precision,
         *,
-        device_type: str = "cpu",
-        compiled: bool = False,
-        asked_attention: str | None = None,
-        trusted: bool = False,
-        untied: Callable[[Any], list[str]] = lambda _: [],
-        rows: Callable[[Any], int | None] = lambda _: None,
-        traps: bool = False,
-        here: bool = False,
         known: KeyValueBytes | None = None,
         device_map: Mapping[str, str] | None = None,
-        check_built: Callable[[int, int], None] = lambda *_: None,
     ) -> None:
         """Build the model of a config, quantized as `precision` says.
 
         Args:
-            task: What it will be loaded for.
-            config: Its config.
+            case: What is asked for, and what is known of the checkpoint.
+            placed: The devices it will be on.
             precision: What its weights will be held in.
-            device_type: Where it will compute.
-            compiled: Whether its decode step is to be compiled.
-            asked_attention: Which attention it is to have, in transformers' words; None leaves the choice.
-            trusted: Whether its own code may run.
-            untied: Tells which weights that are tied in a new model the file has with values of their own.
-            rows: Tells how many tokens adapters give it; None if it keeps its own.
-            traps: Whether it will compute on a CPU with bfloat16 units, where bitsandbytes cannot multiply all layers.
-            here: Whether its devices are on this machine, where transformers can tell if they compute what a file holds
-                quantized.
             known: What its keys and values take, from a skeleton that computes in the same dtype.
             device_map: Where its parts will be, for quantizers that leave some of them wide for it.
-            check_built: Told how many tensors and numbers the model has by now, each time it gets another one.
         """
-        plain: Any = copy.deepcopy(config)
-        quantization = getattr(config, "quantization_config", None)
+        self._case, wish = case, case.wish
+        plain: Any = copy.deepcopy(case.config)
+        quantization = getattr(plain, "quantization_config", None)
         if quantization is not None:
             del plain.quantization_config  # measured wide first
-        asked = {} if asked_attention is None else {"attn_implementation": asked_attention}
+        attention, name = wish.attn_implementation, case.source.name
+        check = functools.partial(Bounds.of(case.tensors).check_built, content=case.config.to_dict(), name=name)
         try:
-            with _Counting(check_built):
-                self.model = _empty(task, plain, precision.dtype, trusted=trusted, **asked)
+            with _Counting(check):
+                self.model = self._empty(plain, precision.dtype, attention)
         except ValueError as error:
-            if asked_attention is None:
+            if attention is None:
                 raise
-            raise OptionError(f"attn_implementation={asked_attention!r} is not to be had: {error}") from error
-        self.running = how_rows_run(task, self.model, device_type, compiled=compiled, asked=bool(asked))
+            raise OptionError(f"attn_implementation={attention!r} is not to be had: {error}") from error
+        asked = attention is not None
+        self.running = how_rows_run(wish.task, self.model, placed.device_type, compiled=wish.compile, asked=asked)
         if not _attends_eagerly(self.model):
-            self.model = _empty(task, plain, precision.dtype, trusted=trusted, attn_implementation="eager")
-        self.untied = {name: self.model.all_tied_weights_keys[name] for name in untied(self.model)}
+            self.model = self._empty(plain, precision.dtype, "eager")
+        self.untied = {name: self.model.all_tied_weights_keys[name] for name in case.untied(self.model)}
         ties = {name: origin for name, origin in self.model.all_tied_weights_keys.items() if name not in self.untied}
         self.shapes = {name: tuple(one.shape) for name, one in self.model.state_dict().items() if name not in ties}
-        self.rows = rows(self.model)
+        self.rows = case.rows(self.model)
         if self.rows is not None:
             self.model.resize_token_embeddings(self.rows, mean_resizing=False)
         names = dict(self.model.named_parameters(remove_duplicate=False))
@@ -128,8 +118,10 @@ class Skeleton:
         )
         saved = self.model.state_dict()
         self.buffers_bytes = sum(buffer.nbytes for name, buffer in self.model.named_buffers() if name not in saved)
-        self.key_values = None if task == "masked" else known or key_values(self.model)
+        self.key_values = None if wish.task == "masked" else known or key_values(self.model)
         self._wide = self._kept_wide(precision.dtype)
+        # On a CPU with bfloat16 units, bitsandbytes cannot multiply all layers.
+        traps = placed.device_type == "cpu" and case.machine.bfloat16("cpu")
         if traps and getattr(precision.quantization, "load_in_4bit", False):
             precision = dataclasses.replace(precision, quantization=self._without_traps(precision.quantization))
         if self.untied and hasattr(precision.quantization, "untied"):  # lmkit's own, which packs heads
@@ -137,7 +129,9 @@ class Skeleton:
             own.untied = [*self.untied]
             precision = dataclasses.replace(precision, quantization=own)
         self.precision = precision
-        self.quantizer = self._quantize(quantization, precision, here=here, trusted=trusted, device_map=device_map)
+        self.quantizer = self._quantize(quantization, placed, device_map)
+        plain_half = self.quantizer is None and self.precision.dtype is torch.bfloat16
+        self.packs = placed.device_type == "cpu" and plain_half and packs()
         for name in self.untied:
             self.model.all_tied_weights_keys.pop(name, None)
 
@@ -160,20 +154,28 @@ class Skeleton:
             quantization.llm_int8_skip_modules = [*own, *awkward]
         return quantization
 
-    def _quantize(
-        self, saved: Any, precision: Precision, *, here: bool, trusted: bool, device_map: Mapping[str, str] | None
-    ) -> Any:
+    def _empty(self, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None) -> Any:
+        """Build the model of a config on the meta device, with an attention in transformers' words if there is one."""
+        how: dict[str, Any] = {"trust_remote_code": self._case.wish.access.trust_remote_code}
+        how |= {} if attention is None else {"attn_implementation": attention}
+        with torch.device("meta"):
+            kind = auto_class(self._case.wish.task, config)
+            return kind.from_config(copy.deepcopy(config), dtype=dtype, **how).eval()
+
+    def _quantize(self, saved: Any, placed: Placement, device_map: Mapping[str, str] | None) -> Any:
         """Put quantized modules in, as the checkpoint or the precision has them; return transformers' quantizer."""
+        precision, case = self.precision, self._case
         wanted = precision.quantization or saved
         if wanted is None or _method(wanted) == "gguf":
             return None
         from transformers.quantizers.auto import AutoHfQuantizer
 
         if _method(wanted).startswith("bitsandbytes"):
-            import_without_kernels("bitsandbytes", trusted=trusted)
+            import_without_kernels("bitsandbytes", trusted=case.wish.access.trust_remote_code)
         pre_quantized = saved is not None
         quantizer: Any = AutoHfQuantizer.from_config(copy.deepcopy(wanted), pre_quantized=pre_quantized)
-        if here and pre_quantized:
+        # On this machine transformers can tell if its devices compute what a file holds quantized.
+        if pre_quantized and placed.max_memory.keys() <= case.machine.devices.keys():
             quantizer.validate_environment(device_map=None, weights_only=True)
             if getattr(quantizer.quantization_config, "dequantize", False):
                 word = str(precision.dtype).removeprefix("torch.")
@@ -284,14 +286,6 @@ class _Counting(TorchFunctionMode):
             self.elements += made.numel() if name == "empty" else 0  # others are of masks, too, which no file holds
             self.check(self.tensors, self.elements)
         return made
-
-
-def _empty(task: Task, config: PreTrainedConfig, dtype: torch.dtype, *, trusted: bool, **how: Any) -> Any:
-    """Build the model of a config on the meta device."""
-    with torch.device("meta"):
-        kind = auto_class(task, config)
-        model = kind.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=trusted, **how)
-    return model.eval()
 
 
 def _attends_eagerly(model: Any) -> bool:

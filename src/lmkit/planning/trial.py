@@ -6,12 +6,10 @@ import functools
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from lmkit.checkpoint.bounds import Bounds
 from lmkit.checkpoint.config import context, known_rotary, saved_quantization
 from lmkit.checkpoint.files import Source, mapped_weights, reading
 from lmkit.checkpoint.find import Access
 from lmkit.errors import PrecisionError, listed
-from lmkit.kernels.packed import packs
 from lmkit.kernels.wide_copies import copies_bytes
 from lmkit.planning.adapters import Adapter, check_base, rows_of
 from lmkit.planning.layout import Layout, lay_out, longest, measured_again, on_devices, shortage, size
@@ -118,6 +116,10 @@ class Case:
         weights = functools.cache(lambda: mapped_weights(self.source))
         return with_own_values(model, self.tensors or weights(), weights)
 
+    def rows(self, model: Any) -> int | None:
+        """Return how many tokens adapters give a model; None if it keeps its own."""
+        return rows_of(self.wish.adapters, model)
+
 
 @dataclass(frozen=True, slots=True)
 class Trial:
@@ -152,13 +154,13 @@ class Trial:
             word or wish.precision, case.dtype, kind, bfloat16=native, saved=case.saved_quantization
         )
         same = like is not None and precision.dtype is like.skeleton.precision.dtype
-        skeleton = _skeleton(case, placed, precision, known=like.skeleton.key_values if like and same else None)
+        skeleton = _skeleton(case, placed, precision, like.skeleton.key_values if like and same else None)
         for adapter in wish.adapters:
             check_base(adapter, skeleton)
         adapters = sum(adapter.elements for adapter in wish.adapters) * skeleton.precision.dtype.itemsize
         copied = wish.wide_copy_bytes if kind == "cpu" else 0
         copies = min(copied, copies_bytes(skeleton.model)) if copied else 0
-        twice = skeleton.twice_bytes if _packs(skeleton, placed) else 0
+        twice = skeleton.twice_bytes if skeleton.packs else 0
         layout = lay_out(skeleton, placed, beside=adapters + copies + skeleton.buffers_bytes + twice)
         trial = cls(case, placed, skeleton, layout, adapters, copies)
         return trial._measured_again() if trial._left_wide else trial
@@ -173,11 +175,7 @@ class Trial:
     def _measured_again(self) -> Trial:
         """Return the same places, with what parts take that are left wide there."""
         skeleton = _skeleton(
-            self.case,
-            self.placed,
-            self.skeleton.precision,
-            known=self.skeleton.key_values,
-            device_map=self.layout.device_map,
+            self.case, self.placed, self.skeleton.precision, self.skeleton.key_values, self.layout.device_map
         )
         return replace(self, skeleton=skeleton, layout=measured_again(self.layout, skeleton))
 
@@ -188,7 +186,7 @@ class Trial:
     @property
     def packed(self) -> bool:
         """Whether linear layers will be kept in the order of the processor's own kernel."""
-        return _packs(self.skeleton, self.placed) and "cpu" in self.layout.bytes_per_device
+        return self.skeleton.packs and "cpu" in self.layout.bytes_per_device
 
     @property
     def reserved(self) -> int:
@@ -257,32 +255,9 @@ def _skeleton(
     case: Case,
     placed: Placement,
     precision: Precision,
-    *,
     known: KeyValueBytes | None,
     device_map: Mapping[str, str] | None = None,
 ) -> Skeleton:
     """Build the model without memory."""
     with reading(f"the config of {case.source.name!r}"), known_rotary(case.config, case.source.name):
-        return Skeleton(
-            case.wish.task,
-            case.config,
-            precision,
-            device_type=placed.device_type,
-            compiled=case.wish.compile,
-            asked_attention=case.wish.attn_implementation,
-            trusted=case.wish.access.trust_remote_code,
-            check_built=functools.partial(
-                Bounds.of(case.tensors).check_built, content=case.config.to_dict(), name=case.source.name
-            ),
-            untied=case.untied,
-            rows=functools.partial(rows_of, case.wish.adapters),
-            traps=placed.device_type == "cpu" and case.machine.bfloat16("cpu"),
-            here=all(name in case.machine.devices for name in placed.max_memory),
-            known=known,
-            device_map=device_map,
-        )
-
-
-def _packs(skeleton: Skeleton, placed: Placement) -> bool:
-    half = str(skeleton.precision.dtype) == "torch.bfloat16"
-    return placed.device_type == "cpu" and half and packs() and skeleton.quantizer is None
+        return Skeleton(case, placed, precision, known=known, device_map=device_map)

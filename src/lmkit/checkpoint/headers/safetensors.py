@@ -1,4 +1,4 @@
-"""The header of a safetensors file: JSON, read a tensor at a time."""
+"""The header of a safetensors file: JSON of one form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from lmkit.checkpoint.headers import Stream, TensorInfo, broken, named, opened, shown, too_many, unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -25,21 +24,26 @@ _NUMBERED = """
 SAFETENSORS_BITS = {"BOOL": 8} | {name: int(name.partition("_")[0].lstrip("BCFIU")) for name in _NUMBERED.split()}
 """Bits per element of every type that safetensors 0.8 has: but for one, the number that its name begins with."""
 
-_ = r"[ \t\n\r]*"
+_ = r"[ \t\n\r]*+"
 _INT = r"(?:0|[1-9][0-9]{0,18})"
 _FIELD = (
     rf'(?:"dtype"{_}:{_}"\w{{1,40}}"'
     rf'|"shape"{_}:{_}\[{_}(?:{_INT}(?:{_},{_}{_INT}){{0,63}}{_})?\]'
     rf'|"data_offsets"{_}:{_}\[{_}{_INT}{_},{_}{_INT}{_}\])'
 )
-_TENSOR = re.compile(rf"\{{{_}{_FIELD}{_},{_}{_FIELD}{_},{_}{_FIELD}{_}\}}", re.ASCII)
-_OPENING = re.compile(rf"{_}\{{{_}(\}}?)")
-_QUOTE = re.compile(r'(?=")')
-_COLON = re.compile(rf"{_}:{_}")
-_NEXT = re.compile(rf"{_}(?:,{_}|(\}}))")
-_NULL = re.compile(r"(?:null)?")
-_END = re.compile(rf"{_}\Z")
-_JSON = json.JSONDecoder()
+_HEX = "[0-9a-fA-F]"
+_PAIR = rf"[dD][89abAB]{_HEX}{{2}}\\u[dD][c-fC-F]{_HEX}{{2}}"
+_TEXT = rf'"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u(?:{_PAIR}|(?![dD][89a-fA-F]){_HEX}{{4}}))*+"'  # no half a pair
+
+
+def _object(member: str) -> str:
+    """Return the pattern of a JSON object with any number of such members."""
+    return rf"\{{{_}(?:{member}(?:{_},{_}{member})*+{_})?+\}}"
+
+
+_ENTRY = rf"\{{{_}{_FIELD}{_},{_}{_FIELD}{_},{_}{_FIELD}{_}\}}|{_object(f'{_TEXT}{_}:{_}{_TEXT}')}|null"
+_HEADER = re.compile(rf"{_}{_object(f'{_TEXT}{_}:{_}(?:{_ENTRY})')}{_}", re.ASCII)
+"""A header with tensors and metadata, whichever has which name."""
 
 
 def read_safetensors(file: Path) -> dict[str, TensorInfo]:
@@ -85,7 +89,7 @@ def parse_safetensors(stream: Stream, size: int, file: object) -> dict[str, Tens
     if length > MOST_HEADER_BYTES:
         raise broken(file, f"its header says that it takes {length:,} bytes, more than safetensors allows")
     try:
-        entries = _entries(_Cursor(stream.read(length).decode()))
+        entries = _entries(stream.read(length).decode())
     except ValueError as error:
         raise broken(file, "its header is not safetensors JSON") from error
     tensors, end = _in_a_row(file, entries)
@@ -94,56 +98,26 @@ def parse_safetensors(stream: Stream, size: int, file: object) -> dict[str, Tens
     return tensors
 
 
-class _Cursor:
-    """A place in a header's JSON, which is read a tensor at a time.
+def _entries(header: str) -> dict[str, dict[str, Any]]:
+    """Return what a header says of each tensor.
 
-    A JSON parser would build whatever is there before anything could be checked: lists in lists until the
-    stack ends, or thirty times the header's size in memory.
+    Without the pattern, a JSON parser would build whatever is there before anything could be checked: lists in lists
+    until the stack ends, or thirty times the header's size in memory.
     """
-
-    def __init__(self, text: str) -> None:
-        self.text, self.position = text, 0
-
-    def take(self, pattern: re.Pattern[str]) -> re.Match[str]:
-        found = pattern.match(self.text, self.position)
-        if found is None:
-            raise ValueError(f"something else at character {self.position}")
-        self.position = found.end()
-        return found
-
-    def string(self) -> str:
-        self.take(_QUOTE)
-        value: str
-        value, self.position = _JSON.raw_decode(self.text, self.position)
-        value.encode()  # half a surrogate pair is no text: UnicodeEncodeError is a ValueError
-        return value
-
-    def members(self) -> Iterator[str]:
-        """Yield the keys of an object, each once; the caller takes the value before it asks for the next."""
-        seen: set[str] = set()
-        closed = self.take(_OPENING)[1]
-        while not closed:
-            name = self.string()
-            if name in seen:
-                raise ValueError(f"{name!r} twice")
-            seen.add(name)
-            self.take(_COLON)
-            yield name
-            closed = self.take(_NEXT)[1]
+    if _HEADER.fullmatch(header) is None:
+        raise ValueError("something else than tensors and metadata")
+    entries = json.loads(header, object_pairs_hook=_unique)
+    tensors = {name: entry for name, entry in entries.items() if entry and list in map(type, entry.values())}
+    if tensors.keys() != entries.keys() - {"__metadata__"}:
+        raise ValueError("metadata in the place of a tensor, or the other way round")
+    return tensors
 
 
-def _entries(cursor: _Cursor) -> dict[str, dict[str, Any]]:
-    entries: dict[str, dict[str, Any]] = {}
-    for name in cursor.members():
-        if name != "__metadata__":
-            entries[name] = json.loads(cursor.take(_TENSOR)[0])
-            if len(entries[name]) != 3:  # noqa: PLR2004 - dtype, shape and data_offsets, none of them twice
-                raise ValueError(f"a field of {name!r} twice")
-        elif not cursor.take(_NULL)[0]:
-            for _key in cursor.members():
-                cursor.string()
-    cursor.take(_END)
-    return entries
+def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(members)
+    if len(found) < len(members):
+        raise ValueError("a name or a field twice")
+    return found
 
 
 def _in_a_row(file: object, entries: dict[str, dict[str, Any]]) -> tuple[dict[str, TensorInfo], int]:
