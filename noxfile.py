@@ -54,7 +54,10 @@ COVERING = [
         "planning/test_adapters",
         "planning/test_make",
         "planning/test_running",
+        "structured/test_grammars",
+        "structured/test_outputs",
         "wrappers/test_scoring",
+        "wrappers/test_structured",
         "wrappers/test_unmasker",
     )
 ]
