@@ -13,6 +13,7 @@ FAMILY = {
     "WeightsError": OSError,
     "LanguageError": ValueError,
     "OptionError": ValueError,
+    "OutputError": ValueError,
     "UnknownOptionError": TypeError,
     "InputTooLongError": ValueError,
     "MissingExtraError": ImportError,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, get_type_hints
 
-from lmkit.errors import OptionError, listed, nearest
+from lmkit.errors import OptionError, listed, nearest, shown
 
 if TYPE_CHECKING:
     from lmkit.results import Completion, Generation, ToolCall
@@ -31,10 +31,10 @@ def definition(tool: Tool) -> Mapping[str, Any]:
     """
     if callable(tool):
         return _described(tool)[0]
-    inner = tool.get("function", tool)
+    inner = tool.get("function", tool) if isinstance(tool, Mapping) else tool
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise OptionError(
-            f"tools= has {str(tool)[:200]}, which has no name: pass a function, or a definition such as "
+            f"tools= has {shown(tool)}, which has no name: pass a function, or a definition such as "
             "{'type': 'function', 'function': {'name': …, 'description': …, 'parameters': {…}}}."
         )
     return tool
