@@ -76,14 +76,10 @@ class OutputError(LmkitError, ValueError):
         reason: Why that has no value.
     """
 
-    def __init__(self, text: str, reason: str) -> None:
-        """Say both."""
-        super().__init__(text, reason)
+    def __init__(self, message: str, text: str = "", reason: str = "") -> None:
+        """Say what it is about."""
+        super().__init__(message)
         self.text, self.reason = text, reason
-
-    def __str__(self) -> str:
-        """Return the message."""
-        return f"the answer has no value: {self.reason}. Its text: {self.text[:200]!r}"
 
 
 class UnknownOptionError(OptionError, TypeError):

@@ -31,7 +31,8 @@ def definition(tool: Tool) -> Mapping[str, Any]:
     """
     if callable(tool):
         return _described(tool)[0]
-    inner = tool.get("function", tool) if isinstance(tool, Mapping) else tool
+    given: object = tool
+    inner = tool.get("function", tool) if isinstance(given, Mapping) else None
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise OptionError(
             f"tools= has {shown(tool)}, which has no name: pass a function, or a definition such as "

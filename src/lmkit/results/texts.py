@@ -162,7 +162,7 @@ class Completion(Result, Generic[ValueT_co]):
             OutputError: The text was cut or is no such answer, or nothing was asked for.
         """
         if self._value_error is not None:
-            raise OutputError(self.text, self._value_error)
+            raise no_value(self.text, self._value_error)
         value: ValueT_co = self._value
         return value
 
@@ -371,9 +371,14 @@ class TextChunk(Result):
             OutputError: See `Completion`; or there is more to come.
         """
         if self.result is None:
-            raise OutputError(self.text, "the row goes on, and the value comes with its last chunk")
+            raise no_value(self.text, "the row goes on, and the value comes with its last chunk")
         return self.result.value
 
     def __str__(self) -> str:
         """Return the piece of text."""
         return self.text
+
+
+def no_value(text: str, reason: str) -> OutputError:
+    """Say why a text has no value."""
+    return OutputError(f"the answer has no value: {reason}. Its text: {text[:200]!r}", text, reason)
