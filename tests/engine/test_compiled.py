@@ -40,6 +40,8 @@ def test_a_compiled_step_gives_the_tokens_of_generate(cache: Path) -> None:
     lower = [lambda _token_ids, scores: scores.sub_(torch.arange(scores.shape[-1]) * 0.1)]
     expected = checkpoints.generated("llama", prompts[:1], logits_processor=lower)[0]
     assert list(generator(prompts[0], max_new_tokens=24, processors=lower).token_ids) == expected
+    one = {"output": lmkit.OneOf("yes", "no"), "max_new_tokens": 24}
+    assert generator(prompts[0], **one).token_ids == wrapper("llama")(prompts[0], **one).token_ids
     assert len(list(cache.rglob("*.step"))) == 1
 
 
