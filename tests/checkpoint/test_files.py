@@ -297,8 +297,11 @@ def test_a_home_folder_may_be_written_short(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     "name", ["", " ", "a b", "../x", "./x", "x.gguf", "/no/such/folder", "a/b/c", "~/no-such-folder", "a\nb"]
 )
-def test_a_name_that_can_be_no_hub_id_is_looked_for_here_only(name: str, network: list[str]) -> None:
+def test_a_name_that_can_be_no_hub_id_is_looked_for_here_only(
+    name: str, network: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A name that is neither here nor a Hub id says where lmkit looked, and asks nobody."""
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelNotFoundError) as caught:
         find(name, Access())
     message = str(caught.value)
