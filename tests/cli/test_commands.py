@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -702,9 +703,10 @@ class Screen:
         self.master, terminal = pty.openpty()
         self.shown = ""
         environment = {**os.environ, "TERM": "dumb", "PYTHONUTF8": "1"}
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lmkit", *arguments], stdin=terminal, stdout=terminal, stderr=terminal,
-            env=environment, start_new_session=True,
+            env=environment, start_new_session=True, preexec_fn=heed,  # noqa: PLW1509 - it does nothing else
         )  # fmt: skip
         os.close(terminal)
 
