@@ -37,9 +37,9 @@ def filled_schemas(bench: Bench) -> Report:
     """W: 64 rows that fill a schema of six fields; the same tokens without it; the time to a first token."""
     chats = [[{"role": "user", "content": f"{ASKED} Her name has {n} letters."}] for n in range(3, 3 + ROWS)]
     prompts = [_data.encode(bench.tokenizer, chat) for chat in chats]
-    held = {"output": Person, "max_new_tokens": NEW_TOKENS}
-    results = bench.generator(chats, **held)
+    results = bench.generator(chats, output=Person, max_new_tokens=NEW_TOKENS)
     budgets = [result.generated_tokens for result in results]
+    held = {"output": Person, "max_new_tokens": budgets}  # the same for both: it decides how many rows run together
     free = {"max_new_tokens": budgets, "suppress_tokens": bench.ends}  # as many tokens, whatever they are
     masks: list[float] = []
     with_schema = lmkit_side(bench.generator, chats, prompts, "with a schema", **held)

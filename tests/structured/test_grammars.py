@@ -18,7 +18,7 @@ import torch
 import chat_templates
 import lmkit
 from lmkit.kernels.logits import forbidding
-from lmkit.structured.grammars import Grammars, Matcher
+from lmkit.structured.grammars import Grammars, Matcher, masks
 from lmkit.structured.outputs import JSONSchema, Output, read_json
 from lmkit.text.codec import Codec
 
@@ -110,7 +110,7 @@ def accepts(output: Output[Any], text: str) -> bool:
 
 def allowed(matcher: Matcher, width: int) -> list[int]:
     """Return the tokens that may come next, by the mask that scores get."""
-    mask = forbidding(matcher.allowed()[None], width)[0]
+    mask = forbidding(masks([matcher]), width)[0]
     assert set(mask.tolist()) <= {0.0, float("-inf")}
     return (mask == 0).nonzero()[:, 0].tolist()
 
@@ -240,9 +240,9 @@ def test_a_matcher_is_that_of_its_row() -> None:
 
 def test_masks_are_as_wide_as_the_scores() -> None:
     """A head that is padded has tokens which are none; one that is narrower has no scores of the last tokens."""
-    masks = torch.tensor([[0b101, 0xFF]], dtype=torch.uint8)
-    assert (forbidding(masks, 20)[0] == 0).nonzero()[:, 0].tolist() == [0, 2, *range(8, 16)]
-    assert (forbidding(masks, 10)[0] == 0).nonzero()[:, 0].tolist() == [0, 2, 8, 9]
+    bits = torch.tensor([[0b101, 0xFF]], dtype=torch.uint8)
+    assert (forbidding(bits, 20)[0] == 0).nonzero()[:, 0].tolist() == [0, 2, *range(8, 16)]
+    assert (forbidding(bits, 10)[0] == 0).nonzero()[:, 0].tolist() == [0, 2, 8, 9]
 
 
 def judged() -> collections.Counter[str]:

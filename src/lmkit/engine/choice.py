@@ -12,6 +12,7 @@ from lmkit.engine.processors import more
 from lmkit.errors import EngineError
 from lmkit.kernels.logits import forbidding, highest
 from lmkit.results import TokenLogprob
+from lmkit.structured.grammars import masks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -253,10 +254,10 @@ def _within(rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
         return logits
     for _, matcher, token_ids in held:
         matcher.read(token_ids)
-    masks = torch.stack([matcher.allowed() for _, matcher, _ in held])
-    forbidden = forbidding(masks.to(logits.device), logits.shape[-1]).to(logits.dtype)
+    allowed = masks([matcher for _, matcher, _ in held]).to(logits.device)
+    forbidden = forbidding(allowed, logits.shape[-1], logits.dtype)
     if len(held) == len(rows):
-        return logits + forbidden
+        return forbidden.add_(logits)
     return logits.index_add(0, torch.tensor([place for place, _, _ in held], device=logits.device), forbidden)
 
 

@@ -29,12 +29,15 @@ class Matcher:
     """Where one row is in its grammar.
 
     An error, of llguidance's bounds, leaves nothing but the end allowed, so it has to be looked for.
+
+    Attributes:
+        words: How many numbers of 32 bits a mask has.
     """
 
     def __init__(self, compiled: Any, words: int, forced: int | None) -> None:
         """Begin; a first token `forced` by the model's config is no part of the answer."""
         self._state = compiled.deep_copy()
-        self._words = words
+        self.words = words
         self._forced = forced
         self._count = 0
 
@@ -55,7 +58,7 @@ class Matcher:
     @property
     def error(self) -> str:
         """What is wrong, or nothing."""
-        return str(self._state.get_error()).partition("\n")[0]
+        return str(self._state.get_error()).partition("\n")[0] if self._state.is_error() else ""
 
     @property
     def complete(self) -> bool:
@@ -66,14 +69,24 @@ class Matcher:
         """Return the first of some tokens, as far as they fit."""
         return guesses[: self._state.validate_tokens(guesses)]
 
-    def allowed(self) -> torch.Tensor:
-        """Return a bit for each token, set where it may come next. *Shape:* `(vocabulary / 8,)`, bytes."""
-        import torch
-
-        mask = torch.zeros(self._words, dtype=torch.int32, device="cpu")
-        self._state.unsafe_compute_mask_ptr(mask.data_ptr(), 4 * self._words)
+    def write(self, address: int) -> None:
+        """Write the mask of what may come next to an address in memory."""
+        self._state.unsafe_compute_mask_ptr(address, 4 * self.words)
         self._heed()
-        return mask.view(torch.uint8)
+
+
+def masks(matchers: Sequence[Matcher]) -> torch.Tensor:
+    """Return a bit for each token, the lowest of a byte first, set where it may come next.
+
+    Returns:
+        *Shape:* `(matchers, vocabulary / 8)`, uint8.
+    """
+    import torch
+
+    found = torch.zeros(len(matchers), matchers[0].words, dtype=torch.int32, device="cpu")
+    for number, matcher in enumerate(matchers):
+        matcher.write(found[number].data_ptr())
+    return found.view(torch.uint8)
 
 
 class Grammars:
