@@ -2,9 +2,10 @@ import dataclasses
 import datetime as dt
 import enum
 import json
+import sys
 import uuid
 from decimal import Decimal
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, NewType
 
 import pydantic
 import pytest
@@ -73,6 +74,9 @@ class Dog(pydantic.BaseModel):
 
 Pet = Annotated[Cat | Dog, pydantic.Field(discriminator="kind")]
 
+Age = NewType("Age", int)
+Names = typing_extensions.TypeAliasType("Names", list[str])
+
 VALUES: list[tuple[Any, str, object]] = [
     (int, "3", 3),
     (bool, "true", True),
@@ -94,6 +98,9 @@ VALUES: list[tuple[Any, str, object]] = [
     (uuid.UUID, '"12345678-1234-5678-1234-567812345678"', uuid.UUID("12345678-1234-5678-1234-567812345678")),
     (Decimal, '"1.50"', Decimal("1.50")),
     (bytes, '"ab"', b"ab"),
+    (Age, "3", 3),
+    (Names, '["a"]', ["a"]),
+    (Any, '{"a": [1]}', {"a": [1]}),
 ]
 
 
@@ -188,3 +195,12 @@ def test_json_is_read_as_the_standard_has_it() -> None:
     """Plain JSON comes out as Python's own reader gives it."""
     text = '{"a": [1, 2.5, "\\u00e9\\ud83d\\ude00", null, true], "b": -1e-3}'
     assert read_json(text) == json.loads(text)
+
+
+@pytest.mark.parametrize("package", ["llguidance", "pydantic"])
+@pytest.mark.parametrize("output", [Person, lmkit.JSONSchema({"type": "integer"}), lmkit.Regex("a")])
+def test_the_extra_is_named_where_it_is_missing(output: Any, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says what to install."""
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(lmkit.MissingExtraError, match=r"pip install 'lmkit\[structured\]'"):
+        Typed(output).form() if output is Person else output.form()

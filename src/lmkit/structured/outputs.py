@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, get_origin
+from typing import TYPE_CHECKING, Any, Generic, NewType, TypeAlias, get_origin
 
 from typing_extensions import TypeAliasType, TypeVar
 
@@ -200,7 +200,8 @@ _typed = lru_cache(maxsize=64)(Typed)
 
 def is_output(value: object) -> bool:
     """Test for an output or a type, as far as can be seen without pydantic."""
-    return isinstance(value, (Output, type, TypeAliasType)) or get_origin(value) is not None
+    named = isinstance(value, (Output, type, TypeAliasType, NewType))
+    return named or get_origin(value) is not None
 
 
 def schema_prompt(output: Any) -> str:
