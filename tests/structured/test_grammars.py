@@ -196,6 +196,8 @@ def test_white_space_has_an_end() -> None:
     [
         (lmkit.OneOf("yes", "no", 'é"\\'), ["yes", " no", "\nyes", 'é"\\'], ["maybe", "y", "   yes", "yes "]),
         (lmkit.Regex(r"\d{3}-[ab]+"), ["123-a", "123-abab"], [" 123-a", "12-a", "123-c"]),
+        (lmkit.Regex(r" \d{2}"), [" 12"], ["12"]),
+        (lmkit.OneOf(" ", "\n"), [" ", "\n"], ["x"]),
         (lmkit.Regex("(?i)ja"), ["ja", "JA"], ["nein"]),
         (lmkit.Grammar('start: "(" start ")" | "x"'), ["x", "((x))"], ["(x", ")x("]),
     ],
@@ -213,6 +215,9 @@ def test_texts_patterns_and_grammars(output: Output[Any], good: list[str], bad: 
         (lmkit.Regex("("), "unclosed group"),
         (lmkit.Grammar("start: nowhere"), 'unknown name: "nowhere"'),
         (lmkit.Grammar(""), "cannot be held to"),
+        (lmkit.Regex(b"a"), "cannot be held to"),  # type: ignore[arg-type]
+        (lmkit.Regex("\ud800"), "cannot be held to"),
+        (lmkit.JSONSchema({"const": "\ud800"}), "cannot be held to"),
     ],
 )
 def test_broken_patterns_and_grammars_are_option_errors(output: Output[Any], told: str) -> None:

@@ -167,8 +167,8 @@ def test_types_that_pydantic_refuses_are_option_errors() -> None:
 def test_texts_to_choose_from() -> None:
     """The value is the text, without what stands before it; nothing, an empty text and a number are refused."""
     one = lmkit.OneOf("yes", " no")
-    assert [one.read(text) for text in ("yes", " yes", "\nyes", " no")] == ["yes", "yes", "yes", " no"]
-    for text in ("maybe", "no", "yes "):
+    assert [one.read(text) for text in ("yes", " yes", "\nyes", " no", "\n  no")] == ["yes", "yes", "yes", " no", " no"]
+    for text in ("maybe", "no", "yes ", "   yes"):
         with pytest.raises(ValueError, match="it is none of 'yes', ' no'"):
             one.read(text)
     for choices in ((), ("",), ("a", 5)):
@@ -204,3 +204,43 @@ def test_the_extra_is_named_where_it_is_missing(output: Any, package: str, monke
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(lmkit.MissingExtraError, match=r"pip install 'lmkit\[structured\]'"):
         Typed(output).form() if output is Person else output.form()
+
+
+@dataclasses.dataclass
+class First:
+    """One of two that look alike."""
+
+    x: int
+
+
+@dataclasses.dataclass
+class Second:
+    """The other."""
+
+    x: int
+
+
+def test_unions_that_are_equal_are_not_the_same() -> None:
+    """Which of two classes an object is of depends on their order in the union."""
+    assert [type(output_of(kind).read('{"x": 1}')) for kind in (First | Second, Second | First)] == [First, Second]
+
+
+class Feature(pydantic.BaseModel):
+    """Fields with the names of keywords."""
+
+    properties: dict[str, int]
+    default: Person
+
+
+def test_fields_may_have_the_names_of_keywords() -> None:
+    """They are fields: nothing is put among them, and their types are closed as others."""
+    schema = Typed(Feature).schema
+    assert schema["properties"].keys() == {"properties", "default"}
+    assert schema["$defs"]["Person"]["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("pattern", ["(", "(?=a)b"])
+def test_patterns_that_pydantic_refuses_are_option_errors(pattern: str) -> None:
+    """Of a type, too."""
+    with pytest.raises(lmkit.OptionError, match="is no type that pydantic makes JSON of"):
+        output_of(Annotated[str, pydantic.Field(pattern=pattern)])

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -222,6 +223,8 @@ def test_no_token_left_fails_its_row_alone() -> None:
     [
         ({"num_beams": 2}, "output and num_beams contradict"),
         ({"stop": "x"}, "output and stop contradict"),
+        ({"stop_token_ids": [5]}, "output and stop_token_ids contradict"),
+        ({"skip_special_tokens": False}, "output and skip_special_tokens=False contradict"),
         ({"output": {"type": "object"}}, "output={'type': 'object'} is not accepted: output takes a type"),
         ({"output": [Thing, None, None]}, "output has 3 values for 1 rows"),
         ({"output": lmkit.JSONSchema({"not": {}})}, 'cannot be held to: Unimplemented keys: ."not".'),
@@ -286,3 +289,53 @@ def test_a_wrapper_with_grammars_is_pickled() -> None:
     assert pickle.loads(pickle.dumps(expected)) == expected  # noqa: S301 - its own
     again = pickle.loads(pickle.dumps(generator))  # noqa: S301 - its own
     assert again("She", output=ONE, max_new_tokens=30).value == expected.value
+
+
+def test_names_of_control_tokens_are_texts() -> None:
+    """Where a text has to be that of a control token, it is spelled: the token would end the answer, or vanish."""
+    generator = wrapper("gpt2")
+    end = generator.tokenizer.eos_token
+    for output in (lmkit.OneOf(f"a{end}b"), lmkit.Regex(f"x{re.escape(end)}y"), Literal[end]):  # type: ignore[valid-type]
+        result = generator("She", output=output, max_new_tokens=60)
+        assert end in result.value
+        assert generator.tokenizer.eos_token_id not in result.token_ids
+
+
+def test_an_end_that_the_grammar_does_not_allow_cuts() -> None:
+    """A processor may put one there: then there is no value, of a pattern neither."""
+    generator = wrapper("gpt2")
+    end = generator.tokenizer.eos_token_id
+
+    def stop(_token_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, end] = 0
+        return forced
+
+    result = generator("She", output=lmkit.Regex("[ab]{8}"), processors=[stop], max_new_tokens=20)
+    assert result.value_error == "it was cut, with finish_reason='stop'"
+
+
+def test_a_blank_text_has_no_answer() -> None:
+    """The model is not asked, so there is no value."""
+    assert (
+        wrapper("t5")("  \n", output=lmkit.Regex("a+")).value_error == "the text is blank, so the model was not asked"
+    )
+
+
+def test_what_a_callers_type_raises_is_of_its_row() -> None:
+    """The other rows have their values."""
+
+    @dataclasses.dataclass
+    class Picky:
+        """Raises whatever is given."""
+
+        a: bool
+
+        def __post_init__(self) -> None:
+            raise KeyError(self.a)
+
+    good, bad = wrapper("gpt2")(["She", "He"], output=[bool, Picky], max_new_tokens=30)
+    assert isinstance(good.value, bool)
+    assert bad.value_error is not None
+    assert "KeyError" in bad.value_error or "it is not what output= asked for" in bad.value_error
+    assert isinstance(hash(wrapper("gpt2")("She", output=list[Literal[1]], max_new_tokens=30)), int)

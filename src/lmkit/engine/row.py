@@ -114,9 +114,12 @@ class Row:
         if logprob is not None:
             self.logprobs.append(logprob)
         self._own = own
+        whole = self._complete()
         if own in self._ends:
-            self.finish_reason = "stop" if own in self.request.stop_token_ids else "eos"
-        elif self._complete():
+            # An end that the grammar did not allow was put there by a processor, or by the model's config.
+            cut = own in self.request.stop_token_ids if self.matcher is None else bool(self.matcher.error)
+            self.finish_reason = "stop" if cut else "eos"
+        elif whole:
             self.finish_reason = "eos"
         elif len(self.token_ids) >= (self.request.config.max_new_tokens or 0):
             self.finish_reason = "length"

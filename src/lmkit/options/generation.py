@@ -312,8 +312,11 @@ class RowOptions:
                 raise OptionError("output and num_beams contradict: a search keeps to no grammar. Draw several.")
             if self.logprobs is not None:
                 raise OptionError("logprobs and num_beams contradict: a beam has one score, `Completion.score`.")
-        if self.output is not None and self.stop:
-            raise OptionError("output and stop contradict: an answer ends where it is whole, and stop would cut it.")
+        if self.output is not None and (self.stop or self.stop_token_ids):
+            name = "stop" if self.stop else "stop_token_ids"
+            raise OptionError(f"output and {name} contradict: an answer ends where it is whole, not before.")
+        if self.output is not None and not self.skip_special_tokens:
+            raise OptionError("output and skip_special_tokens=False contradict: a value has no special tokens.")
         if (self.min_new_tokens or 0) > self.max_new_tokens:
             raise OptionError(
                 f"min_new_tokens={shown(self.min_new_tokens)} is more than max_new_tokens={self.max_new_tokens}."

@@ -85,7 +85,8 @@ def _plain(value: object) -> Any:
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: _plain(_asked(value, name)) for name in [*_names(value), *_derived(type(value))]}
+        more = _derived(type(value)) if isinstance(value, Result) else []
+        return {name: _plain(_asked(value, name)) for name in [*_names(value), *more]}
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if callable(dumped := getattr(value, "model_dump", None)):  # of pydantic

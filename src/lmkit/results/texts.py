@@ -133,7 +133,7 @@ class Completion(Result, Generic[ValueT_co]):
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     reasoning_name: str = "reasoning_content"
-    _value: Any = None
+    _value: Any = field(default=None, hash=False)
     _value_error: str | None = "no output= was asked for"
 
     def __str__(self) -> str:
@@ -361,7 +361,7 @@ class TextChunk(Result):
     finish_reason: FinishReason | None = None
     result: Generation[Any] | None = None
     kind: ChunkKind = "content"
-    partial: Any = None
+    partial: Any = field(default=None, hash=False)
 
     @property
     def value(self) -> Any:

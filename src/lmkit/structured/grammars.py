@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from functools import cached_property, lru_cache, partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from lmkit.errors import OptionError
-from lmkit.structured.outputs import JSONSchema, library
+from lmkit.structured.outputs import SPACES, JSONSchema, library
 from lmkit.structured.vocabulary import spelled
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 MOST_KEPT = 64
 """How many compiled grammars are kept; to compile one takes 1 to 30 ms."""
 
-SPACES = r"( |\r?\n){0,2}"
-"""What may stand before an answer, where anything may."""
-
 
 class Matcher:
     """Where one row is in its grammar.
@@ -34,10 +32,11 @@ class Matcher:
         words: How many numbers of 32 bits a mask has.
     """
 
-    def __init__(self, compiled: Any, words: int, forced: int | None) -> None:
-        """Begin; a first token `forced` by the model's config is no part of the answer."""
+    def __init__(self, compiled: Any, size: int, forced: int | None) -> None:
+        """Begin, with `size` tokens; a first one `forced` by the model's config is no part of the answer."""
         self._state = compiled.deep_copy()
-        self.words = words
+        self._size = size
+        self.words = -(-size // 32)
         self._forced = forced
         self._count = 0
 
@@ -67,7 +66,8 @@ class Matcher:
 
     def fitting(self, guesses: list[int]) -> list[int]:
         """Return the first of some tokens, as far as they fit."""
-        return guesses[: self._state.validate_tokens(guesses)]
+        known = list(takewhile(lambda token_id: token_id < self._size, guesses))
+        return known[: self._state.validate_tokens(known)]
 
     def write(self, address: int) -> None:
         """Write the mask of what may come next to an address in memory."""
@@ -111,7 +111,7 @@ class Grammars:
             OptionError: There is no such grammar, or the tokenizer cannot write it.
             MissingExtraError: The packages of the extra are not installed.
         """
-        return partial(Matcher, self._compiled(output, before), -(-self._tokens.vocab_size // 32), forced)
+        return partial(Matcher, self._compiled(output, before), self._tokens.vocab_size, forced)
 
     @cached_property
     def _spelled(self) -> _Spelled:
@@ -124,15 +124,30 @@ class Grammars:
     def _compile(self, output: Output[Any], before: str) -> Any:
         spaces = SPACES if output.spaced or before else "" if not self._encodes else " ?"
         start = f"start: {'before' if before else ''} {f'/{spaces}/' if spaces else ''} @answer\n{before}"
-        grammars = [{"lark_grammar": start}, {**output.form(), "name": "answer"}]
-        compiled = library().LLMatcher(self._tokens, json.dumps({"grammars": grammars}), log_level=0)
-        if error := compiled.get_error():
-            raise OptionError(_refused(output, error))
-        mask = compiled.compute_bitmask()
-        if not any(mask[n // 8] >> n % 8 & 1 and token.strip() for n, token in enumerate(self._spelled.tokens)):
+        try:
+            form = output.form()
+        except (TypeError, ValueError) as error:
+            raise OptionError(_refused(output, str(error))) from error
+        compiled = self._parsed(output, [{"lark_grammar": start}, {**form, "name": "answer"}])
+        if not self._begins(compiled) and not self._begins(self._parsed(output, [form]), blank=True):
             raise OptionError(
                 f"output={output!r:.80}: no token of this checkpoint's vocabulary can begin such an answer."
             )
+        return compiled
+
+    def _begins(self, compiled: Any, *, blank: bool = False) -> bool:
+        """Say whether something may come first, of more than white space if not `blank`.
+
+        Where nothing fits, llguidance's mask has a token that it does not take.
+        """
+        mask, ends = compiled.compute_bitmask(), self._spelled.ends
+        tokens = (n for n, token in enumerate(self._spelled.tokens) if n not in ends and (blank or token.strip()))
+        return any(mask[n // 8] >> n % 8 & 1 and compiled.validate_tokens([n]) for n in tokens)
+
+    def _parsed(self, output: Output[Any], grammars: Sequence[Any]) -> Any:
+        compiled = library().LLMatcher(self._tokens, json.dumps({"grammars": grammars}), log_level=0)
+        if error := compiled.get_error():
+            raise OptionError(_refused(output, error))
         return compiled
 
 
@@ -156,13 +171,16 @@ class _Spelled:
         self.bos_token_id = codec.tokenizer.bos_token_id
         self.eos_token_id, self.ends = ends[0], ends
         self._codec = codec
-        self._numbers = {token: number for number, token in enumerate(self.tokens)}
+        no_text = {*self.special_token_ids, *ends}  # what ends an answer is not a part of it
+        self.special_token_ids = sorted(no_text)
+        self._numbers = {token: number for number, token in enumerate(self.tokens) if number not in no_text}
         self._longest = max(map(len, self.tokens))
 
     def __call__(self, text: str) -> list[int]:
         """Return the tokens of a part of a text, whose bytes they have to be."""
         token_ids = self._codec.encode(text, special=False)
         whole = b"".join(self.tokens[token_id] for token_id in token_ids) == text.encode()
+        whole = whole and not set(token_ids).intersection(self.special_token_ids)  # the name of one is a text here
         return token_ids if whole else self._greedy(text.encode())  # sentencepiece puts a space before what it is given
 
     def _greedy(self, text: bytes) -> list[int]:

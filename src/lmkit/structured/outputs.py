@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,9 @@ ValueT = TypeVar("ValueT", default=Any)
 SPACE = r"( |\r?\n[ \t]{0,40})"
 """The white space that JSON may have between its parts: models write a space or a new line with an indentation, and
 small ones do worse without; where any is allowed some write nothing else until they run out of tokens."""
+
+SPACES = r"( |\r?\n){0,2}"
+"""What may stand before an answer, where anything may."""
 
 ACCEPTED = "a type, such as int, list[str], a dataclass or a pydantic model, or lmkit.OneOf, Regex, JSONSchema, Grammar"
 
@@ -76,10 +80,10 @@ class OneOf(Output[str]):
         return {"lark_grammar": "start: " + " | ".join(map(json.dumps, self.choices))}
 
     def read(self, text: str) -> str:  # noqa: D102
-        found = text if text in self.choices else text.lstrip(" \r\n")
-        if found not in self.choices:
+        found = re.fullmatch(f"{SPACES}(?P<choice>{'|'.join(map(re.escape, self.choices))})", text)
+        if found is None:
             raise ValueError(f"it is none of {', '.join(map(repr, self.choices))}")
-        return found
+        return text if text in self.choices else found["choice"]
 
 
 @dataclass(frozen=True)
@@ -163,13 +167,13 @@ class Typed(Output[Any]):
             OptionError: It is none that pydantic makes JSON of.
         """
         library()
-        from pydantic import PydanticUserError, TypeAdapter
+        from pydantic import TypeAdapter
 
         self._kind = kind
         try:
             self._adapter: TypeAdapter[Any] = TypeAdapter(kind)
             self.schema = closed_schema(self._adapter.json_schema())
-        except (PydanticUserError, NameError) as error:
+        except Exception as error:
             told = str(error).partition("\n")[0]
             raise OptionError(f"output={kind!r:.80} is no type that pydantic makes JSON of: {told}") from error
 
@@ -190,12 +194,14 @@ def output_of(given: Any) -> Output[Any]:
     if isinstance(given, Output):
         return given
     try:
-        return _typed(given)
+        return _typed(given, repr(given))  # A | B and B | A are equal, and not the same to pydantic
     except TypeError:  # it has no hash
         return Typed(given)
 
 
-_typed = lru_cache(maxsize=64)(Typed)
+@lru_cache(maxsize=64)
+def _typed(kind: Any, _written: str) -> Typed:
+    return Typed(kind)
 
 
 def is_output(value: object) -> bool:
@@ -284,11 +290,14 @@ def closed_schema(schema: Any) -> Any:
         return [closed_schema(one) for one in schema]
     if not isinstance(schema, dict):
         return schema
-    closed = {key: one if key in _LITERAL else closed_schema(one) for key, one in schema.items()}
+    closed = {key: _closed(key, one) for key, one in schema.items()}
     return {"additionalProperties": False, **closed} if isinstance(schema.get("properties"), dict) else closed
 
 
-_LITERAL = ("const", "default", "enum", "examples")
+def _closed(key: str, one: Any) -> Any:
+    if key in ("properties", "patternProperties", "$defs") and isinstance(one, dict):
+        return {name: closed_schema(schema) for name, schema in one.items()}
+    return one if key in ("const", "default", "enum", "examples") else closed_schema(one)
 
 
 def library() -> Any:

@@ -449,7 +449,7 @@ class Generator(Writer[Generation]):
             raise OptionError(
                 f"row {row} is a chat, and truncate= would cut its template: leave out its oldest messages."
             )
-        ends = self._plan.end_token_ids if around is None else ()
+        ends = self._plan.end_token_ids if around is None or chosen.output is not None else ()
         token_ids = token_ids or self._beginning(row)
         context = self._plan.context_length
         # One place of the context is needed for the first new token.

@@ -282,7 +282,10 @@ class Writer(Wrapper[Job, ResultT]):
         if (outcomes := parts.ended) is not None:
             result = self._result(parts.job, outcomes, parts.timing())
             if (output := parts.job.output) is not None:
-                result = replace(result, completions=tuple(answer(one, output) for one in result.completions))
+                first = " " if self._start is not None and not output.spaced else ""  # which a text may begin with
+                asked = bool(parts.job.requests)
+                answers = (answer(one, output, first, asked=asked) for one in result.completions)
+                result = replace(result, completions=tuple(answers))
             return self._news_of(parts, text, marks, result)
         return self._news_of(parts, text, marks) if text or marks else None
 
@@ -313,13 +316,15 @@ class Writer(Wrapper[Job, ResultT]):
         """Describe a row whose requests have all ended."""
 
 
-def answer(completion: Completion, output: Output[Any]) -> Completion:
-    """Give a completion its value, or the reason why it has none."""
+def answer(completion: Completion, output: Output[Any], first: str, *, asked: bool) -> Completion:
+    """Give a completion its value, or the reason why it has none; `first` is no part of it."""
+    if not asked:
+        return replace(completion, _value_error="the text is blank, so the model was not asked")
     if completion.finish_reason != "eos":
         return replace(completion, _value_error=f"it was cut, with finish_reason={completion.finish_reason!r}")
     try:
-        return replace(completion, _value=output.read(completion.content), _value_error=None)
-    except ValueError as error:
+        return replace(completion, _value=output.read(completion.content.removeprefix(first)), _value_error=None)
+    except Exception as error:  # noqa: BLE001 - of pydantic, or of the caller's own type: of this row alone
         return replace(
             completion, _value_error=f"it is not what output= asked for ({' '.join(str(error).split())[:500]})"
         )
