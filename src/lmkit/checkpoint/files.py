@@ -303,8 +303,6 @@ def reading(what: str) -> Iterator[None]:
         raise WeightsError(f"{what} cannot be read: {error}") from error
 
 
-"""What the libraries below raise when a file is not what they take it for."""
-
 EXTRAS = {"gguf": "lmkit[gguf]", "peft": "peft", "hqq": "hqq", "gptq quantized": "optimum gptqmodel"} | dict.fromkeys(
     ("sentencepiece", "sacremoses", "protobuf"), "lmkit[translate]"
 )

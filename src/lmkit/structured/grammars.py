@@ -122,8 +122,8 @@ class Grammars:
         return _tokenizer(self._spelled)
 
     def _compile(self, output: Output[Any], before: str) -> Any:
-        spaces = SPACES if output.spaced or before else "" if not self._encodes else " ?"
-        start = f"start: {'before' if before else ''} {f'/{spaces}/' if spaces else ''} @answer\n{before}"
+        spaces = f"/{SPACES}/" if output.spaced or before else "/ ?/" if self._encodes else ""
+        start = f"start: {'before' if before else ''} {spaces} @answer\n{before}"
         try:
             form = output.form()
         except (TypeError, ValueError) as error:
