@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 WAIT = 20
 """Seconds after which a thread is taken to hang."""
 
-TRACED = ("/lmkit/", "/logging/", "threading.py", "contextlib.py", "warnings.py")
+TRACED = ("/lmkit/", "/logging/", "threading.py", "contextlib.py", "warnings.py", "/concurrent/")
 
 CALLS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "call": ("llama", lambda w: w(["She", "The old sailor"], max_new_tokens=3)),
@@ -96,6 +96,7 @@ def state() -> dict[str, Any]:
         "stdout": sys.stdout,
         "grad": torch.is_grad_enabled(),
         "dtype": torch.get_default_dtype(),
+        "environment": dict(os.environ),
     }
 
 
@@ -182,6 +183,15 @@ def test_an_interrupt_of_a_load_leaves_nothing_behind(precision: Any) -> None:
         assert state() == before, interrupts.where
         assert in_thread(locks_are_free) is True, interrupts.where
         assert in_thread(lambda: loaded("llama")) == expected, interrupts.where
+
+
+def test_a_load_onto_a_cpu_starts_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt inside of a pool's own locks would leave workers that Python waits for at its end."""
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (started.append(thread), start(thread)))
+    lmkit.load("causal", folder("llama")).close()
+    assert started == []
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

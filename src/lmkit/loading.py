@@ -97,6 +97,22 @@ def _settings_kept(do: Callable[[], ResultT]) -> ResultT:
     return surely(do, undo)
 
 
+def _without_pool(do: Callable[[], ResultT]) -> ResultT:
+    """Have transformers read tensors in this thread: Ctrl-C inside its pool's locks would keep Python from exiting.
+
+    On a CPU its threads save nothing: what is read is mapped, and torch converts with all cores.
+    """
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    if name in os.environ:
+        return do()
+
+    def alone() -> ResultT:
+        os.environ[name] = "1"
+        return do()
+
+    return surely(alone, lambda: os.environ.pop(name, None))
+
+
 def _random_states() -> list[tuple[Callable[[torch.Tensor], None], torch.Tensor]]:
     import torch
 
@@ -257,7 +273,7 @@ def _loaded(
 
     plan, config, model = gguf_read_once(source, read)
     with frameless:
-        put_on(model, wish.adapters)
+        _without_pool(lambda: put_on(model, wish.adapters))
         told_language.put_on(model, check_language(config, wish.language, source.name))
         return plan, model, read_tokenizer(), _carry_out(plan, model, wish)
 
@@ -421,8 +437,9 @@ def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, wish: 
         arguments["gguf_file"] = source.gguf_file
     if wish.attn_implementation is not None:
         arguments["attn_implementation"] = wish.attn_implementation
+    read = functools.partial(auto_class(plan.task, config).from_pretrained, source.folder, **arguments)
     with reading_weights(source):
-        model, report = auto_class(plan.task, config).from_pretrained(source.folder, **arguments)
+        model, report = _without_pool(read) if placed.device_type == "cpu" else read()
     check_report(report, plan.name, plan.model_class)
     if source.gguf_file is not None and plan.end_token_ids:
         model.generation_config.eos_token_id = list(plan.end_token_ids)

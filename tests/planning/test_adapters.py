@@ -1,6 +1,7 @@
 import gc
 import json
 import shutil
+import threading
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -110,6 +111,15 @@ def test_an_adapter_is_for_every_task(name: str, make: Make) -> None:
     reference = PeftModel.from_pretrained(plain, str(make(name)))
     torch.testing.assert_close(found, logits(reference), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, before, atol=1e-2)
+
+
+def test_an_adapter_is_read_without_threads(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the model is: an interrupt inside of a pool's own locks would leave workers that Python waits for."""
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (started.append(thread), start(thread)))
+    lmkit.load("causal", base, "float32", "cpu", adapter=adapter).close()
+    assert started == []
 
 
 def test_several_adapters_add_up(base: Path, make: Make) -> None:
