@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from dataclasses import dataclass
@@ -59,17 +60,22 @@ def with_masks(side: Side, seconds: list[float]) -> Side:
     """Note for each run of a side how long its masks took."""
     from lmkit.engine import choice
 
-    plain = choice._within  # noqa: SLF001 - what is measured
+    places = (choice.Chooser, "_to_mask"), (choice, "_within")
 
-    def within(*given: Any) -> Any:
-        begun = time.perf_counter()
-        masked = plain(*given)
-        seconds[-1] += time.perf_counter() - begun
-        return masked
+    def timed(plain: Any) -> Any:
+        def call(*given: Any) -> Any:
+            begun = time.perf_counter()
+            found = plain(*given)
+            seconds[-1] += time.perf_counter() - begun
+            return found
+
+        return call
 
     def run() -> Run:
         seconds.append(0.0)
-        with mock.patch.object(choice, "_within", within):
+        with contextlib.ExitStack() as patched:
+            for place, name in places:
+                patched.enter_context(mock.patch.object(place, name, timed(getattr(place, name))))
             return side.run()
 
     return Side(side.name, run)

@@ -117,9 +117,11 @@ class Chooser:
             rows: The rows that still run.
             logits: The model's scores. *Shape:* `(rows, vocabulary)`.
         """
-        raw, logits = logits, _within(rows, logits)
+        raw = logits
         # One pass serves three questions: NaN and inf show in the maximum, and the place is the greedy choice.
         greatest, likeliest = highest(logits)
+        if (held := self._to_mask(rows, likeliest)) is not None:
+            logits, greatest, likeliest = _within(rows, held, logits, (greatest, likeliest))
         usable = (greatest > -torch.inf).tolist()
         for place in (greatest == torch.inf).nonzero()[:, 0].tolist():
             usable[place] = bool(torch.isfinite(logits[place]).any())
@@ -150,6 +152,17 @@ class Chooser:
                 count = row.request.logprobs
                 scored = None if count is None else self._logprob(row, count, token_id, raw[place])
                 row.accept(token_id, scored, own)
+
+    def _to_mask(self, rows: Sequence[Row], likeliest: torch.Tensor) -> list[int] | None:
+        """Find the rows whose grammar has to be asked for all tokens: not where it lets a greedy choice come."""
+        held = [(place, row, matcher) for place, row in enumerate(rows) if (matcher := row.matcher) is not None]
+        if not held:
+            return None
+        best = likeliest.tolist()
+        for _, row, matcher in held:
+            matcher.read(row.token_ids)
+        plain = {place for place, row, _ in held if self.steering(row).plain}
+        return [p for p, _, matcher in held if p not in plain or not matcher.fitting([best[p]])] or None
 
     def steering(self, row: Row) -> Steering:
         """Return what reshapes the row's scores, built as `generate` does, from the row's resolved config."""
@@ -247,18 +260,26 @@ class Chooser:
         return replace(chosen, top=tuple(others))
 
 
-def _within(rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
-    """Return the scores without those of tokens that a row's grammar does not let come next."""
-    held = [(place, row.matcher, row.token_ids) for place, row in enumerate(rows) if row.matcher is not None]
-    if not held:
-        return logits
-    for _, matcher, token_ids in held:
-        matcher.read(token_ids)
-    allowed = masks([matcher for _, matcher, _ in held]).to(logits.device)
-    forbidden = forbidding(allowed, logits.shape[-1], logits.dtype)
-    if len(held) == len(rows):
-        return forbidden.add_(logits)
-    return logits.index_add(0, torch.tensor([place for place, _, _ in held], device=logits.device), forbidden)
+def _within(
+    rows: Sequence[Row], places: Sequence[int], logits: torch.Tensor, best: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Take away the scores of tokens that the grammars of the rows at some places do not let come next.
+
+    Args:
+        rows: All rows.
+        places: Which of them.
+        logits: *Shape:* `(rows, vocabulary)`.
+        best: Their greatest scores, and where those are. *Shape:* `(rows,)`, both.
+
+    Returns:
+        The scores that are left, the greatest ones, and where those are.
+    """
+    matchers = [matcher for place in places if (matcher := rows[place].matcher) is not None]
+    forbidden = forbidding(masks(matchers).to(logits.device), logits.shape[-1], logits.dtype)
+    index = torch.tensor(places, device=logits.device)
+    left = forbidden.add_(logits if len(places) == len(rows) else logits.index_select(0, index))
+    greatest, likeliest = (old.index_copy(0, index, new) for old, new in zip(best, highest(left), strict=True))
+    return left if len(places) == len(rows) else logits.index_copy(0, index, left), greatest, likeliest
 
 
 def _unusable(row: Row, logits: torch.Tensor, step: int) -> str:
