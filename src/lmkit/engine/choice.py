@@ -119,21 +119,19 @@ class Chooser:
         """
         raw = logits
         # One pass serves three questions: NaN and inf show in the maximum, and the place is the greedy choice.
-        greatest, likeliest = highest(logits)
-        if (held := self._to_mask(rows, likeliest)) is not None:
-            logits, greatest, likeliest = _within(rows, held, logits, (greatest, likeliest))
+        best = highest(logits)
+        logits, greatest, likeliest = _within(rows, self._to_mask(rows, best[1]), logits, best)
         usable = (greatest > -torch.inf).tolist()
         for place in (greatest == torch.inf).nonzero()[:, 0].tolist():
             usable[place] = bool(torch.isfinite(logits[place]).any())
         usable = [fine and not (row.matcher and row.matcher.error) for fine, row in zip(usable, rows, strict=True)]
-        best: list[int] = likeliest.tolist()
-        chosen: list[int | None] = [*best]
+        chosen: list[int | None] = likeliest.tolist()
         groups: dict[object, list[int]] = {}
         for place, row in enumerate(rows):
             steering = self.steering(row)
             if not usable[place] or steering.plain:
                 continue
-            if (settled := steering.settled(best[place], self._length(row))) is not None:
+            if (settled := steering.settled(chosen[place], self._length(row))) is not None:
                 chosen[place] = settled
                 continue
             length = len(row.token_ids) if steering.ordered else 0
@@ -153,16 +151,14 @@ class Chooser:
                 scored = None if count is None else self._logprob(row, count, token_id, raw[place])
                 row.accept(token_id, scored, own)
 
-    def _to_mask(self, rows: Sequence[Row], likeliest: torch.Tensor) -> list[int] | None:
+    def _to_mask(self, rows: Sequence[Row], likeliest: torch.Tensor) -> list[int]:
         """Find the rows whose grammar has to be asked for all tokens: not where it lets a greedy choice come."""
-        held = [(place, row, matcher) for place, row in enumerate(rows) if (matcher := row.matcher) is not None]
-        if not held:
-            return None
-        best = likeliest.tolist()
-        for _, row, matcher in held:
-            matcher.read(row.token_ids)
-        plain = {place for place, row, _ in held if self.steering(row).plain}
-        return [p for p, _, matcher in held if p not in plain or not matcher.fitting([best[p]])] or None
+        matchers = {place: matcher for place, row in enumerate(rows) if (matcher := row.matcher) is not None}
+        best = likeliest.tolist() if matchers else []
+        for place, matcher in matchers.items():
+            matcher.read(rows[place].token_ids)
+        greedy = {place for place in matchers if self.steering(rows[place]).plain}
+        return [place for place, one in matchers.items() if place not in greedy or not one.fitting([best[place]])]
 
     def steering(self, row: Row) -> Steering:
         """Return what reshapes the row's scores, built as `generate` does, from the row's resolved config."""
@@ -274,6 +270,8 @@ def _within(
     Returns:
         The scores that are left, the greatest ones, and where those are.
     """
+    if not places:
+        return logits, *best
     matchers = [matcher for place in places if (matcher := rows[place].matcher) is not None]
     forbidden = forbidding(masks(matchers).to(logits.device), logits.shape[-1], logits.dtype)
     index = torch.tensor(places, device=logits.device)
