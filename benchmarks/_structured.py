@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ROWS, NEW_TOKENS, SHARE = 64, 200, 0.95
 FIRST_MS, PROPERTIES, NEW_SCHEMAS = 30, 60, 5
+PEERS = ("vllm", "outlines")
 ASKED = "Describe a person in JSON with the keys name, age, city, job, happy and words."
 
 
@@ -48,12 +49,31 @@ def filled_schemas(bench: Bench) -> Report:
     sides[1].run()
     report = Report("W", runs=interleave(sides, bench.repeats))
     report.faster(sides[0].name, sides[1].name, SHARE)
+    for name in PEERS:
+        beside(bench, report, with_schema, name, (prompts, budgets))
     whole = sum(result.value_error is None for result in results)
     report.notes.append(f"{whole} of {ROWS} rows are whole after {NEW_TOKENS} tokens, {sum(budgets)} tokens in all")
     seconds = statistics.median(run.seconds for run in report.runs[sides[0].name])
     report.notes.append(f"masks took {statistics.median(masks):.3f} of {seconds:.2f} s")
     first_token(bench, report)
     return report
+
+
+def beside(bench: Bench, report: Report, own: Side, name: str, work: tuple[list[list[int]], list[int]]) -> None:
+    """Have a peer fill the schema, and write as much without it; each engine writes its own tokens."""
+    peer = bench.peers.get(name, model=str(bench.checkpoint), rows=ROWS)
+    if peer is None:
+        return
+    schema = pydantic.TypeAdapter(Person).json_schema()
+    held = peer.side(*work, f"{name} with a schema", forced=False, schema=schema)
+    sides = [held, peer.side(*work, f"{name} without", forced=True)]
+    for side in sides:
+        side.run()
+    runs = interleave([own, *sides], bench.repeats)
+    ours, theirs, plain = (statistics.median(run.speed for run in found) for found in runs.values())
+    shown = f"{ours:.0f} tokens/s", f"{theirs:.0f} tokens/s"
+    report.findings.append(Finding("W", f"with a schema : {name}", *shown, f"{ours / theirs:.2f}x"))
+    report.notes.append(f"{name} with a schema : {name} without, in tokens/s: {theirs / plain:.2f}x")
 
 
 def with_masks(side: Side, seconds: list[float]) -> Side:
@@ -85,10 +105,10 @@ def first_token(bench: Bench, report: Report) -> None:
     """Compare the time of a first token with a new schema of 60 properties with that without one."""
     prompt = "Fill in: "
     times: dict[bool, list[float]] = {True: [], False: []}
-    bench.generator(prompt, output=schema(-1), max_new_tokens=1)
+    bench.generator(prompt, output=new_schema(-1), max_new_tokens=1)
     for number in range(NEW_SCHEMAS):
         for held in (True, False):
-            output = schema(number) if held else None
+            output = new_schema(number) if held else None
             begun = time.perf_counter()
             bench.generator(prompt, output=output, max_new_tokens=1)
             times[held].append(1000 * (time.perf_counter() - begun))
@@ -107,7 +127,7 @@ def first_token(bench: Bench, report: Report) -> None:
     )
 
 
-def schema(number: int) -> Any:
+def new_schema(number: int) -> Any:
     """Return a schema that was not there before."""
     import lmkit
 

@@ -28,8 +28,11 @@ def start(settings: Job) -> tuple[Answer, dict[str, Any]]:
     )
 
     def answer(job: Job) -> dict[str, Any]:
+        held: dict[str, Any] = {}
+        if job.get("schema"):
+            held = {"structured_outputs": vllm.sampling_params.StructuredOutputsParams(json=job["schema"])}
         options = [
-            vllm.SamplingParams(temperature=0.0, max_tokens=budget, ignore_eos=job["forced"], detokenize=True)
+            vllm.SamplingParams(temperature=0.0, max_tokens=budget, ignore_eos=job["forced"], detokenize=True, **held)
             for budget in job["budgets"]
         ]
         prompts: Any = [{"prompt_token_ids": ids} for ids in job["prompts"]]
