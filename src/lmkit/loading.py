@@ -26,6 +26,7 @@ from lmkit.kernels import attention, rotary
 from lmkit.kernels.openmp import release_pool
 from lmkit.kernels.packed import pack
 from lmkit.kernels.wide_copies import Copies, keep_copies
+from lmkit.options.signatures import spelled_out
 from lmkit.planning import told_language
 from lmkit.planning.adapters import AdapterArgument, bringing, find_adapters, put_on, templated
 from lmkit.planning.machine import accelerator, this_machine
@@ -204,6 +205,7 @@ def load(
     devices: Devices = "auto",
     **options: Unpack[LoadOptions],
 ) -> Unmasker: ...
+@spelled_out
 def load(
     task: TaskWord,
     name: str | os.PathLike[str],
@@ -278,6 +280,7 @@ def _loaded(
         return plan, model, read_tokenizer(), _carry_out(plan, model, wish)
 
 
+@spelled_out
 def plan(
     task: TaskWord,
     name: str | os.PathLike[str],

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, get_ar
 from lmkit.errors import LmkitError, OptionError, shown
 from lmkit.options.generation import GeneratorCall, GeneratorOptions
 from lmkit.options.option import check_word, checked, declared
+from lmkit.options.signatures import spelled_out
 from lmkit.replies.asking import asked
 from lmkit.results import Generation, Ranking, Score, TextChunk, Timing
 from lmkit.text.chats import Chats
@@ -62,6 +63,7 @@ Prompts: TypeAlias = Iterable[str] | Iterable[Chat] | Iterable[TokenIds]
 """Several rows: texts, chats, or token ids."""
 
 
+@spelled_out
 class Generator(Writer[Generation]):
     """A causal language model: continues prompts and answers chats.
 

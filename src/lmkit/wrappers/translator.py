@@ -15,6 +15,7 @@ from lmkit.errors import OptionError
 from lmkit.languages import Languages, Prepared, languages_of, script
 from lmkit.options.option import check_word, choice, declared
 from lmkit.options.per_row import split as per_row
+from lmkit.options.signatures import spelled_out
 from lmkit.options.tasks import PairOptions, TranslationCall, TranslationOptions
 from lmkit.results import Ranking, Score, TextChunk, Timing, Translation
 from lmkit.text.windows import fit
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 _RANKED = {**declared(PairOptions), "normalize": choice(get_args(Normalize), "How choices are made comparable")}
 
 
+@spelled_out
 class Translator(Writer[Translation]):
     """An encoder-decoder: translates, summarizes, or does what else its checkpoint was trained for.
 

@@ -15,6 +15,7 @@ from lmkit.masked.score import Hidden, Metric, hidden, pseudo
 from lmkit.masked.texts import MaskedText, MaskedTexts
 from lmkit.options.generation import Beam, ModeOptions, RowOptions, Sample
 from lmkit.options.option import check_word, declared
+from lmkit.options.signatures import spelled_out
 from lmkit.options.tasks import UnmaskOptions
 from lmkit.results import EngineStats, Ranking, Score, Unmasking
 from lmkit.wrappers.asynchronous import asynchronous, cancelled
@@ -33,6 +34,7 @@ ROWS, ROWS_AHEAD, TEXTS = 512, 128, 64
 """How many texts run together: of a call, of an iterable that is read ahead, and to be scored token by token."""
 
 
+@spelled_out
 class Unmasker(Wrapper[MaskedText, Unmasking]):
     """A masked language model: fills in what a text leaves out.
 
