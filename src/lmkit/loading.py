@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from lmkit.planning.placement import Devices
     from lmkit.planning.plan import LoadPlan
     from lmkit.planning.precision import PrecisionWord
+    from lmkit.results import JobReport
 
 logger = logging.getLogger("lmkit")
 ResultT = TypeVar("ResultT")
@@ -238,6 +239,36 @@ def load(
         wrapper = _silently(lambda: _WRAPPERS[kind](Loaded(model, tokenizer, decided, reload, copies)))
     release_pool()
     return wrapper
+
+
+def run_job(
+    task: TaskWord,
+    name: str | os.PathLike[str],
+    in_file: str | os.PathLike[str],
+    out_file: str | os.PathLike[str],
+    /,
+    *,
+    precision: PrecisionArgument = "auto",
+    devices: Devices = "auto",
+    **options: Any,
+) -> JobReport:
+    """Load a model, and answer each row of a file; what is cut short goes on when it is run again.
+
+    ```python
+    lmkit.run_job("seq2seq", "facebook/m2m100_418M", "in.jsonl", "out.jsonl", column="text", source="en", target="de")
+    ```
+
+    Args:
+        task: As for `load`; so are `name`, `precision` and `devices`.
+        in_file: As for the method `run_job` of what is loaded; so is `out_file`.
+        **options: Those of `load` and of the method.
+
+    Raises:
+        LmkitError: As `load` and the method do.
+    """
+    loading = {name: options.pop(name) for name in LoadOptions.__annotations__ if name in options}
+    with load(task, name, precision, devices, **loading) as model:  # type: ignore[call-overload, misc]
+        return model.run_job(in_file, out_file, **options)  # type: ignore[no-any-return]
 
 
 def _loaded(
