@@ -22,6 +22,7 @@ from lmkit.checkpoint.find import Access, find, find_headers
 from lmkit.checkpoint.gguf import gguf_read_once
 from lmkit.checkpoint.tasks import CausalWord, MaskedWord, Seq2SeqWord, Task, TaskWord, auto_class, resolve_task
 from lmkit.errors import OptionError, UnknownOptionError, listed, nearest, shown
+from lmkit.jobs.job import check_files
 from lmkit.kernels import attention, rotary
 from lmkit.kernels.openmp import release_pool
 from lmkit.kernels.packed import pack
@@ -266,6 +267,7 @@ def run_job(
     Raises:
         LmkitError: As `load` and the method do.
     """
+    check_files(in_file, out_file)
     loading = {name: options.pop(name) for name in LoadOptions.__annotations__ if name in options}
     with load(task, name, precision, devices, **loading) as model:  # type: ignore[call-overload, misc]
         return model.run_job(in_file, out_file, **options)  # type: ignore[no-any-return]

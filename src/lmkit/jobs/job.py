@@ -13,7 +13,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,14 +104,11 @@ class Job:
             OptionError: A format is unknown, a column is not there, or the output is the input.
         """
         self._work = work
-        self._source, self._output = table_of(source), table_of(output)
+        self._source, self._output = check_files(source, output)
         self._name = Path(source).name
         self._new = {**work.columns, work.error: ""}
-        if self._source is not None and self._output is not None:
-            if self._source.path == self._output.path:
-                raise OptionError(f"the input and the output are both {self._output.path}: write to another file.")
-            if self._output.kind == "parquet":
-                schema_of(self._source)  # rather now than when all is done
+        if self._source is not None and self._output is not None and self._output.kind == "parquet":
+            schema_of(self._source)  # rather now than when all is done
         if self._source is not None and (names := self._source.columns()) is not None:
             taken = [work.column, *(one for one in work.options.values() if one.needed)]
             if missing := [one.column for one in taken if one.column not in names]:
@@ -181,21 +178,17 @@ class Job:
 
     def _answer(self, pairs: Iterator[tuple[Line, bytes]]) -> None:
         """Have all rows answered that are not; what goes to standard output goes there in order, as it comes."""
-        written, work = 0, self._work
         total = None if self._source is None else self._source.count()
-        run = work.run(self._todo())
-        with work.bar(total, self._journal.count) as ended, contextlib.closing(run):  # type: ignore[type-var]
-            while (news := next(run, None)) is not None or written < self._seen:
+        run, written = self._work.run(self._todo()), 0
+        with self._work.bar(total, self._journal.count) as ended, contextlib.closing(run):  # type: ignore[type-var]
+            for news in chain(run, [None]):
                 if news is not None:
                     self._record(*news)
                     ended(news[1])
                 while self._output is None and written < self._seen and written not in self._asking:
-                    line, columns = next(pairs)
-                    sys.stdout.buffer.write(joined(line, columns, as_is=self._again.kind == "jsonl"))
+                    sys.stdout.buffer.write(joined(*next(pairs), as_is=self._again.kind == "jsonl"))
                     sys.stdout.flush()
                     written += 1
-                if news is None:
-                    break
 
     def _todo(self) -> Iterator[Asked]:
         """Read the input, and give what is not done; rows that cannot be asked are done at once."""
@@ -263,13 +256,22 @@ class Job:
         sync_folder(self._output.path.parent)
 
 
-def table_of(name: str | os.PathLike[str]) -> Table | None:
-    """Tell where rows are, links followed; None for standard input or output.
+def check_files(
+    source: str | os.PathLike[str], output: str | os.PathLike[str]
+) -> tuple[Table | None, Table | None]:
+    """Tell what files are, links followed; None for standard input or output.
 
     Raises:
-        OptionError: By its name the format is not known.
+        OptionError: By its name the format of one is not known, the input is not there, or is the output.
     """
-    return None if os.fspath(name) == STANDARD else Table.named(Path(os.path.realpath(name)))
+    first, last = (
+        None if os.fspath(name) == STANDARD else Table.named(Path(os.path.realpath(name))) for name in (source, output)
+    )
+    if first is not None and not first.path.exists():
+        raise OptionError(f"there is no file {str(first.path)!r} to read rows from.")
+    if first is not None and last is not None and first.path == last.path:
+        raise OptionError(f"the input and the output are both {str(last.path)!r}: write to another file.")
+    return first, last
 
 
 def key_of(asked: Asked) -> int:

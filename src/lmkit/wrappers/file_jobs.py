@@ -109,11 +109,12 @@ class FileJobs:
         verb = next(iter(self._verbs)) if verb is None else verb
         check_word("verb", verb, list(self._verbs))
         taken = self._taken(verb, column, columns or {})
+        reads = taken.pop("")
         run = self._by_call(options) if verb in CALLS else self._together(verb, options)
         new = {"answer": "double" if verb == "score" else "" if "output" in options else "string", **FACTS[verb]}
         new |= {"result": ""} if full else {}
         work = Work(
-            column=taken.pop(""),
+            column=reads,
             options=taken,
             run=run,
             told=functools.partial(told, verb, prefix, valued="output" in options, full=full),
@@ -121,7 +122,7 @@ class FileJobs:
             error=f"{prefix}error",
             identity={
                 "verb": verb,
-                "column": column,
+                "column": reads.column,
                 "columns": dict(columns or {}),
                 "prefix": prefix,
                 "full": full,
