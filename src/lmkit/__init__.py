@@ -69,8 +69,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "errors": (
-        "EngineError InputTooLongError JobError LanguageError LmkitError MissingExtraError ModelNotFoundError OptionError "
-        "OutputError PlacementError PrecisionError UnknownOptionError UnknownTaskError VersionError "
+        "EngineError InputTooLongError JobError LanguageError LmkitError MissingExtraError ModelNotFoundError "
+        "OptionError OutputError PlacementError PrecisionError UnknownOptionError UnknownTaskError VersionError "
         "WeightsError"
     ),
     "loading": "LoadOptions load plan run_job",
@@ -97,9 +97,9 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names.s
 __all__ = [
     "Beam", "Candidate", "Chat", "Choice", "Completion", "EngineError", "EngineStats", "Generation",
     "GenerationOptions", "Generator", "GeneratorOptions", "Grammar", "Greedy", "InputTooLongError", "JSONSchema",
-    "JobError", "JobReport", "KeyValueBytes", "LanguageError", "LmkitError", "LoadOptions", "LoadPlan", "MaskSlot", "Message",
-    "MissingExtraError", "Mode", "ModelNotFoundError", "ModulePlan", "OneOf", "OptionError", "Output", "OutputError",
-    "Placement", "PlacementError", "Precision", "PrecisionError", "Ranking", "Regex", "Sample",
+    "JobError", "JobReport", "KeyValueBytes", "LanguageError", "LmkitError", "LoadOptions", "LoadPlan", "MaskSlot",
+    "Message", "MissingExtraError", "Mode", "ModelNotFoundError", "ModulePlan", "OneOf", "OptionError", "Output",
+    "OutputError", "Placement", "PlacementError", "Precision", "PrecisionError", "Ranking", "Regex", "Sample",
     "Score", "Segment", "TextChunk", "Timing", "TokenLogprob", "ToolCall", "Translation",
     "TranslationOptions", "Translator", "UnknownOptionError", "UnknownTaskError", "UnmaskOptions", "Unmasker",
     "Unmasking", "VersionError", "WeightsError", "call_tools", "load", "plan", "run_job", "schema_prompt",

@@ -260,8 +260,12 @@ def run_job(
     ```
 
     Args:
-        task: As for `load`; so are `name`, `precision` and `devices`.
-        in_file: As for the method `run_job` of what is loaded; so is `out_file`.
+        task: As for `load`.
+        name: As for `load`.
+        in_file: As for the method `run_job` of what is loaded.
+        out_file: The same.
+        precision: As for `load`.
+        devices: As for `load`.
         **options: Those of `load` and of the method.
 
     Raises:
@@ -269,8 +273,8 @@ def run_job(
     """
     check_files(in_file, out_file)
     loading = {name: options.pop(name) for name in LoadOptions.__annotations__ if name in options}
-    with load(task, name, precision, devices, **loading) as model:  # type: ignore[call-overload, misc]
-        return model.run_job(in_file, out_file, **options)  # type: ignore[no-any-return]
+    with load(task, name, precision, devices, **loading) as model:
+        return model.run_job(in_file, out_file, **options)
 
 
 def _loaded(

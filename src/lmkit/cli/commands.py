@@ -1,8 +1,8 @@
 """The command line, thin over `load()`: `lmkit generate|chat|translate|unmask|run|info|plan`.
 
 Exit codes: 0 done (also when the reader of a pipe goes away), 1 an error, in one line on standard error, 2 a
-command that is written wrongly, 3 a job that is done but for rows which failed, 130 Ctrl-C. Neither torch nor transformers is imported before a checkpoint is
-looked at.
+command that is written wrongly, 3 a job that is done but for rows which failed, 130 Ctrl-C. Neither torch nor
+transformers is imported before a checkpoint is looked at.
 """
 
 from __future__ import annotations

@@ -128,9 +128,11 @@ def _zstd(path: Path, mode: str) -> Any:
 
 def _arrow(why: str = "a Parquet file") -> Any:
     try:
-        import pyarrow as pa
+        return importlib.import_module("pyarrow")
     except ImportError as error:
-        raise MissingExtraError(f"{why} needs a package that is not installed: pip install 'lmkit[parquet]'.") from error
+        raise MissingExtraError(
+            f"{why} needs a package that is not installed: pip install 'lmkit[parquet]'."
+        ) from error
     return pa
 
 

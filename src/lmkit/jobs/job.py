@@ -168,7 +168,10 @@ class Job:
     def _check_input(self, source: Table) -> None:
         """Refuse an input of the same name in which no row is as it was."""
         with contextlib.closing(source.lines()) as lines:  # type: ignore[type-var]  # a generator
-            asked = [(self._journal.key(row), key_of(self._ask(row, line)[0])) for row, line in enumerate(islice(lines, LOOKED_AT))]
+            asked = [
+                (self._journal.key(row), key_of(self._ask(row, line)[0]))
+                for row, line in enumerate(islice(lines, LOOKED_AT))
+            ]
         known = [before == now for before, now in asked if before is not None]
         if known and not any(known):
             raise JobError(
@@ -212,21 +215,19 @@ class Job:
 
     def _ask(self, row: int, line: Line) -> tuple[Asked, OptionError | None]:
         """Say what a row is asked, and why it cannot be if so."""
-        try:
-            if line.problem is not None:
-                raise OptionError(line.problem)
-            given = _value(self._work.column, line, row)
-            told = {name: _value(taken, line, row) for name, taken in self._work.options.items()}
-        except OptionError as error:
-            return Asked(row, [dict(line.values), line.text]), error
-        return Asked(row, given, {name: value for name, value in told.items() if value is not None}), None
+        problem = None if line.problem is None else OptionError(line.problem)
+        if problem is None:
+            try:
+                given = _value(self._work.column, line, row)
+                told = {name: _value(taken, line, row) for name, taken in self._work.options.items()}
+                return Asked(row, given, {name: value for name, value in told.items() if value is not None}), None
+            except OptionError as error:
+                problem = error
+        return Asked(row, [dict(line.values), line.text]), problem
 
     def _record(self, row: int, result: Any, unread: str = "") -> None:
         """Write what came of a row into the journal; of a line that cannot be read, the line."""
-        if isinstance(result, LmkitError):
-            columns, error = {}, result
-        else:
-            columns, error = self._work.told(result)
+        columns, error = ({}, result) if isinstance(result, LmkitError) else self._work.told(result)
         found = {**dict.fromkeys(self._new), **columns}
         if error is not None:
             told = {"type": type(error).__name__, "message": str(error)}
@@ -240,7 +241,7 @@ class Job:
         for row, line in enumerate(self._again.lines()):
             if row >= self._seen or self._journal.key(row) != key_of(self._ask(row, line)[0]):
                 raise JobError(
-                    f"{self._again.path} has changed in row {row} while the job ran: run it again, for what has changed."
+                    f"{self._again.path} has changed in row {row} while the job ran: run it again for what changed."
                 )
             columns, failed = self._journal.columns(row)
             self._failed += failed
@@ -256,9 +257,7 @@ class Job:
         sync_folder(self._output.path.parent)
 
 
-def check_files(
-    source: str | os.PathLike[str], output: str | os.PathLike[str]
-) -> tuple[Table | None, Table | None]:
+def check_files(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> tuple[Table | None, Table | None]:
     """Tell what files are, links followed; None for standard input or output.
 
     Raises:
@@ -302,7 +301,9 @@ def _value(taken: Taken, line: Line, row: int) -> Any:
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if taken.needed and not taken.test(value):
-        raise OptionError(f"row {row} has {shown(value, 60)} in the column {taken.column!r}, which is not accepted there.")
+        raise OptionError(
+            f"row {row} has {shown(value, 60)} in the column {taken.column!r}, which is not accepted there."
+        )
     return value
 
 

@@ -1,8 +1,8 @@
 """The journal of a job: a record for each row that ended, appended at once and checked when it is read again.
 
-A line is `CRC ROW KEY STATE JSON`: the CRC-32 of what stands behind it, the row's number in the input, the first 64 bits
-of a SHA-256 of what the row was asked, `ok` or `error`, and its columns. The first line is `CRC JSON`, which says what
-the job is. Later records of a row replace earlier ones.
+A line is `CRC ROW KEY STATE JSON`: the CRC-32 of what stands behind it, the row's number in the input, the first 64
+bits of a SHA-256 of what the row was asked, `ok` or `error`, and its columns. The first line is `CRC JSON`, which says
+what the job is. Later records of a row replace earlier ones.
 """
 
 from __future__ import annotations
@@ -53,12 +53,11 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "journal"
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+        self._reader = self.path.open("rb")
         try:
-            if not _lock(self._file):
-                raise JobError(f"another process runs the job of {folder}: wait for it, or end it first.")
+            _lock(self._file, folder)
             if restart:
                 os.ftruncate(self._file, 0)
-            self._reader = self.path.open("rb")
             self._places, self._keys = array("q"), array("Q")
             self.header: dict[str, Any] = {}
             self.count = self._end = 0
@@ -110,15 +109,16 @@ class Journal:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-        if hasattr(self, "_reader"):
-            self._reader.close()
+        self._reader.close()
 
     def __enter__(self) -> Self:
         """Return the journal; leaving the block closes it."""
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Close it."""
+        """Close it, with all records on the disk as far as it can hold them."""
+        with contextlib.suppress(OSError):
+            self.sync()
         self.close()
 
     def _write(self, line: bytes) -> None:
@@ -176,8 +176,12 @@ def _checked(line: bytes) -> bytes | None:
     return said if line == _summed(said) else None
 
 
-def _lock(file: int) -> bool:
-    """Lock an open file as long as it is open; a process that is killed has let go. False if another has it."""
+def _lock(file: int, folder: Path) -> None:
+    """Lock an open file as long as it is open; a process that is killed has let go.
+
+    Raises:
+        JobError: Another has it.
+    """
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -188,9 +192,8 @@ def _lock(file: int) -> bool:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    except OSError as error:
+        raise JobError(f"another process runs the job of {folder}: wait for it, or end it first.") from error
 
 
 def sync_folder(folder: Path) -> None:

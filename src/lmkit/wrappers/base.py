@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeAlias, TypeVar, get_args
 
 from lmkit._interrupts import surely
 from lmkit.engine import Caller, Update
@@ -91,8 +91,6 @@ def embedded_rows(model: Any) -> int | None:
 
 class Wrapper(FileJobs, ABC, Generic[JobT, ResultT]):
     """A loaded model with verbs. Subclasses say what a row is and how rows are run."""
-
-    _accepted: ClassVar[type]
 
     def __init_subclass__(cls) -> None:
         """Have errors of the verbs hold no wrapper: who keeps one would keep the model."""

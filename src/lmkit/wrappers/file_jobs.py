@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from lmkit.planning.plan import LoadPlan
     from lmkit.results import JobReport
 
 WINDOW = 128
@@ -61,6 +62,12 @@ class FileJobs:
 
     _verbs: ClassVar[Mapping[str, str | None]]
     _pair: ClassVar[Sequence[str]] = ()
+    _accepted: ClassVar[type]
+    _plan: LoadPlan
+    _opened: Any
+    _check: Any
+    _jobs: Any
+    _run: Any
 
     def run_job(
         self,
@@ -137,9 +144,8 @@ class FileJobs:
 
     def _taken(self, verb: str, column: str | None, columns: Mapping[str, str]) -> dict[str, Taken]:
         """Say which columns are read, by the names of what they are; the model's own by an empty one."""
-        me: Any = self
         word = self._verbs[verb]
-        tests = {name: option.test for name, option in declared(me._accepted).items() if not option.call}
+        tests = {name: option.test for name, option in declared(self._accepted).items() if not option.call}
         if verb not in CALLS:
             tests = {name: tests[name] for name in self._pair}
             tests |= {word: is_a(list if verb == "rank" else str)} if word else {}
@@ -154,8 +160,7 @@ class FileJobs:
 
     def _identity(self) -> dict[str, Any]:
         """Say which model it is: what a job that goes on must find again."""
-        me: Any = self
-        loaded, plan = me._opened, me._plan
+        loaded, plan = self._opened, self._plan
         options = getattr(loaded.reload, "keywords", {})
         adapters = options.get("adapter") or {}
         folders = {"checkpoint": getattr(loaded.model, "name_or_path", None) or plan.name}
@@ -170,8 +175,7 @@ class FileJobs:
 
     def _by_call(self, options: dict[str, Any]) -> Callable[[Iterator[Asked]], Iterator[tuple[int, Any]]]:
         """Check the options, and return what answers rows as they end, reading a bounded number ahead."""
-        me: Any = self
-        me._check(split(options, None, declared(me._accepted))[0])
+        self._check(split(options, None, declared(self._accepted))[0])
 
         def run(asked: Iterator[Asked]) -> Iterator[tuple[int, Any]]:
             running: dict[int, int] = {}
@@ -183,7 +187,7 @@ class FileJobs:
                     while len(running) + len(failed) >= READ_AHEAD:
                         yield None
                     try:
-                        (job,) = me._jobs([one.given], options | one.options, one.row)
+                        (job,) = self._jobs([one.given], options | one.options, one.row)
                     except LmkitError as error:
                         job = error
                     if isinstance(job, LmkitError):
@@ -192,7 +196,7 @@ class FileJobs:
                         running[next(numbers)] = one.row
                         yield job
 
-            news = me._run(jobs(), Caller(lazy=True))
+            news = self._run(jobs(), Caller(lazy=True))
             try:
                 for update in itertools.chain(news, [None]):
                     while failed:
@@ -204,11 +208,9 @@ class FileJobs:
 
         return run
 
-    def _together(
-        self, verb: str, options: dict[str, Any]
-    ) -> Callable[[Iterator[Asked]], Iterator[tuple[int, Any]]]:
+    def _together(self, verb: str, options: dict[str, Any]) -> Callable[[Iterator[Asked]], Iterator[tuple[int, Any]]]:
         """Return what scores or ranks rows, a window of them at a time."""
-        method, word = getattr(self, verb), self._verbs[verb]
+        method = getattr(self, verb)
         known = [*inspect.signature(method).parameters, *self._pair]
         if unknown := [name for name in options if name not in known or name in ("on_error", "told")]:
             raise UnknownOptionError(f"unknown option {unknown[0]!r}.{nearest(unknown[0], known)}")

@@ -26,9 +26,7 @@ LOG_SECONDS = 30.0
 
 
 @contextlib.contextmanager
-def bar(
-    wanted: object, total: int | None, done: int = 0, *, logs: bool = False
-) -> Iterator[Callable[[object], None]]:
+def bar(wanted: object, total: int | None, done: int = 0, *, logs: bool = False) -> Iterator[Callable[[object], None]]:
     """Give a function to call with each result; it draws the bar.
 
     Args:
@@ -46,7 +44,9 @@ def bar(
 
     delay = 0 if wanted else DELAY_SECONDS
     # A notebook without widgets gets a plain bar, and a warning.
-    shown: Any = without_warnings(lambda: tqdm(total=total, initial=done, unit=" rows", delay=delay, leave=bool(wanted)))
+    shown: Any = without_warnings(
+        lambda: tqdm(total=total, initial=done, unit=" rows", delay=delay, leave=bool(wanted))
+    )
     started, tokens = time.perf_counter(), 0
 
     def update(result: object) -> None:
