@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lmkit.errors import (
         EngineError,
         InputTooLongError,
+        JobError,
         LanguageError,
         LmkitError,
         MissingExtraError,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
         VersionError,
         WeightsError,
     )
-    from lmkit.loading import LoadOptions, load, plan
+    from lmkit.loading import LoadOptions, load, plan, run_job
     from lmkit.options.generation import Beam, GenerationOptions, GeneratorOptions, Greedy, Mode, Sample
     from lmkit.options.tasks import TranslationOptions, UnmaskOptions
     from lmkit.planning.keyvalues import KeyValueBytes
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         Completion,
         EngineStats,
         Generation,
+        JobReport,
         MaskSlot,
         Ranking,
         Score,
@@ -67,11 +69,11 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "errors": (
-        "EngineError InputTooLongError LanguageError LmkitError MissingExtraError ModelNotFoundError OptionError "
-        "OutputError PlacementError PrecisionError UnknownOptionError UnknownTaskError VersionError "
+        "EngineError InputTooLongError JobError LanguageError LmkitError MissingExtraError ModelNotFoundError "
+        "OptionError OutputError PlacementError PrecisionError UnknownOptionError UnknownTaskError VersionError "
         "WeightsError"
     ),
-    "loading": "LoadOptions load plan",
+    "loading": "LoadOptions load plan run_job",
     "options.generation": "Beam GenerationOptions GeneratorOptions Greedy Mode Sample",
     "options.tasks": "TranslationOptions UnmaskOptions",
     "planning.keyvalues": "KeyValueBytes",
@@ -81,7 +83,7 @@ _MODULES = {
     "planning.precision": "Precision",
     "replies.tools": "call_tools",
     "results": (
-        "Candidate Choice Completion EngineStats Generation MaskSlot Ranking Score Segment TextChunk Timing "
+        "Candidate Choice Completion EngineStats Generation JobReport MaskSlot Ranking Score Segment TextChunk Timing "
         "TokenLogprob ToolCall Translation Unmasking"
     ),
     "structured.outputs": "Grammar JSONSchema OneOf Output Regex schema_prompt",
@@ -95,12 +97,12 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names.s
 __all__ = [
     "Beam", "Candidate", "Chat", "Choice", "Completion", "EngineError", "EngineStats", "Generation",
     "GenerationOptions", "Generator", "GeneratorOptions", "Grammar", "Greedy", "InputTooLongError", "JSONSchema",
-    "KeyValueBytes", "LanguageError", "LmkitError", "LoadOptions", "LoadPlan", "MaskSlot", "Message",
-    "MissingExtraError", "Mode", "ModelNotFoundError", "ModulePlan", "OneOf", "OptionError", "Output", "OutputError",
-    "Placement", "PlacementError", "Precision", "PrecisionError", "Ranking", "Regex", "Sample",
+    "JobError", "JobReport", "KeyValueBytes", "LanguageError", "LmkitError", "LoadOptions", "LoadPlan", "MaskSlot",
+    "Message", "MissingExtraError", "Mode", "ModelNotFoundError", "ModulePlan", "OneOf", "OptionError", "Output",
+    "OutputError", "Placement", "PlacementError", "Precision", "PrecisionError", "Ranking", "Regex", "Sample",
     "Score", "Segment", "TextChunk", "Timing", "TokenLogprob", "ToolCall", "Translation",
     "TranslationOptions", "Translator", "UnknownOptionError", "UnknownTaskError", "UnmaskOptions", "Unmasker",
-    "Unmasking", "VersionError", "WeightsError", "call_tools", "load", "plan", "schema_prompt",
+    "Unmasking", "VersionError", "WeightsError", "call_tools", "load", "plan", "run_job", "schema_prompt",
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ LmkitError
 ├── InputTooLongError  (ValueError)     more tokens than the model takes
 ├── MissingExtraError  (ImportError)    an optional dependency is not installed
 ├── VersionError       (ImportError)    a library that lmkit stands on is too old
+├── JobError           (RuntimeError)   a job that is another's, or whose journal is not that of its run
 └── EngineError        (RuntimeError)   a run that could not go on
 ```
 
@@ -96,6 +97,10 @@ class MissingExtraError(LmkitError, ImportError):
 
 class VersionError(LmkitError, ImportError):
     """A library that lmkit stands on is older than it can run on."""
+
+
+class JobError(LmkitError, RuntimeError):
+    """A job that another process runs, or whose journal, input or output is not what it began with."""
 
 
 class EngineError(LmkitError, RuntimeError):

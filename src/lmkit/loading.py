@@ -22,6 +22,7 @@ from lmkit.checkpoint.find import Access, find, find_headers
 from lmkit.checkpoint.gguf import gguf_read_once
 from lmkit.checkpoint.tasks import CausalWord, MaskedWord, Seq2SeqWord, Task, TaskWord, auto_class, resolve_task
 from lmkit.errors import OptionError, UnknownOptionError, listed, nearest, shown
+from lmkit.jobs.job import check_files
 from lmkit.kernels import attention, rotary
 from lmkit.kernels.openmp import release_pool
 from lmkit.kernels.packed import pack
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from lmkit.planning.placement import Devices
     from lmkit.planning.plan import LoadPlan
     from lmkit.planning.precision import PrecisionWord
+    from lmkit.results import JobReport
 
 logger = logging.getLogger("lmkit")
 ResultT = TypeVar("ResultT")
@@ -256,6 +258,41 @@ def load(
         wrapper = _silently(lambda: _WRAPPERS[kind](Loaded(model, tokenizer, decided, reload, copies)))
     release_pool()
     return wrapper
+
+
+def run_job(
+    task: TaskWord,
+    name: str | os.PathLike[str],
+    in_file: str | os.PathLike[str],
+    out_file: str | os.PathLike[str],
+    /,
+    *,
+    precision: PrecisionArgument = "auto",
+    devices: Devices = "auto",
+    **options: Any,
+) -> JobReport:
+    """Load a model, and answer each row of a file; what is cut short goes on when it is run again.
+
+    ```python
+    lmkit.run_job("seq2seq", "facebook/m2m100_418M", "in.jsonl", "out.jsonl", column="text", source="en", target="de")
+    ```
+
+    Args:
+        task: As for `load`.
+        name: As for `load`.
+        in_file: As for the method `run_job` of what is loaded.
+        out_file: The same.
+        precision: As for `load`.
+        devices: As for `load`.
+        **options: Those of `load` and of the method.
+
+    Raises:
+        LmkitError: As `load` and the method do.
+    """
+    check_files(in_file, out_file)
+    loading = {name: options.pop(name) for name in LoadOptions.__annotations__ if name in options}
+    with load(task, name, precision, devices, **loading) as model:
+        return model.run_job(in_file, out_file, **options)
 
 
 def _loaded(

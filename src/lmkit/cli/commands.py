@@ -1,14 +1,15 @@
-"""The command line, thin over `load()`: `lmkit generate|chat|translate|unmask|info|plan`.
+"""The command line, thin over `load()`: `lmkit generate|chat|translate|unmask|run|info|plan`.
 
 Exit codes: 0 done (also when the reader of a pipe goes away), 1 an error, in one line on standard error, 2 a
-command that is written wrongly, 130 Ctrl-C. Neither torch nor transformers is imported before a checkpoint is
-looked at.
+command that is written wrongly, 3 a job that is done but for rows which failed, 130 Ctrl-C. Neither torch nor
+transformers is imported before a checkpoint is looked at.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,8 @@ from lmkit.cli.options import (
     Chatting,
     Checkpoint,
     Decoding,
+    Doing,
+    Filing,
     Filling,
     Given,
     Loading,
@@ -28,6 +31,8 @@ from lmkit.cli.options import (
 )
 from lmkit.cli.screen import as_flags, complain, note, write, write_json
 from lmkit.errors import InputTooLongError, LmkitError
+from lmkit.jobs.files import STANDARD
+from lmkit.jobs.job import check_files
 from lmkit.results import Unmasking
 
 if TYPE_CHECKING:
@@ -79,6 +84,30 @@ def chat(checkpoint: Loading, given: Given, chatting: Chatting, output: Output) 
         respond(checkpoint, "causal", given, options, output, prepare=as_chat)
 
 
+def run(doing: Doing, checkpoint: Loading, files: Filing, decoding: Translating, output: Output) -> None:
+    """Answer each row of a file; run again, it goes on behind the rows that are done."""
+    told = logging.StreamHandler()
+    told.setFormatter(logging.Formatter("lmkit: %(message)s"))
+    logger = logging.getLogger("lmkit.jobs")
+    logger.addHandler(told)
+    logger.setLevel(logging.INFO)
+    options = decoding.chosen() | files.chosen()
+    check_files(files.in_file, files.out_file)
+    try:
+        with checkpoint.load(doing.task) as model:
+            report = model.run_job(files.in_file, files.out_file, **options)
+    except KeyboardInterrupt:
+        note("stopped. Rows that are done are kept: the same command goes on behind them.")
+        raise
+    finally:
+        logger.removeHandler(told)
+    note(str(report))
+    if output.json and files.out_file != STANDARD:
+        write_json(report.to_dict())
+    if report.failed:
+        raise typer.Exit(3)
+
+
 def info(checkpoint: Checkpoint, output: Output) -> None:
     """Say what a checkpoint is, which task fits it, and how to load it."""
     from lmkit.cli.facts import describe, in_words
@@ -97,7 +126,7 @@ def plan(checkpoint: Planning, output: Output) -> None:
     write_json(decided.to_dict()) if output.json else write(str(decided))
 
 
-for _function in (generate, chat, translate, unmask, info, plan):
+for _function in (generate, chat, translate, unmask, run, info, plan):
     register(app, _function)
 
 

@@ -8,6 +8,7 @@ function whose parameters are groups.
 import contextlib
 import inspect
 import io
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +23,7 @@ from lmkit.errors import OptionError
 from lmkit.options.generation import GeneratorOptions
 from lmkit.options.option import declared
 from lmkit.options.tasks import TranslationOptions, UnmaskOptions
+from lmkit.structured.outputs import JSONSchema
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,71 @@ class Chatting(Decoding):
 @dataclass(frozen=True)
 class Filling(LibraryOptions, declared_in=UnmaskOptions, names="top_k targets order"):
     """The options of `UnmaskOptions` that a command line needs most."""
+
+
+@dataclass(frozen=True)
+class Doing:
+    """What a checkpoint is loaded for."""
+
+    task: Annotated[str, typer.Argument(metavar="TASK", help="causal, seq2seq or masked.")]
+
+
+@dataclass(frozen=True)
+class Filing:
+    """Which rows are done, and how."""
+
+    in_file: Annotated[
+        str, typer.Argument(metavar="IN", help="A .jsonl, .csv or .parquet file; - is JSONL from standard input.")
+    ]
+    out_file: Annotated[str, typer.Argument(metavar="OUT", help="The same, for the rows with their answers.")]
+    verb: Annotated[
+        str | None, typer.Option(help="generate, chat, translate, fill, score or rank; the usual one if left out.")
+    ] = None
+    column: Annotated[
+        str | None, typer.Option(help="What the model reads. [default: messages of chats, else text]")
+    ] = None
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="A row's own option or argument, as choices=COLUMN; repeat it for several."),
+    ] = None
+    option: Annotated[
+        list[str] | None, typer.Option(help="Any other option, as lookup=true; repeat it for several.")
+    ] = None
+    schema: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A file with the JSON schema of answers.")
+    ] = None
+    prefix: Annotated[str, typer.Option(help="What the names of new columns begin with.")] = ""
+    full: Annotated[bool, typer.Option("--full", help="Add all of each result.")] = False
+    journal: Annotated[Path | None, typer.Option(help="The journal's folder. [default: OUT.lmkit]")] = None
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what is done.")] = False
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Do the rows again that failed.")] = False
+
+    def chosen(self) -> dict[str, Any]:
+        """Return what `run_job` takes."""
+        given = asdict(self)
+        for name in ("in_file", "out_file", "option", "schema"):
+            del given[name]
+        given["columns"] = dict(_named(one, "--from") for one in self.columns or ())
+        if self.schema is not None:
+            given["output"] = JSONSchema(self.schema.read_text(encoding="utf-8"))
+        others = (_named(one, "--option") for one in self.option or ())
+        return given | {name: _value(value) for name, value in others}
+
+
+def _named(written: str, flag: str) -> tuple[str, str]:
+    """Split a name and what it is."""
+    name, equals, value = written.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{flag} {written!r} is not written as NAME=VALUE.")
+    return name, value
+
+
+def _value(written: str) -> Any:
+    """Read a value that is JSON, or else a text."""
+    try:
+        return json.loads(written)
+    except ValueError:
+        return written
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ what fills them is in `wrappers`, and a plan, which is one of them in kind, is `
 """
 
 from lmkit.results.masks import Candidate, MaskSlot, Unmasking
+from lmkit.results.reports import JobReport
 from lmkit.results.scores import Choice, Ranking, Score
 from lmkit.results.texts import (
     ChunkKind,
@@ -23,7 +24,8 @@ from lmkit.results.texts import (
 )
 
 __all__ = [
-    "Candidate", "Choice", "ChunkKind", "Completion", "EngineStats", "FinishReason", "Generation", "MaskSlot",
+    "Candidate", "Choice", "ChunkKind", "Completion", "EngineStats", "FinishReason", "Generation", "JobReport",
+    "MaskSlot",
     "Ranking", "Score", "Segment", "SegmentNote", "TextChunk", "Timing", "TokenLogprob", "ToolCall", "Translation",
     "Unmasking",
 ]  # fmt: skip

@@ -27,8 +27,8 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain JSON types; a float that JSON cannot write becomes None."""
-        plain: dict[str, Any] = _plain(self)
-        return plain
+        found: dict[str, Any] = plain(self)
+        return found
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -78,17 +78,17 @@ def _set_state(self: Any, state: list[Any]) -> None:
         object.__setattr__(self, field.name, value)
 
 
-def _plain(value: object) -> Any:
+def plain(value: object) -> Any:
     """Turn dataclasses and tuples into dicts and lists, and floats JSON cannot write into None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         more = _derived(type(value)) if isinstance(value, Result) else []
-        return {name: _plain(_asked(value, name)) for name in [*_names(value), *more]}
+        return {name: plain(_asked(value, name)) for name in [*_names(value), *more]}
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     if callable(dumped := getattr(value, "model_dump", None)):  # of pydantic
         return dumped(mode="json")
     value = value.value if isinstance(value, Enum) else value
@@ -107,7 +107,7 @@ _hints = cache(get_type_hints)
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    """Turn what `_plain` made of a value back into what a field's annotation says."""
+    """Turn what `plain` made of a value back into what a field's annotation says."""
     parts = get_args(hint)
     if get_origin(hint) is tuple and isinstance(value, (list, tuple)):
         each = parts[:1] * len(value) if parts[1:] == (...,) else parts

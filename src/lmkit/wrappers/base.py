@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeAlias, TypeVar, get_args
 
 from lmkit._interrupts import surely
 from lmkit.engine import Caller, Update
@@ -20,6 +20,7 @@ from lmkit.structured.grammars import Grammars
 from lmkit.structured.outputs import begun_json
 from lmkit.text.codec import Codec, checked
 from lmkit.wrappers.asynchronous import a_thread, cancelled, finished
+from lmkit.wrappers.file_jobs import FileJobs
 from lmkit.wrappers.letting_go import let_go, letting_go
 from lmkit.wrappers.ordered_map import ReadAhead
 from lmkit.wrappers.progress import bar
@@ -88,10 +89,8 @@ def embedded_rows(model: Any) -> int | None:
     return None if weight is None else len(weight)
 
 
-class Wrapper(ABC, Generic[JobT, ResultT]):
+class Wrapper(FileJobs, ABC, Generic[JobT, ResultT]):
     """A loaded model with verbs. Subclasses say what a row is and how rows are run."""
-
-    _accepted: ClassVar[type]
 
     def __init_subclass__(cls) -> None:
         """Have errors of the verbs hold no wrapper: who keeps one would keep the model."""
@@ -327,6 +326,9 @@ class Wrapper(ABC, Generic[JobT, ResultT]):
             finally:
                 items.close()  # type: ignore[attr-defined]
                 del self, items, run  # for an error that is kept
+
+
+Wrapper.run_job = letting_go(Wrapper.run_job)  # type: ignore[method-assign]
 
 
 def growing(chunks: Iterator[TextChunk]) -> Iterator[TextChunk]:

@@ -78,6 +78,7 @@ class Generator(Writer[Generation]):
     """
 
     _accepted = GeneratorCall
+    _verbs = {"generate": None, "chat": None, "score": "continuation", "rank": "choices"}  # noqa: RUF012
 
     def __init__(self, loaded: Loaded) -> None:
         """Take over a loaded model and start an engine for it."""

@@ -21,24 +21,32 @@ DELAY_SECONDS = 2.0
 """A call that is done sooner shows nothing."""
 
 
+LOG_SECONDS = 30.0
+"""How far apart lines in a log are."""
+
+
 @contextlib.contextmanager
-def bar(wanted: object, total: int | None) -> Iterator[Callable[[object], None]]:
+def bar(wanted: object, total: int | None, done: int = 0, *, logs: bool = False) -> Iterator[Callable[[object], None]]:
     """Give a function to call with each result; it draws the bar.
 
     Args:
         wanted: True draws, False does not; None draws in a terminal or a notebook, unless the level of the logger
             "lmkit" is above WARNING.
         total: How many rows there are, if it is known. A single row has no bar unless it is wanted.
+        done: How many of them were done before.
+        logs: Whether to log a line now and then where no bar is drawn, unless `wanted` is False.
     """
     checked({"progress": wanted}, declared(ModeOptions))
     if wanted is False or (wanted is None and (total == 1 or not _watched())):
-        yield lambda _result: None
+        yield _logged(total, done) if logs and wanted is None else lambda _result: None
         return
     from tqdm.auto import tqdm
 
     delay = 0 if wanted else DELAY_SECONDS
     # A notebook without widgets gets a plain bar, and a warning.
-    shown: Any = without_warnings(lambda: tqdm(total=total, unit=" rows", delay=delay, leave=bool(wanted)))
+    shown: Any = without_warnings(
+        lambda: tqdm(total=total, initial=done, unit=" rows", delay=delay, leave=bool(wanted))
+    )
     started, tokens = time.perf_counter(), 0
 
     def update(result: object) -> None:
@@ -51,6 +59,26 @@ def bar(wanted: object, total: int | None) -> Iterator[Callable[[object], None]]
 
     with contextlib.closing(shown):
         yield update
+
+
+def _logged(total: int | None, done: int) -> Callable[[object], None]:
+    """Return what logs how far a job is."""
+    started = told = time.monotonic()
+    rows = tokens = 0
+
+    def update(result: object) -> None:
+        nonlocal told, rows, tokens
+        rows, tokens = rows + 1, tokens + getattr(result, "generated_tokens", 0)
+        now = time.monotonic()
+        if now - told < LOG_SECONDS:
+            return
+        told, speed = now, rows / (now - started)
+        of = f" of {total:,}" if total is not None else ""
+        left = f", {(total - done - rows) / speed / 60:.0f} minutes left" if total is not None else ""
+        speeds = f"{speed:.1f} rows/s, {tokens / (now - started):.0f} tokens/s"
+        logging.getLogger("lmkit.jobs").info("%s%s rows, %s%s", f"{done + rows:,}", of, speeds, left)
+
+    return update
 
 
 def _watched() -> bool:

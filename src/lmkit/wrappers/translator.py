@@ -73,6 +73,8 @@ class Translator(Writer[Translation]):
     """
 
     _accepted = TranslationCall
+    _verbs = {"translate": None, "score": "translation", "rank": "translations"}  # noqa: RUF012
+    _pair = tuple(declared(PairOptions))
 
     def __init__(self, loaded: Loaded) -> None:
         """Take over a loaded model; `lmkit.load` calls this."""

@@ -48,6 +48,7 @@ class Unmasker(Wrapper[MaskedText, Unmasking]):
     """
 
     _accepted = UnmaskOptions
+    _verbs = {"fill": None, "score": None, "rank": None}  # noqa: RUF012
 
     def __init__(self, loaded: Loaded) -> None:
         """Take over a loaded model; `lmkit.load` calls this."""
