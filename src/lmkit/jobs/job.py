@@ -93,6 +93,18 @@ class Work:
     draws: bool
     bar: Callable[[int | None, int], AbstractContextManager[Callable[[object], None]]]
 
+    def ask(self, row: int, line: Line) -> tuple[Asked, OptionError | None]:
+        """Say what a row is asked, and why it cannot be if so."""
+        problem = None if line.problem is None else OptionError(line.problem)
+        if problem is None:
+            try:
+                given = _value(self.column, line, row)
+                told = {name: _value(taken, line, row) for name, taken in self.options.items()}
+                return Asked(row, given, {name: value for name, value in told.items() if value is not None}), None
+            except OptionError as error:
+                problem = error
+        return Asked(row, [dict(line.values), line.text]), problem
+
 
 class Job:
     """Work on a file; `run` does it."""
@@ -169,7 +181,7 @@ class Job:
         """Refuse an input of the same name in which no row is as it was."""
         with contextlib.closing(source.lines()) as lines:  # type: ignore[type-var]  # a generator
             asked = [
-                (self._journal.key(row), key_of(self._ask(row, line)[0]))
+                (self._journal.key(row), key_of(self._work.ask(row, line)[0]))
                 for row, line in enumerate(islice(lines, LOOKED_AT))
             ]
         known = [before == now for before, now in asked if before is not None]
@@ -196,7 +208,7 @@ class Job:
     def _todo(self) -> Iterator[Asked]:
         """Read the input, and give what is not done; rows that cannot be asked are done at once."""
         for row, line in enumerate(self._lines):
-            asked, problem = self._ask(row, line)
+            asked, problem = self._work.ask(row, line)
             if taken := [name for name in self._new if name in line.values]:
                 raise OptionError(f"row {row} has a column {taken[0]!r} of its own: pass a prefix= for the new ones.")
             key, known = key_of(asked), self._journal.key(row)
@@ -213,18 +225,6 @@ class Job:
                 asked = replace(asked, options={**asked.options, "seed": row_seed(self._journal.header["seed"], row)})
             yield asked
 
-    def _ask(self, row: int, line: Line) -> tuple[Asked, OptionError | None]:
-        """Say what a row is asked, and why it cannot be if so."""
-        problem = None if line.problem is None else OptionError(line.problem)
-        if problem is None:
-            try:
-                given = _value(self._work.column, line, row)
-                told = {name: _value(taken, line, row) for name, taken in self._work.options.items()}
-                return Asked(row, given, {name: value for name, value in told.items() if value is not None}), None
-            except OptionError as error:
-                problem = error
-        return Asked(row, [dict(line.values), line.text]), problem
-
     def _record(self, row: int, result: Any, unread: str = "") -> None:
         """Write what came of a row into the journal; of a line that cannot be read, the line."""
         columns, error = ({}, result) if isinstance(result, LmkitError) else self._work.told(result)
@@ -239,7 +239,7 @@ class Job:
     def _pairs(self) -> Iterator[tuple[Line, bytes]]:
         """Read the input again, and give each row with its new columns."""
         for row, line in enumerate(self._again.lines()):
-            if row >= self._seen or self._journal.key(row) != key_of(self._ask(row, line)[0]):
+            if row >= self._seen or self._journal.key(row) != key_of(self._work.ask(row, line)[0]):
                 raise JobError(
                     f"{self._again.path} has changed in row {row} while the job ran: run it again for what changed."
                 )

@@ -113,14 +113,29 @@ class FileJobs:
                 or another input.
             EngineError: The model was closed.
         """
+        work = self._work(options, verb, column, columns or {}, prefix=prefix, full=full, progress=progress)
+        return Job(work, in_file, out_file).run(journal, restart=restart, retry_errors=retry_errors)
+
+    def _work(
+        self,
+        options: dict[str, Any],
+        verb: str | None,
+        column: str | None,
+        columns: Mapping[str, str],
+        *,
+        prefix: str = "",
+        full: bool = False,
+        progress: bool | None = False,
+    ) -> Work:
+        """Say what is done with each row, after a check of all that is said; see `run_job`."""
         verb = next(iter(self._verbs)) if verb is None else verb
         check_word("verb", verb, list(self._verbs))
-        taken = self._taken(verb, column, columns or {})
+        taken = self._taken(verb, column, columns)
         reads = taken.pop("")
         run = self._by_call(options) if verb in CALLS else self._together(verb, options)
         new = {"answer": "double" if verb == "score" else "" if "output" in options else "string", **FACTS[verb]}
         new |= {"result": ""} if full else {}
-        work = Work(
+        return Work(
             column=reads,
             options=taken,
             run=run,
@@ -130,7 +145,7 @@ class FileJobs:
             identity={
                 "verb": verb,
                 "column": reads.column,
-                "columns": dict(columns or {}),
+                "columns": dict(columns),
                 "prefix": prefix,
                 "full": full,
                 "options": json.loads(json.dumps(options | {"seed": None}, default=written, sort_keys=True)),
@@ -140,7 +155,6 @@ class FileJobs:
             draws=verb in CALLS,
             bar=functools.partial(bar, progress, logs=True),
         )
-        return Job(work, in_file, out_file).run(journal, restart=restart, retry_errors=retry_errors)
 
     def _taken(self, verb: str, column: str | None, columns: Mapping[str, str]) -> dict[str, Taken]:
         """Say which columns are read, by the names of what they are; the model's own by an empty one."""
