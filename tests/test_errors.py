@@ -19,6 +19,7 @@ FAMILY = {
     "MissingExtraError": ImportError,
     "VersionError": ImportError,
     "EngineError": RuntimeError,
+    "JobError": RuntimeError,
 }
 
 

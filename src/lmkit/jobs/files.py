@@ -90,7 +90,7 @@ class Table:
     def lines(self) -> Iterator[Line]:
         """Read the rows, one by one."""
         if self.kind == "parquet":
-            return (Line(row) for batch in parquet_batches(self.path) for row in batch.to_pylist())
+            return (Line(row) for batch in parquet_batches(self.path) for row in _python_rows(batch))
         return self._text_lines()
 
     def _text_lines(self) -> Iterator[Line]:
@@ -102,8 +102,8 @@ class Table:
         if self.kind == "parquet":
             return list(_parquet().ParquetFile(self.path).schema_arrow.names)
         if self.kind == "csv":
-            with self.open("rb") as stream:
-                return _header(_csv_reader(stream))
+            with self.open("rb") as stream, _csv_text(stream) as text:
+                return _header(csv.reader(text, strict=True))
         return None
 
     def count(self) -> int:
@@ -145,6 +145,17 @@ def parquet_batches(path: Path) -> Iterator[Any]:
     """Read a Parquet file in parts."""
     with _parquet().ParquetFile(path) as file:
         yield from file.iter_batches(batch_size=BATCH_ROWS)
+
+
+def _python_rows(batch: Any) -> Iterator[dict[str, Any]]:
+    """Give the rows of a batch; what Python has no type for, such as nanoseconds, as texts."""
+    columns = []
+    for column in batch.columns:
+        try:
+            columns.append(column.to_pylist())
+        except ValueError:
+            columns.append(column.cast("string").to_pylist())
+    return (dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True))
 
 
 # JSONL ------------------------------------------------------------------------------------------
@@ -190,9 +201,9 @@ def joined(line: Line, columns: bytes, *, as_is: bool) -> bytes:
 # CSV --------------------------------------------------------------------------------------------
 
 
-def _csv_reader(stream: BinaryIO) -> Any:
+def _csv_text(stream: BinaryIO) -> io.TextIOWrapper:
     csv.field_size_limit(2**31 - 1)  # of the whole process: its own is shorter than some chats
-    return csv.reader(io.TextIOWrapper(stream, "utf-8-sig", "backslashreplace", newline=""), strict=True)
+    return io.TextIOWrapper(stream, "utf-8-sig", "backslashreplace", newline="")
 
 
 def _header(reader: Any) -> list[str]:
@@ -204,21 +215,22 @@ def _header(reader: Any) -> list[str]:
 
 def csv_lines(stream: BinaryIO) -> Iterator[Line]:
     """Read CSV whose first line names the columns; each cell is a text."""
-    reader = _csv_reader(stream)
-    names = _header(reader)
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield Line(problem=f"line {reader.line_num} is no CSV: {error}")
-            continue
-        if len(cells) == len(names):
-            yield Line(dict(zip(names, cells, strict=True)))
-        elif cells:
-            told = f"line {reader.line_num} has {len(cells)} cells, and there are {len(names)} columns"
-            yield Line(dict(zip(names, cells, strict=False)), problem=told)
+    with _csv_text(stream) as text:
+        reader = csv.reader(text, strict=True)
+        names = _header(reader)
+        while True:
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield Line(problem=f"line {reader.line_num} is no CSV: {error}")
+                continue
+            if len(cells) == len(names):
+                yield Line(dict(zip(names, cells, strict=True)))
+            elif cells:
+                told = f"line {reader.line_num} has {len(cells)} cells, and there are {len(names)} columns"
+                yield Line(dict(zip(names, cells, strict=False)), problem=told)
 
 
 def _cell(value: object) -> str:

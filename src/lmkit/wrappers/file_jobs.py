@@ -132,7 +132,7 @@ class FileJobs:
         check_word("verb", verb, list(self._verbs))
         taken = self._taken(verb, column, columns)
         reads = taken.pop("")
-        run = self._by_call(options) if verb in CALLS else self._together(verb, options)
+        run = self._by_call(options, whole=not columns) if verb in CALLS else self._together(verb, options)
         new = {"answer": "double" if verb == "score" else "" if "output" in options else "string", **FACTS[verb]}
         new |= {"result": ""} if full else {}
         return Work(
@@ -187,9 +187,16 @@ class FileJobs:
             **{name: files_of(str(folder)) for name, folder in folders.items()},
         }
 
-    def _by_call(self, options: dict[str, Any]) -> Callable[[Iterator[Asked]], Iterator[tuple[int, Any]]]:
-        """Check the options, and return what answers rows as they end, reading a bounded number ahead."""
-        self._check(split(options, None, declared(self._accepted))[0])
+    def _by_call(
+        self, options: dict[str, Any], *, whole: bool
+    ) -> Callable[[Iterator[Asked]], Iterator[tuple[int, Any]]]:
+        """Check the options, and return what answers rows as they end, reading a bounded number ahead.
+
+        Those that are not `whole`, since rows have some of their own, are checked together in each row.
+        """
+        (known,) = split(options, None, declared(self._accepted))
+        if whole:
+            self._check(known)
 
         def run(asked: Iterator[Asked]) -> Iterator[tuple[int, Any]]:
             running: dict[int, int] = {}
