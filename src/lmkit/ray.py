@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -144,14 +145,12 @@ def _rows(batch: Any) -> list[dict[str, Any]]:
 def _beside(batch: Any, new: Mapping[str, list[Any]], kinds: Mapping[str, str]) -> Any:
     """Put columns beside those of a batch."""
     if hasattr(batch, "to_pylist"):
-        import pyarrow as pa
-
+        pa = importlib.import_module("pyarrow")
         for name, values in new.items():
             batch = batch.append_column(name, pa.array(values, kinds[name] or "string"))
         return batch
     if hasattr(batch, "assign"):
-        import pandas as pd
-
+        pd = importlib.import_module("pandas")
         types = {name: "float64" if kinds[name] == "double" else "string" for name in new}
         return batch.assign(**{name: pd.Series(new[name], batch.index, types[name]) for name in new})
     import numpy as np

@@ -132,7 +132,9 @@ def test_rows_are_scored_and_ranked_as_by_calls(tmp_path: Path) -> None:
 def test_translators_and_unmaskers_have_the_same_verb(tmp_path: Path) -> None:
     """Languages, targets and translations are said per row, in CSV as text or JSON."""
     words = {"one": {"de": "eins", "es": "uno"}}
-    translator = FakeTranslator(lambda text, options: words[text][options.get("target", "de")], languages=("en", "de", "es"))
+    translator = FakeTranslator(
+        lambda text, options: words[text][options.get("target", "de")], languages=("en", "de", "es")
+    )
     (tmp_path / "in.csv").write_text("text,to,limit,is\none,de,5,eins\none,es,,uno\none,xx,1,\n")
     columns = {"target": "to", "max_new_tokens": "limit"}
     report = translator.run_job(tmp_path / "in.csv", tmp_path / "out.jsonl", columns=columns, source="en")
