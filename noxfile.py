@@ -133,7 +133,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests with coverage; `-- -k name` runs what it selects, without coverage."""
     # The pages' code is the docs session's.
-    apart = [f"--ignore=tests/{name}.py" for name in ("test_docs", "test_every_family")]
+    apart = [f"--ignore=tests/{name}.py" for name in ("test_docs", "test_every_family", "results/test_browser")]
     everything = [*WORKERS, "--cov", "--cov-report=term", "--durations=10", *apart, counted("tests")]
     run_shared(session, "pytest", *(session.posargs or everything))
 
@@ -153,6 +153,15 @@ def docs(session: nox.Session) -> None:
     """Build the documentation strictly and run the code on its pages."""
     run_shared(session, "mkdocs", "build", "--strict")
     run_shared(session, "pytest", "tests/test_docs.py", counted("docs"))
+
+
+@nox.session(venv_backend="none", requires=["env"])
+def pictures(session: nox.Session) -> None:
+    """Lay results out in a real browser, Debian's chromium, which is installed where that is possible."""
+    if not shutil.which("chromium") and shutil.which("apt-get"):
+        for command in (("update", "-qq"), ("install", "-qq", "--yes", "--no-install-recommends", "chromium")):
+            session.run("apt-get", *command, external=True, silent=True, success_codes=[0, 100])
+    run_shared(session, "pytest", "tests/results/test_browser.py", counted("pictures"))
 
 
 @nox.session(venv_backend="none", requires=["env"])
