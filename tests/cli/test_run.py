@@ -161,7 +161,9 @@ def test_a_closed_pipe_ends_it_quietly_and_is_gone_on_with(unbroken: Path, tmp_p
     whole = (unbroken / "whole.jsonl").read_bytes()
     assert whole.startswith(first)
     assert (code, errors) == (0, b"")
-    again = run("causal", str(checkpoints.folder("gpt2")), "-", "-", *drawn("--journal", str(tmp_path / "kept")), given=given)
+    again = run(
+        "causal", str(checkpoints.folder("gpt2")), "-", "-", *drawn("--journal", str(tmp_path / "kept")), given=given
+    )
     assert again.stdout.encode() == whole
     assert "kept from before" in again.stderr
 

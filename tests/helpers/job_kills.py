@@ -29,7 +29,9 @@ SEED = 7
 
 def write_rows(folder: Path, count: int) -> None:
     """Write an input with rows of all kinds: long, short, without a text, and one line that is no JSON."""
-    rows = [json.dumps({"id": n, "text": f"row {n} " * (1 + n % 5), "é": n / 3}, ensure_ascii=False) for n in range(count)]
+    rows = [
+        json.dumps({"id": n, "text": f"row {n} " * (1 + n % 5), "é": n / 3}, ensure_ascii=False) for n in range(count)
+    ]
     rows[count // 2] = '{"id": "broken'
     rows[count // 3] = '{"id": "without a text"}'
     (folder / "in.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")

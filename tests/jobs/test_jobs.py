@@ -104,7 +104,7 @@ def test_chats_have_messages_and_outputs_have_values(tmp_path: Path) -> None:
     fake.run_job(tmp_path / "in.jsonl", tmp_path / "cut.jsonl", verb="chat", output=Person, max_new_tokens=1, full=True)
     cut = read(tmp_path / "cut.jsonl")[0]
     assert (cut["answer"], cut["error"]["type"], cut["result"]["text"]) == (None, "OutputError", '{"name":')
-    with pytest.raises(lmkit.JobError, match="options output was .*'age'.* and is 'int'|options output"):
+    with pytest.raises(lmkit.JobError, match="options output title was 'Person' and is None"):
         fake.run_job(tmp_path / "in.jsonl", tmp_path / "out.jsonl", verb="chat", output=int)
 
 
@@ -125,14 +125,16 @@ def test_rows_are_scored_and_ranked_as_by_calls(tmp_path: Path) -> None:
     assert [lmkit.Score.from_dict(one).tokens for one in column(out, "result")] == [one.tokens for one in alone]
     with pytest.raises(lmkit.OptionError, match="normalize='words' is not accepted"):
         model.run_job(source, out, verb="rank", columns={"choices": "of"}, normalize="words", restart=True)
-    with pytest.raises(lmkit.UnknownOptionError, match="unknown option 'normalise'. Did you mean 'normalize'?"):
+    with pytest.raises(lmkit.UnknownOptionError, match=r"unknown option 'normalise'\. Did you mean 'normalize'\?"):
         model.run_job(source, out, verb="rank", normalise="tokens")
 
 
 def test_translators_and_unmaskers_have_the_same_verb(tmp_path: Path) -> None:
     """Languages, targets and translations are said per row, in CSV as text or JSON."""
     words = {"one": {"de": "eins", "es": "uno"}}
-    translator = FakeTranslator(lambda text, options: words[text][options.get("target", "de")], languages=("en", "de", "es"))
+    translator = FakeTranslator(
+        lambda text, options: words[text][options.get("target", "de")], languages=("en", "de", "es")
+    )
     (tmp_path / "in.csv").write_text("text,to,limit,is\none,de,5,eins\none,es,,uno\none,xx,1,\n")
     columns = {"target": "to", "max_new_tokens": "limit"}
     report = translator.run_job(tmp_path / "in.csv", tmp_path / "out.jsonl", columns=columns, source="en")

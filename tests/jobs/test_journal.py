@@ -13,7 +13,9 @@ from lmkit.jobs.journal import Journal
 
 HEADER = {"format": 1, "options": {"stop": ["\n"]}}
 Rows = list[tuple[int, int, str, bool]]
-ROWS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 2**64 - 1), st.text(max_size=8), st.booleans()), max_size=6)
+ROWS = st.lists(
+    st.tuples(st.integers(0, 30), st.integers(0, 2**64 - 1), st.text(max_size=8), st.booleans()), max_size=6
+)
 
 
 def written(folder: Path, rows: Rows) -> bytes:

@@ -63,7 +63,7 @@ def test_a_job_killed_inside_any_operation_ends_in_the_same_bytes(whole: Path, t
 
 def test_a_job_killed_from_outside_again_and_again_ends_in_the_same_bytes(whole: Path, tmp_path: Path) -> None:
     """At some twenty instants that no operation knows of."""
-    draw, kills = random.Random(1), 0
+    draw, kills = random.Random(1), 0  # noqa: S311 - no secrets
     for job in count():
         folder = begun(whole, tmp_path / str(job))
         work = partial(job_kills.work, folder, 0.003)

@@ -7,7 +7,6 @@ import inspect
 import itertools
 import json
 import re
-from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +18,7 @@ from lmkit.options.option import check_word, declared, is_a
 from lmkit.options.per_row import split
 from lmkit.results import Ranking, Score, Unmasking
 from lmkit.structured.outputs import is_output, output_of
-from lmkit.wrappers.ordered_map import READ_AHEAD
+from lmkit.wrappers.ordered_map import ReadAhead
 from lmkit.wrappers.progress import bar
 
 if TYPE_CHECKING:
@@ -185,33 +184,27 @@ class FileJobs:
             self._check(known)
 
         def run(asked: Iterator[Asked]) -> Iterator[tuple[int, Any]]:
-            running: dict[int, int] = {}
-            failed: deque[tuple[int, LmkitError]] = deque()
-            numbers = itertools.count()
+            numbers: dict[int, int] = {}
 
-            def jobs() -> Iterator[Any]:
-                for one in asked:
-                    while len(running) + len(failed) >= READ_AHEAD:
-                        yield None
-                    try:
-                        (job,) = self._jobs([one.given], options | one.options, one.row)
-                    except LmkitError as error:
-                        job = error
-                    if isinstance(job, LmkitError):
-                        failed.append((one.row, job))
-                    else:
-                        running[next(numbers)] = one.row
-                        yield job
+            def prepare(one: Asked, number: int) -> Any:
+                numbers[number] = one.row
+                try:
+                    return self._jobs([one.given], options | one.options, one.row)[0]
+                except LmkitError as error:
+                    return error
 
-            news = self._run(jobs(), Caller(lazy=True))
+            rows: ReadAhead[Any, Any] = ReadAhead(asked, prepare)
+            news = self._run(rows.jobs(), Caller(lazy=True))
             try:
                 for update in itertools.chain(news, [None]):
-                    while failed:
-                        yield failed.popleft()
-                    if update is not None and (outcome := update.error or update.outcome) is not None:
-                        yield running.pop(update.index), outcome
+                    if update is not None:
+                        rows.end(update.index, update.error or update.outcome)
+                    for number, result in rows.ended_early():
+                        yield numbers.pop(number), result
             finally:
                 surely(news.close, news.close)
+            if rows.broken is not None:
+                raise rows.broken
 
         return run
 
