@@ -438,3 +438,40 @@ def test_arguments_that_are_wrong_say_so(tmp_path: Path) -> None:
         with pytest.raises(lmkit.OptionError, match=told):
             echo().run_job(source, out, **options)  # type: ignore[arg-type]
     assert not out.with_name("out.jsonl.lmkit").exists()
+
+
+def test_options_that_are_objects_are_told_apart(tmp_path: Path) -> None:
+    """Functions by what they tell the model, modes by their values, biases whatever their keys; the same goes on."""
+    hello, out = [{"role": "user", "content": "Hello"}], tmp_path / "out.jsonl"
+    source = write(tmp_path / "in.jsonl", [{"messages": hello}])
+
+    def weather(city: str) -> str:
+        """Tell the weather.
+
+        Args:
+            city: Where.
+        """
+        return city
+
+    def other(city: str) -> str:
+        """Tell the weather.
+
+        Args:
+            city: In which city.
+        """
+        return city
+
+    other.__name__ = "weather"
+    fake = FakeGenerator({"Hello": "Hi"})
+    common: dict[str, Any] = {
+        "verb": "chat",
+        "mode": lmkit.Sample(0.5),
+        "seed": 1,
+        "logit_bias": {"Hello": 1.0, 0: 2.0},
+    }
+    fake.run_job(source, out, tools=[weather], **common)
+    assert fake.run_job(source, out, tools=[weather], **common).kept == 1
+    with pytest.raises(lmkit.JobError, match="options tools was"):
+        fake.run_job(source, out, tools=[other], **common)
+    with pytest.raises(lmkit.JobError, match=r"options mode was 'Sample\(temperature=0\.5.* and is 'Sample"):
+        fake.run_job(source, out, tools=[weather], **{**common, "mode": lmkit.Sample(0.6)})

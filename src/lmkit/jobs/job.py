@@ -98,7 +98,7 @@ class Job:
     """Work on a file; `run` does it."""
 
     def __init__(self, work: Work, source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
-        """Look at the files as far as that needs no reading.
+        """Look at the files: at names and columns, and for Parquet at the types of all values.
 
         Raises:
             OptionError: A format is unknown, a column is not there, or the output is the input.

@@ -16,6 +16,7 @@ from lmkit.errors import LmkitError, OutputError, UnknownOptionError, listed, ne
 from lmkit.jobs.job import Asked, Job, Taken, Work
 from lmkit.options.option import check_word, declared, is_a
 from lmkit.options.per_row import split
+from lmkit.replies.tools import definition
 from lmkit.results import Ranking, Score, Unmasking
 from lmkit.structured.outputs import is_output, output_of
 from lmkit.wrappers.ordered_map import ReadAhead
@@ -117,6 +118,7 @@ class FileJobs:
         taken = self._taken(verb, column, columns or {})
         reads = taken.pop("")
         run = self._by_call(options, whole=not columns) if verb in CALLS else self._together(verb, options)
+        said = {"tools": [definition(tool) for tool in options["tools"]]} if options.get("tools") else {}
         new = {"answer": "double" if verb == "score" else "" if "output" in options else "string", **FACTS[verb]}
         new |= {"result": ""} if full else {}
         work = Work(
@@ -132,7 +134,7 @@ class FileJobs:
                 "columns": dict(columns or {}),
                 "prefix": prefix,
                 "full": full,
-                "options": json.loads(json.dumps(options | {"seed": None}, default=written, sort_keys=True)),
+                "options": json.loads(json.dumps({**options, **said, "seed": None}, default=written)),
                 "model": self._identity(),
             },
             seed=options.get("seed"),
@@ -166,6 +168,7 @@ class FileJobs:
         folders |= adapters if isinstance(adapters, dict) else {"adapter": adapters}
         return {
             "task": plan.task,
+            "name": Path(plan.name).name,
             "precision": plan.precision.name,
             "context_length": plan.context_length,
             "language": options.get("language"),
