@@ -133,7 +133,6 @@ def _arrow(why: str = "a Parquet file") -> Any:
         raise MissingExtraError(
             f"{why} needs a package that is not installed: pip install 'lmkit[parquet]'."
         ) from error
-    return pa
 
 
 def _parquet() -> Any:
