@@ -23,7 +23,7 @@ using at::BFloat16;
 using at::Tensor;
 
 constexpr int64_t CHUNK = 128;              // columns
-constexpr int64_t WORTH_THREADS = 1 << 14;  // numbers to read, beyond which a second thread gains
+constexpr int64_t WORTH_THREADS = 1 << 18;  // products, beyond which a second thread gains
 constexpr float HIDDEN = -1e30f;            // a mask that adds this or less hides
 
 #ifdef __AVX512F__
@@ -348,14 +348,8 @@ struct Attention {
     }
   }
 
-  std::vector<Part> parts(float* memory) const {
-    std::vector<Part> found(asking);
-    for (Part& part : found) part.values = memory + (&part - found.data()) * value_size;
-    return found;
-  }
-
-  // Write what the chunks of a group have given.
-  void finish(int64_t source, int64_t group, std::vector<Part>& parts) const {
+  // Write what the chunks of a group have given together.
+  void finish(int64_t source, int64_t group, const std::vector<Part>& parts) const {
     for (int64_t q = 0; q < asking; ++q) {
       const int64_t head = head_of(group, q);
       float weight = parts[q].weight;
@@ -366,42 +360,107 @@ struct Attention {
     }
   }
 
+  // Room for what some chunks give all queries.
+  struct Room {
+    std::vector<float> memory;
+    std::vector<Part> parts;
+    Room(int64_t count, int64_t size) : memory(count * size), parts(count) {
+      for (int64_t number = 0; number < count; ++number) parts[number].values = memory.data() + number * size;
+    }
+  };
+
   int64_t chunks(int64_t source) const { return (visible.of(source).count + CHUNK - 1) / CHUNK; }
+
+  // Let threads take tasks as they come to them: rows are not equally long.
+  template <class Work>
+  void share_out(int64_t tasks, const Work& work) const {
+    int64_t columns = 0;
+    for (int64_t source = 0; source < key.size(0); ++source) columns += visible.of(source).count;
+    const bool few = columns * heads * beams * (size + value_size) < WORTH_THREADS;
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, few ? 1 : at::get_num_threads(), 1, [&](int64_t, int64_t) {
+      Room room(2 * asking, value_size);
+      for (int64_t task = next++; task < tasks; task = next++) work(task, room.parts);
+    });
+  }
 
   void run() const {
     const int64_t tasks = key.size(0) * groups;
-    std::atomic<int64_t> next{0};
-    const auto work = [&](int64_t, int64_t) {
-      std::vector<float> memory(2 * asking * value_size);
-      auto sums = parts(memory.data()), some = parts(memory.data() + asking * value_size);
-      for (int64_t task = next++; task < tasks; task = next++) {
-        const int64_t source = task / groups, group = task % groups;
-        all(source, group, 0, sums.data());
-        for (int64_t number = 1; number < chunks(source); ++number) {
-          all(source, group, number, some.data());
-          for (int64_t q = 0; q < asking; ++q) sums[q].take(some[q], value_size);
-        }
-        finish(source, group, sums);
+    if (tasks < 4 * at::get_num_threads()) return run_chunks(tasks);
+    share_out(tasks, [&](int64_t task, std::vector<Part>& parts) {
+      const int64_t source = task / groups, group = task % groups;
+      all(source, group, 0, parts.data());
+      for (int64_t number = 1; number < chunks(source); ++number) {
+        all(source, group, number, parts.data() + asking);
+        for (int64_t q = 0; q < asking; ++q) parts[q].take(parts[asking + q], value_size);
       }
-    };
-    at::parallel_for(0, at::get_num_threads(), 1, work);
+      finish(source, group, parts);
+    });
+  }
+
+  // The same, with the chunks of one group by several threads.
+  void run_chunks(int64_t groups_of_all) const {
+    const int64_t most = (key.size(2) + CHUNK - 1) / CHUNK;
+    std::vector<Room> rooms(groups_of_all, Room(0, 0));
+    for (int64_t task = 0; task < groups_of_all; ++task) rooms[task] = Room(chunks(task / groups) * asking, value_size);
+    share_out(groups_of_all * most, [&](int64_t task, std::vector<Part>&) {
+      const int64_t number = task % most, whole = task / most;
+      if (number < chunks(whole / groups))
+        all(whole / groups, whole % groups, number, rooms[whole].parts.data() + number * asking);
+    });
+    for (int64_t task = 0; task < groups_of_all; ++task) {
+      std::vector<Part>& parts = rooms[task].parts;
+      for (size_t later = asking; later < parts.size(); ++later) parts[later % asking].take(parts[later], value_size);
+      finish(task / groups, task % groups, parts);
+    }
   }
 };
 
+// The same tensor, or a copy whose numbers lie side by side.
+Tensor dense(const Tensor& given) { return given.size(-1) == 1 || given.stride(-1) == 1 ? given : given.contiguous(); }
+
+// What is added or hides, of a kind that is read here.
+std::optional<Tensor> dense(const std::optional<Tensor>& given) {
+  if (!given) return given;
+  const auto kind = given->scalar_type();
+  const bool read = kind == at::kBool || kind == at::kFloat || kind == at::kBFloat16;
+  return dense(read ? *given : given->to(at::kFloat));
+}
+
+// *Shape:* of the query `(rows, heads, 1, size)`; of keys and values `(sources, groups, columns, size)`, where rows of
+// one source lie side by side; of the mask, bool or added, `(1 or rows, 1, 1, columns)`, that of a source's first row
+// counts; of the bias `(1 or rows, 1 or heads, 1, columns)`; of sinks, scores of no value, `(heads)`; of what is
+// returned `(rows, 1, heads, size)`. A `softcap` of 0 is none.
 Tensor attend_one(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& sinks, double scale,
                   double softcap) {
+  const auto kind = query.scalar_type();
+  TORCH_CHECK((kind == at::kFloat || kind == at::kBFloat16) && key.scalar_type() == kind && value.scalar_type() == kind,
+              "attend_one: query, key and value are float32 or bfloat16");
+  TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4 && query.size(2) == 1 &&
+                  key.size(0) > 0 && query.size(0) % key.size(0) == 0 && query.size(1) % key.size(1) == 0 &&
+                  query.size(3) == key.size(3) && key.sizes().slice(0, 3) == value.sizes().slice(0, 3),
+              "attend_one: the shapes do not fit");
+  for (const auto& [given, heads] : {std::pair(mask, int64_t{1}), std::pair(bias, query.size(1))})
+    TORCH_CHECK(!given || (given->dim() == 4 && (given->size(0) == 1 || given->size(0) == query.size(0)) &&
+                           (given->size(1) == 1 || given->size(1) == heads) && given->size(2) == 1 &&
+                           given->size(3) == key.size(2)),
+                "attend_one: the mask or bias does not fit");
+  TORCH_CHECK(!sinks || (sinks->dim() == 1 && sinks->size(0) == query.size(1)), "attend_one: the sinks do not fit");
   Tensor attended = at::empty({query.size(0), 1, query.size(1), value.size(3)}, query.options());
   if (!attended.numel()) return attended;
-  const auto with = [&](auto kind) {
-    using T = decltype(kind);
-    const int64_t beams = query.size(0) / key.size(0);
-    const float* sink = sinks ? sinks->const_data_ptr<float>() : nullptr;
-    Attention<T>{query, key, value, Added(mask), Added(bias), sink, static_cast<float>(scale),
-                 static_cast<float>(softcap), Visible(mask, beams, key.size(2)), attended}.run();
+  if (!key.size(2)) return attended.zero_();
+  const Tensor own_query = dense(query), own_key = dense(key), own_value = dense(value);
+  const auto own_mask = dense(mask), own_bias = dense(bias);
+  const auto own_sinks = sinks ? std::optional(sinks->to(at::kFloat).contiguous()) : sinks;
+  const auto with = [&](auto type) {
+    const float* sink = sinks ? own_sinks->const_data_ptr<float>() : nullptr;
+    Attention<decltype(type)>{own_query, own_key, own_value, Added(own_mask), Added(own_bias), sink,
+                              static_cast<float>(scale), static_cast<float>(softcap),
+                              Visible(own_mask, query.size(0) / key.size(0), key.size(2)), attended}
+        .run();
   };
-  if (query.scalar_type() == at::kFloat) with(float());
-  else with(BFloat16());
+  kind == at::kFloat ? with(float()) : with(BFloat16());
   return attended;
 }
 
