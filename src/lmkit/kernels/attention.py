@@ -59,14 +59,25 @@ def fits(model: torch.nn.Module) -> bool:
     )
 
 
-def put_on(model: Any) -> None:
-    """Have a model that `fits` call `attend`."""
+def put_on(model: Any, kernels: Any = None) -> None:
+    """Have a model that `fits` call `attend`, with lmkit's own `kernels` if they are given.
+
+    Args:
+        model: The model.
+        kernels: As `kernels.native.operators` returns them.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)  # all its parts'
+    name = NAME if kernels is None else str(kernels.name)
+    AttentionInterface.register(name, attend if kernels is None else functools.partial(attend, kernels=kernels))
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)  # all its parts'
+
+
+def is_on(model: Any) -> bool:
+    """Say whether a model calls `attend`."""
+    return str(model.config._attn_implementation).startswith(NAME)  # noqa: SLF001 - it has no public name
 
 
 def attend(
@@ -78,6 +89,7 @@ def attend(
     *,
     scaling: float | None = None,
     position_bias: torch.Tensor | None = None,
+    kernels: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend as transformers' `sdpa` does.
@@ -92,6 +104,7 @@ def attend(
             `(rows, heads, tokens, columns)`.
         scaling: What the scores are multiplied with; None is one over the root of `size`.
         position_bias: Added to the scores. *Shape:* `(1 or rows, heads, tokens, columns)`.
+        kernels: lmkit's own, where they are asked for; also for what is traced.
         **kwargs: What else transformers gives to `sdpa`.
 
     Returns:
@@ -102,6 +115,8 @@ def attend(
     width = rows // sources
     scale = size**-0.5 if scaling is None else scaling
     near = key.device.type == "cpu"
+    if kernels is not None and near and tokens == 1 and width and not kwargs.keys() & UNKNOWN:
+        pass
     unusual = kwargs.get("dropout") or any(kwargs.get(name) for name in ("softcap", "output_attentions", "cache"))
     half = all(state.dtype is torch.bfloat16 for state in (query, key, value))
     fast = near and half and not unusual and not torch.compiler.is_compiling() and packs()

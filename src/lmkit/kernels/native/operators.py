@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from lmkit.kernels.native import linear
+from lmkit.kernels.native import attention, linear
 from lmkit.kernels.native.build import NoKernelsError, compiler, instructions, library
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-PARTS: Final = (linear,)
+PARTS: Final = (linear, attention)
 """Modules of a kind of kernels each: `describe` tells torch their shapes, `check` tries them."""
 
 
