@@ -38,7 +38,7 @@ INSTRUCTIONS: Final[Mapping[str, tuple[Sequence[str], Sequence[str]]]] = {
 the compiler is told."""
 
 FLAGS: Final = (
-    *("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"),
+    *("-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"),
     "-DTORCH_TARGET_VERSION=0x020d000000000000",
 )
 """For gcc and clang. With the version, torch's headers offer what 2.13 has, lmkit's oldest."""

@@ -24,7 +24,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t GROUP = 32, QUADS = GROUP / 4, BLOCK = 32;
 constexpr int VECTORS = 2, PART = VECTORS * LANES;  // outputs that are computed at a time, a block or half of one
-constexpr int MOST_ROWS = LANES == 16 ? 6 : 2;      // and rows: as many sums as there are registers for
+constexpr int MOST_ROWS = LANES == 16 ? 6 : 3;      // and rows: as many sums as there are registers for
 constexpr int64_t CACHED = 3 << 17;                 // bytes of rows that stay in a core's cache beside a block
 constexpr int64_t WORTH = 1 << 17;                  // multiplications that make it worth to wake a thread
 
@@ -118,6 +118,7 @@ void multiply(const uint8_t* weight, const T* scales, const int8_t* bytes, const
     for (int row = 0; row < ROWS; ++row)
       for (int v = 0; v < VECTORS; ++v) dots[row][v] = splat(group[row * groups + at].start);
     const int8_t* part = bytes + at * GROUP;
+#pragma GCC unroll 2
     for (int quad = 0; quad < QUADS; quad += BITS == 4 ? 2 : 1, weight += 4 * BLOCK) {
       Ints loaded[VECTORS];
       for (int v = 0; v < VECTORS; ++v) loaded[v] = load(weight + v * LANES * 4);
@@ -154,9 +155,9 @@ void multiply(const uint8_t* weight, const T* scales, const int8_t* bytes, const
 
 template <int BITS, typename T> using Multiply = decltype(&multiply<BITS, 1, T>);
 template <int BITS, typename T> constexpr Multiply<BITS, T> MULTIPLY[] = {
-    multiply<BITS, 1, T>, multiply<BITS, 2, T>,
+    multiply<BITS, 1, T>, multiply<BITS, 2, T>, multiply<BITS, 3, T>,
 #if defined(__AVX512VNNI__)
-    multiply<BITS, 3, T>, multiply<BITS, 4, T>, multiply<BITS, 5, T>, multiply<BITS, 6, T>,
+    multiply<BITS, 4, T>, multiply<BITS, 5, T>, multiply<BITS, 6, T>,
 #endif
 };
 
