@@ -39,6 +39,9 @@ HIDDEN = -1e30
 """What hides a column, when added to its score. A token that sees nothing, as padding may, attends to all alike: with
 -inf it would be NaN, and that spreads, since the next layer multiplies hidden values too, if by nothing."""
 
+UNKNOWN = "dropout", "output_attentions", "cache"
+"""Arguments that only transformers' own function knows."""
+
 ROOMS = 4
 """How many rooms are kept, of 10 MiB each: as many calls at a time find memory that is there already."""
 
@@ -115,9 +118,12 @@ def attend(
     width = rows // sources
     scale = size**-0.5 if scaling is None else scaling
     near = key.device.type == "cpu"
-    if kernels is not None and near and tokens == 1 and width and not kwargs.keys() & UNKNOWN:
-        pass
-    unusual = kwargs.get("dropout") or any(kwargs.get(name) for name in ("softcap", "output_attentions", "cache"))
+    if kernels is not None and tokens == 1 and near and not any(kwargs.get(name) for name in UNKNOWN):
+        added = [None if given is None else given[(None,) * (4 - given.ndim)] for given in (attention_mask, position_bias)]
+        if _one_fits((query, key, value), *added):
+            sinks, cap = kwargs.get("s_aux"), kwargs.get("softcap") or 0.0
+            return kernels.attend_one(query, key, value, *added, sinks, scale, cap), None
+    unusual = any(kwargs.get(name) for name in ("softcap", *UNKNOWN))
     half = all(state.dtype is torch.bfloat16 for state in (query, key, value))
     fast = near and half and not unusual and not torch.compiler.is_compiling() and packs()
     worth = tokens > 1 and width == 1 and rows * heads * tokens * key.shape[2] >= WORTH_SCORES
@@ -141,6 +147,30 @@ def attend(
     attended = kernel((grouped, key, value), attention_mask, bias, scale)
     apart = attended.view(sources, groups, width, -1, value.shape[-1])
     return apart.transpose(1, 2).reshape(rows, 1, heads, -1), None
+
+
+def _one_fits(
+    states: Sequence[torch.Tensor], mask: torch.Tensor | None, bias: torch.Tensor | None
+) -> bool:
+    """Say whether lmkit's kernel for rows of one token takes these. *Shape:* as in `attend`, with all dimensions."""
+    query, key, value = states
+    rows, heads, columns = len(query), query.shape[1], key.shape[2]
+    alike = all(state.dtype in (torch.float32, torch.bfloat16) and state.dtype is query.dtype for state in states)
+    whole = rows >= len(key) > 0 and rows % len(key) == 0 and heads % key.shape[1] == 0
+    if not (alike and whole and columns and _given(*states, mask, bias)):
+        return False
+    fits = (
+        added is None or (added.shape[0] in (1, rows) and added.shape[1] in (1, most) and added.shape[2:] == (1, columns))
+        for added, most in ((mask, 1), (bias, heads))
+    )
+    return all(fits)
+
+
+def _given(*tensors: torch.Tensor | None) -> bool:
+    """Say whether none of some tensors is trained, or of a class with functions of its own; they may be traced."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    return not trained and not torch.overrides.has_torch_function(given)
 
 
 def _shared(bias: torch.Tensor, width: int, heads: tuple[int, int]) -> torch.Tensor:
@@ -180,9 +210,7 @@ def _products(
 
 def _plain(*tensors: torch.Tensor | None) -> bool:
     """Say whether tensors are ordinary ones, with values, and none of them is trained."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    return not trained and all(type(tensor) is torch.Tensor for tensor in given)
+    return _given(*tensors) and all(type(tensor) is torch.Tensor for tensor in tensors if tensor is not None)
 
 
 @dataclass(frozen=True, slots=True)
