@@ -286,22 +286,22 @@ def test_whole_models_give_transformers_tokens(best: Any, name: str, beams: int)
     assert found == checkpoints.generated(name, texts, max_new_tokens=12, num_beams=beams)
 
 
-def test_every_row_of_one_token_goes_to_the_kernel(best: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a whole model, torch's kernel attends to prompts alone."""
-    calls: list[int] = []
+@pytest.mark.parametrize("name", ["llama", "marian"])
+def test_every_row_of_one_token_goes_to_the_kernel(best: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a whole model, torch's kernel attends to rows of several tokens alone."""
+    tokens: list[int] = []
     own = torch.nn.functional.scaled_dot_product_attention
 
     def spy(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls.append(query.shape[2])
+        tokens.append(query.shape[2])
         return own(query, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    with checkpoints.fresh("marian") as loaded:
+    with checkpoints.fresh(name) as loaded:
         attention.put_on(loaded.model, best)
-        loaded(checkpoints.texts("marian"), max_new_tokens=6)
-    assert calls
-    assert 1 not in calls[-1:]
-    assert calls.count(1) <= 2 * loaded.model.config.decoder_layers if loaded.model else True
+        loaded(checkpoints.texts(name), max_new_tokens=6)
+    assert tokens
+    assert 1 not in tokens
 
 
 @pytest.mark.parametrize("options", [{"dropout": 0.5}, {"position_bias": torch.zeros(1, 4, 1, 40, requires_grad=True)}])
@@ -317,16 +317,17 @@ def test_what_the_kernel_does_not_know_goes_to_torchs(best: Any, options: dict[s
 
 
 def test_a_compiled_step_holds_it(best: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step with the kernel is another one than without, and gives the same tokens."""
+    """A step with the kernel is kept beside the one without, and gives the tokens of the model."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     texts = checkpoints.texts("llama")
     with lmkit.load("causal", str(checkpoints.folder("llama")), "float32", "cpu", compile=True) as loaded:
-        expected = [result.token_ids for result in loaded(texts, max_new_tokens=8)]
         attention.put_on(loaded.model, best)
         step = CompiledStep(loaded.model)
+        assert len(list((tmp_path / "lmkit" / "compiled").iterdir())) == 2
+        called = [str(node.target) for node in step._trace()[0].graph.nodes]
+        assert sum("attend_one" in one for one in called) == loaded.model.config.num_hidden_layers
+        assert not any("scaled_dot_product" in one for one in called)
         engine: Any = loaded._engine
         engine._batches._compiled = step
-        calls: list[int] = []
-        found = [result.token_ids for result in loaded(texts, max_new_tokens=8)]
-    assert found == expected
-    assert calls == []
+        found = [list(result.token_ids) for result in loaded(texts, max_new_tokens=8)]
+    assert found == checkpoints.generated("llama", texts, max_new_tokens=8)

@@ -163,6 +163,7 @@ class CompiledStep:
         shapes = [(tuple(weight.shape), weight.is_mkldnn) for weight in self._weights]
         told = [
             [version("lmkit"), torch.__version__, transformers.__version__, SETTINGS, TRACED],
+            [self._model.config._attn_implementation],  # noqa: SLF001 - it has no public name
             [str(input_device(self._model)), torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()],
             [type(self._model).__qualname__, self._model.config.to_dict(), described, shapes, self.most_rows],
         ]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch._subclasses import FakeTensor
 
 from lmkit.kernels.packed import packs
 
@@ -127,7 +128,7 @@ def attend(
     half = all(state.dtype is torch.bfloat16 for state in (query, key, value))
     fast = near and half and not unusual and not torch.compiler.is_compiling() and packs()
     worth = tokens > 1 and width == 1 and rows * heads * tokens * key.shape[2] >= WORTH_SCORES
-    if fast and worth and _plain(query, key, value, attention_mask, position_bias):
+    if fast and worth and _given(query, key, value, attention_mask, position_bias, traced=False):
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         added = Added(attention_mask, position_bias, causal=causal and attention_mask is None)
@@ -154,10 +155,11 @@ def _one_fits(
 ) -> bool:
     """Say whether lmkit's kernel for rows of one token takes these. *Shape:* as in `attend`, with all dimensions."""
     query, key, value = states
-    rows, heads, columns = len(query), query.shape[1], key.shape[2]
+    rows, heads = query.shape[:2]
+    sources, groups, columns = key.shape[:3]  # not len(), which would fix a number that is traced
     alike = all(state.dtype in (torch.float32, torch.bfloat16) and state.dtype is query.dtype for state in states)
-    whole = rows >= len(key) > 0 and rows % len(key) == 0 and heads % key.shape[1] == 0
-    if not (alike and whole and columns and _given(*states, mask, bias)):
+    whole = rows >= sources > 0 and rows % sources == 0 and heads % groups == 0 and columns > 0
+    if not (alike and whole and _given(*states, mask, bias)):
         return False
     fits = (
         added is None or (added.shape[0] in (1, rows) and added.shape[1] in (1, most) and added.shape[2:] == (1, columns))
@@ -166,11 +168,13 @@ def _one_fits(
     return all(fits)
 
 
-def _given(*tensors: torch.Tensor | None) -> bool:
-    """Say whether none of some tensors is trained, or of a class with functions of its own; they may be traced."""
+def _given(*tensors: torch.Tensor | None, traced: bool = True) -> bool:
+    """Say whether some tensors are ordinary ones, or stand in for such while they are `traced`, and none is trained."""
     given = [tensor for tensor in tensors if tensor is not None]
     trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    return not trained and not torch.overrides.has_torch_function(given)
+    return not trained and all(
+        type(tensor) is torch.Tensor or (traced and isinstance(tensor, FakeTensor)) for tensor in given
+    )
 
 
 def _shared(bias: torch.Tensor, width: int, heads: tuple[int, int]) -> torch.Tensor:
@@ -206,11 +210,6 @@ def _products(
         else:
             scores += mask
     return scores.softmax(-1).to(value.dtype) @ value
-
-
-def _plain(*tensors: torch.Tensor | None) -> bool:
-    """Say whether tensors are ordinary ones, with values, and none of them is trained."""
-    return _given(*tensors) and all(type(tensor) is torch.Tensor for tensor in tensors if tensor is not None)
 
 
 @dataclass(frozen=True, slots=True)
