@@ -14,6 +14,8 @@ BLOCK: Final = 32
 GROUP: Final = 32
 """How many inputs share a scale; rows of weights are padded to whole groups."""
 
+ALL: Final = slice(None)
+
 TINY: Final = 1e-36
 """Groups whose largest magnitude is no more than this are zeros."""
 
@@ -22,41 +24,46 @@ TOLERANCE: Final = 1e-5
 
 
 def pack8(numbers: torch.Tensor) -> torch.Tensor:
-    """Bring whole numbers of -128 to 127 into the kernel's order. *Shape:* `(outputs, inputs)` to `(blocks, …)`."""
+    """Bring whole numbers of -128 to 127 into the kernel's order. *Shape:* `(outputs, inputs)`, padded."""
     padded = _padded(numbers, GROUP)
-    return (padded.view(len(padded) // BLOCK, BLOCK, -1, 4).transpose(1, 2) ^ -128).contiguous()
+    return (padded.view(-1, BLOCK, padded.shape[1] // 4, 4).transpose(1, 2) ^ -128).reshape(padded.shape).contiguous()
 
 
-def unpack8(packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
-    """Return the numbers that `pack8` was given, or those of some blocks. *Shape:* `(outputs, inputs)`."""
-    return (packed.transpose(1, 2) ^ -128).reshape(len(packed) * BLOCK, -1)[:outputs, :inputs]
+def unpack8(packed: torch.Tensor) -> torch.Tensor:
+    """Return the numbers that `pack8` was given, or those of some blocks. *Shape:* the same, still padded."""
+    return (packed.view(-1, packed.shape[1] // 4, BLOCK, 4).transpose(1, 2) ^ -128).reshape(packed.shape)
+
+
+def rows8(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return some rows of what `pack8` was given. *Shape:* that of `rows`, and `inputs`, still padded."""
+    blocks = packed.view(-1, packed.shape[1] // 4, BLOCK, 4)
+    return (blocks[rows // BLOCK, :, rows % BLOCK] ^ -128).flatten(-2)
 
 
 def pack4(levels: torch.Tensor) -> torch.Tensor:
-    """Bring levels of 0 to 15 into the kernel's order. *Shape:* `(outputs, inputs)` to `(blocks, …)`, two in a byte."""
-    padded = _padded(levels, GROUP)
-    quads = padded.view(len(padded) // BLOCK, BLOCK, -1, 2, 4).transpose(1, 2)
-    return (quads[:, :, :, 0] | quads[:, :, :, 1] << 4).contiguous()
+    """Bring levels of 0 to 15, two in a byte, into the kernel's order. *Shape:* `(outputs, inputs / 2)`, padded."""
+    padded = _padded(levels, GROUP // 2)
+    eights = torch.stack((padded & 15, padded >> 4), -1).view(-1, BLOCK, padded.shape[1] // 4, 2, 4).transpose(1, 2)
+    return (eights[:, :, :, 0] | eights[:, :, :, 1] << 4).reshape(padded.shape).contiguous()
 
 
-def unpack4(packed: torch.Tensor, outputs: int) -> torch.Tensor:
-    """Return the levels that `pack4` was given, or those of some blocks. *Shape:* `(outputs, inputs)`."""
-    quads = torch.stack((packed & 15, packed >> 4), 3).transpose(1, 2)
-    return quads.reshape(len(packed) * BLOCK, -1)[:outputs]
+def unpack4(packed: torch.Tensor) -> torch.Tensor:
+    """Return what `pack4` was given, or that of some blocks. *Shape:* the same, still padded."""
+    quads = packed.view(-1, packed.shape[1] // 4, BLOCK, 4)
+    levels = torch.stack((quads & 15, quads >> 4), 3).transpose(1, 2)
+    return (levels[..., ::2] | levels[..., 1::2] << 4).reshape(packed.shape)
 
 
 def pack_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Bring scales and offsets in 4 bits into the kernel's order.
-
-    *Shape:* `(groups, outputs, 2)` to `(blocks, groups, 32, 2)`.
-    """
+    """Bring scales and offsets in 4 bits into the kernel's order. *Shape:* `(groups, outputs, 2)`, padded."""
     padded = _padded(scales.transpose(0, 1).flatten(1), 1)
-    return padded.view(len(padded) // BLOCK, BLOCK, -1, 2).transpose(1, 2).contiguous()
+    blocks = padded.view(-1, BLOCK, len(scales), 2).transpose(1, 2)
+    return blocks.reshape(len(scales), -1, 2).contiguous()
 
 
-def unpack_scales(packed: torch.Tensor, outputs: int) -> torch.Tensor:
-    """Return the scales that `pack_scales` was given. *Shape:* `(groups, outputs, 2)`."""
-    return packed.transpose(0, 1).flatten(1, 2)[:, :outputs].contiguous()
+def unpack_scales(packed: torch.Tensor, blocks: slice = ALL) -> torch.Tensor:
+    """Return what `pack_scales` was given, or that of some blocks. *Shape:* `(groups, outputs, 2)`, still padded."""
+    return packed.view(-1, len(packed), BLOCK, 2)[blocks].transpose(0, 1).reshape(len(packed), -1, 2).contiguous()
 
 
 def _padded(rows: torch.Tensor, width: int) -> torch.Tensor:
@@ -93,9 +100,11 @@ def check(operators: Any) -> None:
                 continue
             levels = torch.randint(0, 16, (outputs, inputs), generator=draws).to(torch.uint8)
             pairs = torch.randn(inputs // GROUP, outputs, 2, generator=draws).to(dtype)
-            found = operators.linear(given, pack4(levels), pack_scales(pairs), None, 4, outputs)
-            wide = widened4(levels, pairs)
-            _compare(found, rounded(given) @ wide.T, 4)
+            packed = pack4(levels[:, ::2] | levels[:, 1::2] << 4)
+            found = operators.linear(given, packed, pack_scales(pairs), None, 4, outputs)
+            scale, offset = pairs.double().transpose(0, 1)[..., None].unbind(2)
+            wide = (levels.double().unflatten(1, (-1, GROUP)) - 8) * scale + offset
+            _compare(found, rounded(given) @ wide.flatten(1).T, 4)
 
 
 def rounded(rows: torch.Tensor) -> torch.Tensor:
@@ -104,13 +113,6 @@ def rounded(rows: torch.Tensor) -> torch.Tensor:
     most = padded.abs().amax(-1, keepdim=True)
     numbers = torch.where(most > TINY, padded * (127 / most), 0).round()
     return (numbers.double() * (most / 127).double()).flatten(-2)[..., : rows.shape[-1]]
-
-
-def widened4(levels: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-    """Return weights of 4 bits in float64. *Shape:* `(outputs, inputs)`."""
-    scale, offset = pairs.double().transpose(0, 1).unbind(-1)
-    groups = levels.double().unflatten(1, (-1, GROUP)) - 8
-    return (groups * scale[..., None] + offset[..., None]).flatten(1)
 
 
 def _compare(found: torch.Tensor, expected: torch.Tensor, bits: int) -> None:

@@ -46,10 +46,10 @@ def operators(isa: str | None = None) -> Any:
     def accept(path: Path) -> None:
         try:
             torch.ops.load_library(str(path))
-        except OSError as error:
-            raise NoKernelsError(f"what was compiled cannot be loaded ({error.__cause__ or error})") from error
-        for part in PARTS:
-            part.check(found)
+            for part in PARTS:
+                part.check(found)
+        except (OSError, RuntimeError, AttributeError) as error:
+            raise NoKernelsError(f"what was compiled does not run ({error.__cause__ or error})") from error
 
     library(chosen, name, accept)
     for part in PARTS:
