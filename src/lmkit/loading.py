@@ -24,7 +24,7 @@ from lmkit.checkpoint.tasks import CausalWord, MaskedWord, Seq2SeqWord, Task, Ta
 from lmkit.errors import OptionError, UnknownOptionError, listed, nearest, shown
 from lmkit.kernels import attention, ordered, rotary
 from lmkit.kernels.native.build import NoKernelsError, instructions
-from lmkit.kernels.native.operators import operators
+from lmkit.kernels.native.operators import operators, refusal
 from lmkit.kernels.openmp import release_pool
 from lmkit.kernels.packed import pack
 from lmkit.kernels.wide_copies import Copies, keep_copies
@@ -263,8 +263,8 @@ def _loaded(
     with frameless:
         put_on(model, wish.adapters)
         told_language.put_on(model, check_language(config, wish.language, source.name))
-        plan = _with_kernels(plan, model)
-        return plan, model, read_tokenizer(), _carry_out(plan, model, wish)
+        plan, kernels = _with_kernels(plan, model, wish)
+        return plan, model, read_tokenizer(), _carry_out(plan, model, wish, kernels)
 
 
 def plan(
@@ -437,27 +437,31 @@ def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, wish: 
     return model
 
 
-def _with_kernels(plan: LoadPlan, model: Any) -> LoadPlan:
-    """Put lmkit's own kernels into a model, as planned; return the plan, which says where that failed."""
-    if plan.kernels != "native":
-        return plan
+def _with_kernels(plan: LoadPlan, model: Any, wish: Wish) -> tuple[LoadPlan, Any]:
+    """Put lmkit's own kernels into a model, as planned; return the plan, which says where that failed, and them."""
+    attends = wish.compile and plan.attention == attention.NAME and refusal() is None
+    if plan.kernels != "native" and not attends:
+        return plan, None
     try:
         isa = instructions()
-        operators(isa)
+        kernels = operators(isa)
     except NoKernelsError as error:
         why = f"torch's, although lmkit's own were asked for: {error}"
         logger.warning("%s: kernels: %s", plan.name, why)
-        return replace(plan, kernels="torch", reasons={**plan.reasons, "kernels": why})
-    ordered.put_on(model, isa)
-    return plan
+        told = {"kernels": why} | ({"attention": f"without a kernel of lmkit's own: {error}"} if attends else {})
+        kept = "torch" if plan.kernels == "native" else plan.kernels
+        return replace(plan, kernels=kept, reasons={**plan.reasons, **told}), None
+    if plan.kernels == "native":
+        ordered.put_on(model, isa)
+    return plan, kernels
 
 
-def _carry_out(plan: LoadPlan, model: Any, wish: Wish) -> Copies | None:
+def _carry_out(plan: LoadPlan, model: Any, wish: Wish, kernels: Any) -> Copies | None:
     """Replace of a model that was read what the plan says; return what keeps wide copies of its layers."""
     if plan.kernels == "packed":
         pack(model)
     if plan.attention == attention.NAME:
-        attention.put_on(model)
+        attention.put_on(model, kernels)
     rotary.put_on(model)
     on_cpu = wish.wide_copy_bytes and plan.placement.device_type == "cpu" and plan.kernels != "native"
     return keep_copies(model, wish.wide_copy_bytes) if on_cpu else None

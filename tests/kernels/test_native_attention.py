@@ -45,6 +45,15 @@ def built(isa: str | None) -> Any:
         pytest.skip(str(error))
 
 
+def with_kernels(name: str, precision: Any, kernels: Any) -> Any:
+    """Load a tiny model that attends with these kernels."""
+    task: Any = checkpoints.FAMILIES[name].task
+    loaded = lmkit.load(task, str(checkpoints.folder(name)), precision, "cpu", compile="kernels")
+    assert "one token by a kernel in C++" in loaded.plan.reasons["attention"]
+    assert loaded.model.config._attn_implementation == kernels.name
+    return loaded
+
+
 def case(
     draws: torch.Generator, *, sources: int = 3, beams: int = 1, groups: int = 2, share: int = 2, columns: int = 40,
     size: int = 16, value_size: int = 16, dtype: Any = torch.float32,
@@ -277,9 +286,7 @@ def test_it_can_be_traced_for_any_number_of_rows_and_columns(best: Any) -> None:
 @pytest.mark.parametrize("beams", [1, 3])
 def test_whole_models_give_transformers_tokens(best: Any, name: str, beams: int) -> None:
     """In float32 a batch of any lengths gets the tokens of `generate`, greedily and with beams, windows and biases."""
-    with checkpoints.fresh(name) as loaded:
-        attention.put_on(loaded.model, best)
-        assert attention.is_on(loaded.model)
+    with with_kernels(name, "float32", best) as loaded:
         texts = checkpoints.texts(name)
         options: dict[str, Any] = {**checkpoints.languages(name), "num_beams": beams, "max_new_tokens": 12}
         found = [list(result.token_ids) for result in loaded(texts, **options)]
@@ -297,8 +304,7 @@ def test_every_row_of_one_token_goes_to_the_kernel(best: Any, name: str, monkeyp
         return own(query, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    with checkpoints.fresh(name) as loaded:
-        attention.put_on(loaded.model, best)
+    with with_kernels(name, "float32", best) as loaded:
         loaded(checkpoints.texts(name), max_new_tokens=6)
     assert tokens
     assert 1 not in tokens
@@ -321,13 +327,24 @@ def test_a_compiled_step_holds_it(best: Any, tmp_path: Any, monkeypatch: pytest.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     texts = checkpoints.texts("llama")
     with lmkit.load("causal", str(checkpoints.folder("llama")), "float32", "cpu", compile=True) as loaded:
-        attention.put_on(loaded.model, best)
-        step = CompiledStep(loaded.model)
-        assert len(list((tmp_path / "lmkit" / "compiled").iterdir())) == 2
-        called = [str(node.target) for node in step._trace()[0].graph.nodes]
+        engine: Any = loaded._engine
+        called = [str(node.target) for node in engine._batches._compiled._trace()[0].graph.nodes]
         assert sum("attend_one" in one for one in called) == loaded.model.config.num_hidden_layers
         assert not any("scaled_dot_product" in one for one in called)
-        engine: Any = loaded._engine
-        engine._batches._compiled = step
         found = [list(result.token_ids) for result in loaded(texts, max_new_tokens=8)]
+        attention.put_on(loaded.model)
+        CompiledStep(loaded.model)
+    assert len(list((tmp_path / "lmkit" / "compiled").iterdir())) == 2
     assert found == checkpoints.generated("llama", texts, max_new_tokens=8)
+
+
+def test_kernels_that_fail_to_build_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is loaded all the same, with torch's kernels, and the plan says why."""
+
+    def fail(*_args: Any) -> Any:
+        raise NoKernelsError("the compiler is broken")
+
+    monkeypatch.setattr("lmkit.loading.operators", fail)
+    with lmkit.load("causal", str(checkpoints.folder("llama")), "float32", "cpu", compile="kernels") as loaded:
+        assert loaded.model.config._attn_implementation == attention.NAME
+        assert loaded.plan.reasons["attention"].endswith("the compiler is broken")
