@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensor
 from lmkit.kernels.packed import packs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 NAME = "lmkit"
 """What transformers knows `attend` by."""
@@ -119,18 +119,18 @@ def attend(
     width = rows // sources
     scale = size**-0.5 if scaling is None else scaling
     near = key.device.type == "cpu"
-    if kernels is not None and tokens == 1 and near and not any(kwargs.get(name) for name in UNKNOWN):
-        added = [None if given is None else given[(None,) * (4 - given.ndim)] for given in (attention_mask, position_bias)]
-        if _one_fits((query, key, value), *added):
-            sinks, cap = kwargs.get("s_aux"), kwargs.get("softcap") or 0.0
-            return kernels.attend_one(query, key, value, *added, sinks, scale, cap), None
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if kernels is not None and near and not any(kwargs.get(name) for name in UNKNOWN):
+        added = Added(attention_mask, position_bias, causal=bool(causal) and attention_mask is None)
+        attended = _by_kernel(kernels, (query, key, value), added, scale, kwargs)
+        if attended is not None:
+            return attended, None
     unusual = any(kwargs.get(name) for name in ("softcap", *UNKNOWN))
     half = all(state.dtype is torch.bfloat16 for state in (query, key, value))
     fast = near and half and not unusual and not torch.compiler.is_compiling() and packs()
     worth = tokens > 1 and width == 1 and rows * heads * tokens * key.shape[2] >= WORTH_SCORES
     if fast and worth and _given(query, key, value, attention_mask, position_bias, traced=False):
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
         added = Added(attention_mask, position_bias, causal=causal and attention_mask is None)
         return _in_blocks((query, key, value), added, scale), None
     products = fast and rows * groups >= WORTH
@@ -150,22 +150,27 @@ def attend(
     return apart.transpose(1, 2).reshape(rows, 1, heads, -1), None
 
 
-def _one_fits(
-    states: Sequence[torch.Tensor], mask: torch.Tensor | None, bias: torch.Tensor | None
-) -> bool:
-    """Say whether lmkit's kernel for rows of one token takes these. *Shape:* as in `attend`, with all dimensions."""
+def _by_kernel(
+    kernels: Any, states: Sequence[torch.Tensor], added: Added, scale: float, options: Mapping[str, Any]
+) -> torch.Tensor | None:
+    """Attend with lmkit's own kernels; None where they do not take that. *Shape:* as in `attend`."""
     query, key, value = states
-    rows, heads = query.shape[:2]
+    rows, heads, tokens = query.shape[:3]
     sources, groups, columns = key.shape[:3]  # not len(), which would fix a number that is traced
-    alike = all(state.dtype in (torch.float32, torch.bfloat16) and state.dtype is query.dtype for state in states)
+    mask, bias = (None if given is None else given[(None,) * (4 - given.ndim)] for given in (added.mask, added.bias))
     whole = rows >= sources > 0 and rows % sources == 0 and heads % groups == 0 and columns > 0
-    if not (alike and whole and _given(*states, mask, bias)):
-        return False
-    fits = (
-        added is None or (added.shape[0] in (1, rows) and added.shape[1] in (1, most) and added.shape[2:] == (1, columns))
-        for added, most in ((mask, 1), (bias, heads))
-    )
-    return all(fits)
+    fits = all(given is None or given.shape[3] == columns for given in (mask, bias))
+    if not (whole and fits and _given(query, key, value, mask, bias)):
+        return None
+    dtypes = {state.dtype for state in states}
+    sinks, cap = options.get("s_aux"), options.get("softcap") or 0.0
+    if tokens == 1 and dtypes in ({torch.float32}, {torch.bfloat16}) and (mask is None or mask.shape[1] == 1):
+        one: torch.Tensor = kernels.attend_one(query, key, value, mask, bias, sinks, scale, cap)
+        return one
+    if not hasattr(kernels, "attend_many") or rows != sources or dtypes != {torch.bfloat16} or sinks is not None or cap:
+        return None
+    many: torch.Tensor = kernels.attend_many(query, key, value, mask, bias, added.causal, scale)
+    return many
 
 
 def _given(*tensors: torch.Tensor | None, traced: bool = True) -> bool:

@@ -3,63 +3,22 @@
 // The columns that a row sees are taken in order, CHUNK at a time, whatever lies between them. So a row's result
 // depends neither on the rows beside it and the padding that they cause, nor on who computes which chunk.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
-#include <optional>
 #include <utility>
 #include <vector>
 
-#include "vectors.h"
+#include "attention.h"
 
 namespace {
 
 using namespace lmkit;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Given = std::optional<Tensor>;
 
 constexpr int64_t CHUNK = 128;                  // columns
 constexpr int64_t TILE = LANES == 16 ? 4 : 2;   // queries at a time, as many sums as there are registers for
 constexpr int64_t WIDE = 4;                     // registers of values at a time
 constexpr int64_t WORTH = 1 << 18;              // multiplications that make it worth to wake a thread
-constexpr float HIDDEN = -1e30f;                // a mask that adds this or less hides
-
-#if defined(__AVX512VNNI__)
-
-inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b where one is NaN
-inline float largest(Floats a) { return _mm512_reduce_max_ps(a); }
-inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
-// The sums of four.
-inline __m128 sums(Floats a, Floats b, Floats c, Floats d) {
-  const Floats ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const Floats cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const Floats all = add(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
-                         _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
-#else
-
-inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
-inline float largest(Floats a) {
-  float each[LANES];
-  store(each, a);
-  return *std::max_element(each, each + LANES);
-}
-inline __m128 sums(Floats a, Floats b, Floats c, Floats d) {
-  const Floats all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-  return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
-}
-inline float sum(Floats a) { return _mm_cvtss_f32(sums(a, a, a, a)); }
-
-#endif
 
 // What a product of queries and keys reads at a time: `Operand<T>::COUNT` numbers.
 template <class T>
@@ -88,19 +47,6 @@ struct Padded {
   alignas(64) T numbers[N] = {};
   Padded(const T* from, int64_t count) { std::memcpy(numbers, from, count * sizeof(T)); }
 };
-
-// For numbers of at most 0, or NaN; what is below -87 counts as that.
-inline Floats exponential(Floats x) {
-  x = larger(splat(-87.0f), x);
-  const Ints power = rounded(times(x, splat(1.44269504f)));
-  const Floats whole = converted(power);
-  const Floats rest = fused(whole, splat(2.12194440e-4f), fused(whole, splat(-0.693359375f), x));
-  Floats sum = splat(1.9875691500e-4f);
-  for (const float factor : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    sum = fused(sum, rest, splat(factor));
-  sum = fused(times(sum, rest), rest, add(rest, splat(1.0f)));
-  return times(sum, as_floats(left<23>(add(power, splat(127)))));
-}
 
 // Scores of Q queries with four keys. *Shape:* of `scores`: Q rows of CHUNK.
 template <int64_t Q, class T>
@@ -403,23 +349,6 @@ struct Attention {
   }
 };
 
-// The same tensor, or a copy whose numbers lie side by side.
-Tensor dense(const Tensor& given) {
-  return given.size(given.dim() - 1) == 1 || given.stride(given.dim() - 1) == 1 ? given : torch::stable::contiguous(given);
-}
-
-// What is added or hides, of a dtype that is read here.
-Given dense(const Given& given, const Tensor& query, const Tensor& key, bool per_head) {
-  if (!given) return given;
-  const bool fits = given->dim() == 4 && (given->size(0) == 1 || given->size(0) == query.size(0)) &&
-                    (given->size(1) == 1 || (per_head && given->size(1) == query.size(1))) && given->size(2) == 1 &&
-                    given->size(3) == key.size(2);
-  STD_TORCH_CHECK(fits, "the mask or bias has another shape");
-  const ScalarType dtype = given->scalar_type();
-  const bool read = dtype == ScalarType::Bool || dtype == ScalarType::Float || dtype == ScalarType::BFloat16;
-  return dense(read ? *given : torch::stable::to(*given, ScalarType::Float));
-}
-
 template <typename T>
 void attend(const Tensor& query, const Tensor& key, const Tensor& value, const Given& mask, const Given& bias,
             const Given& sinks, double scale, double softcap, Tensor& to) {
@@ -450,7 +379,7 @@ Tensor attend_one(const Tensor& query, const Tensor& key, const Tensor& value, c
   if (!key.size(2)) return torch::stable::zero_(to);
   const Given wide = sinks ? dense(torch::stable::to(*sinks, ScalarType::Float)) : sinks;
   (dtype == ScalarType::Float ? attend<float> : attend<uint16_t>)(
-      dense(query), dense(key), dense(value), dense(mask, query, key, false), dense(bias, query, key, true), wide, scale,
+      dense(query), dense(key), dense(value), dense(mask, query, 1, key.size(2)), dense(bias, query, query.size(1), key.size(2)), wide, scale,
       softcap, to);
   return to;
 }

@@ -22,7 +22,12 @@ def describe(name: str) -> None:
     def attend_one(query: Any, _key: Any, value: Any, *_more: Any) -> Any:
         return query.new_empty((query.shape[0], 1, query.shape[1], value.shape[3]))
 
+    def attend_many(query: Any, _key: Any, value: Any, *_more: Any) -> Any:
+        return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
+
     torch.library.register_fake(f"{name}::attend_one", attend_one)
+    if hasattr(getattr(torch.ops, name), "attend_many"):  # which needs products in bfloat16
+        torch.library.register_fake(f"{name}::attend_many", attend_many)
 
 
 def check(operators: Any) -> None:
