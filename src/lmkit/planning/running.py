@@ -109,7 +109,7 @@ def how_rows_run(
         gain += ", and products are those of this CPU's bfloat16 kernel"
     if kernels:
         missing = refusal()
-        gain += "; rows that read one token by a kernel in C++" if missing is None else f"; none in C++, since {missing}"
+        gain += f"; {'one token a row by a kernel in C++' if missing is None else f'none in C++, since {missing}'}"
     reasons = {
         "engine": told,
         "compiled": "as asked: a step of all layers as one graph, kept for later loads" if compiled else None,

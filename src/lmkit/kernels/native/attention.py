@@ -1,23 +1,28 @@
-"""What the kernel of `attention.cpp` gives, and how it is tried."""
+"""What the kernels of `attention.cpp` and `prompts.cpp` give, and how they are tried."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from lmkit.kernels.native.build import NoKernelsError
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 """How far attended values may be from float64's, as a share of the largest."""
+
+SCALE: Final = 0.2
 
 HIDDEN: Final = -1e30
 """What is added to a score to hide its column."""
 
 
 def describe(name: str) -> None:
-    """Tell torch the shape of what the operator of a library gives, so that it can be traced."""
+    """Tell torch the shape of what the operators of a library give, so that they can be traced."""
 
     def attend_one(query: Any, _key: Any, value: Any, *_more: Any) -> Any:
         return query.new_empty((query.shape[0], 1, query.shape[1], value.shape[3]))
@@ -31,10 +36,10 @@ def describe(name: str) -> None:
 
 
 def check(operators: Any) -> None:
-    """Compare the kernel with attention in float64, on odd shapes.
+    """Compare the kernels with attention in float64, on odd shapes.
 
     Raises:
-        NoKernelsError: It is wrong.
+        NoKernelsError: One is wrong.
     """
     draws = torch.Generator().manual_seed(0)
     shapes = ((3, 3, 6, 2, 200, 64, 64), (6, 2, 5, 5, 33, 40, 7), (1, 1, 9, 3, 300, 8, 24))
@@ -49,29 +54,38 @@ def check(operators: Any) -> None:
         seen[: rows // sources] = False
         bias = torch.randn(1, heads, 1, columns, generator=draws).to(dtype)
         sinks = torch.randn(heads, generator=draws)
-        more = (seen, bias, None, 0.2, 3.0) if masked else (None, None, sinks, 0.2, 0.0)
-        found = operators.attend_one(query, key, value, *more).double()
-        expected = exactly(query, key, value, *more)
-        off = float((found - expected).abs().max() / expected.abs().max())
-        if not off < TOLERANCE[dtype]:
-            raise NoKernelsError(f"what was compiled attends wrongly: {str(dtype)[6:]}, off by {off:.2g}")
+        added = (seen, bias, None) if masked else (None, None, sinks)
+        cap = 3.0 if masked else 0.0
+        found = operators.attend_one(query, key, value, *added, SCALE, cap)
+        _compare(found, exactly((query, key, value), *added, cap))
+        if rows == sources and dtype is torch.bfloat16 and hasattr(operators, "attend_many"):
+            query = torch.randn(rows, heads, columns, size, generator=draws).to(dtype)
+            before = None if masked else torch.ones(columns, columns, dtype=torch.bool).tril()[None, None]
+            found = operators.attend_many(query, key, value, None, bias, not masked, SCALE)
+            _compare(found, exactly((query, key, value), before, bias, None, 0.0))
+
+
+def _compare(found: torch.Tensor, expected: torch.Tensor) -> None:
+    off = float((found.double() - expected).abs().max() / expected.abs().max())
+    if not off < TOLERANCE[found.dtype]:
+        raise NoKernelsError(f"what was compiled attends wrongly: {str(found.dtype)[6:]}, off by {off:.2g}")
 
 
 def exactly(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    states: Sequence[torch.Tensor],
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     sinks: torch.Tensor | None,
-    scale: float,
     softcap: float,
 ) -> torch.Tensor:
-    """Attend in float64. *Shape:* of all as the operator takes and gives it."""
+    """Attend in float64, with scores times `SCALE`. *Shape:* of all as the operators take and give it."""
+    query, key, value = states
     rows, heads = query.shape[:2]
     repeats = rows // len(key), heads // key.shape[1]
-    key, value = (part.double().repeat_interleave(repeats[0], 0).repeat_interleave(repeats[1], 1) for part in (key, value))
-    scores = query.double() @ key.transpose(2, 3) * scale
+    key, value = (
+        part.double().repeat_interleave(repeats[0], 0).repeat_interleave(repeats[1], 1) for part in (key, value)
+    )
+    scores = query.double() @ key.transpose(2, 3) * SCALE
     scores = softcap * (scores / softcap).tanh() if softcap else scores
     scores = scores if bias is None else scores + bias
     if mask is not None:
