@@ -54,7 +54,7 @@ def check(operators: Any) -> None:
         seen[: rows // sources] = False
         bias = torch.randn(1, heads, 1, columns, generator=draws).to(dtype)
         sinks = torch.randn(heads, generator=draws)
-        added = (seen, bias, None) if masked else (None, None, sinks)
+        added: tuple[Any, Any, Any] = (seen, bias, None) if masked else (None, None, sinks)
         cap = 3.0 if masked else 0.0
         found = operators.attend_one(query, key, value, *added, SCALE, cap)
         _compare(found, exactly((query, key, value), *added, cap))
