@@ -167,7 +167,12 @@ class Int8Linear(QuantizedLinear):
 
     def _has_kernel(self, dtype: torch.dtype) -> bool:
         # Other widths are read beyond their end in half precision, and torch crashes.
-        return self.native is None and self.in_features % 16 == 0 and self.weight.device.type == "cpu" and _int8_kernel(dtype)
+        return (
+            self.native is None
+            and self.in_features % 16 == 0
+            and self.weight.device.type == "cpu"
+            and _int8_kernel(dtype)
+        )
 
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
         ops = torch.ops.aten  # torch has no public one

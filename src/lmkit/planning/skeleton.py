@@ -101,7 +101,9 @@ class Skeleton:
                 raise
             raise OptionError(f"attn_implementation={attention!r} is not to be had: {error}") from error
         asked = attention is not None
-        self.running = how_rows_run(wish.task, self.model, placed.device_type, compiled=wish.compile is True, asked=asked)
+        self.running = how_rows_run(
+            wish.task, self.model, placed.device_type, compiled=wish.compile is True, asked=asked
+        )
         if not _attends_eagerly(self.model):
             self.model = self._empty(plain, precision.dtype, "eager")
         self.untied = {name: self.model.all_tied_weights_keys[name] for name in case.untied(self.model)}
