@@ -25,7 +25,8 @@ from lmkit.kernels.native import build, linear
 from lmkit.kernels.native.build import INSTRUCTIONS, NoKernelsError
 from lmkit.kernels.native.operators import refusal
 from lmkit.kernels.ordered import put_on
-from lmkit.kernels.quantized import Int4Linear, Int8Embedding, Int8Linear, TiedHead
+from lmkit.kernels.quantized import Int4Linear, Int8Linear
+from lmkit.kernels.tied import Int8Embedding, TiedHead
 from native_kernels import CACHE, HERE, NEEDED, kernels
 from quantized_layers import filled, numbers, widened
 
@@ -202,11 +203,11 @@ def test_gradients_go_through_to_the_input(kind: Any, isa: str) -> None:
 @EVERY_ISA
 @EVERY_KIND
 def test_operators_can_be_traced(kind: Any, isa: str) -> None:
-    """torch's own check of operators finds shapes, dtypes and aliasing as they are described."""
+    """The check of operators that torch has finds shapes, dtypes and aliasing as they are described."""
     layer = native(filled(kind, numbers(50, 64), torch.float32, bias=True), isa)
     for rows in (numbers(3, 64), numbers(2, 5, 64)):
-        given = (rows, layer.weight, layer.scales, layer.bias, kind.BITS, 50)
-        torch.library.opcheck(kernels(isa).linear.default, given, test_utils=("test_schema", "test_faketensor"))
+        arguments = (rows, layer.weight, layer.scales, layer.bias, kind.BITS, 50)
+        torch.library.opcheck(kernels(isa).linear.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_wrong_tensors_are_refused() -> None:
@@ -217,7 +218,7 @@ def test_wrong_tensors_are_refused() -> None:
         linear.pack8(torch.ones(40, 64, dtype=torch.int8)),
         torch.ones(40),
     )
-    for given in (
+    for arguments in (
         (rows[:, :32], weight, scales, None, 8, 40),
         (rows, weight, scales[:39], None, 8, 40),
         (rows, weight, scales, torch.ones(39), 8, 40),
@@ -227,7 +228,7 @@ def test_wrong_tensors_are_refused() -> None:
         (rows.bfloat16(), weight, scales, None, 8, 40),
     ):
         with pytest.raises(RuntimeError):
-            ops.linear(*given)
+            ops.linear(*arguments)
 
 
 # Layers -----------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def test_what_is_saved_is_what_was_loaded(kind: Any, dtype: torch.dtype, outputs
     plain = filled(kind, numbers(outputs, 96), dtype, bias=True, packed=packed)
     expected = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     layer = native(plain)
-    for one in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+    for one in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # noqa: S301 - its own
         found = one.state_dict()
         assert list(found) == list(expected)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -296,7 +297,7 @@ def test_a_model_is_put_on_kernels_and_saved_without(name: str, word: Any, tmp_p
     load: Any = lmkit.load
     with load(task, folder, word, "cpu") as plain, load(task, folder, word, "cpu", compile="kernels") as fast:
         assert (plain.plan.kernels, fast.plan.kernels) == ("torch", "native")
-        assert "they round rows to 8 bits" in fast.plan.reasons["kernels"]
+        assert "rows are rounded to 8 bits" in fast.plan.reasons["kernels"]
         assert any(getattr(module, "native", None) for module in fast.model.modules())
         expected, found = plain.model.state_dict(), fast.model.state_dict()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -375,7 +376,7 @@ def test_every_set_of_instructions_compiles(monkeypatch: pytest.MonkeyPatch) -> 
     """Also what this processor cannot run."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE))
     for isa in set(INSTRUCTIONS) - set(HERE):
-        build.library(isa, f"lmkit_{isa}", lambda path: None)
+        build.library(isa, f"lmkit_{isa}", lambda _path: None)
         assert list(CACHE.rglob(build.LIBRARY))
 
 

@@ -216,7 +216,9 @@ def _untied(trial: Trial) -> str | None:
 def _kernels(trial: Trial) -> str | None:
     if trial.native:
         told = f"lmkit's own, for this processor's {instructions()}, compiled once on this machine"
-        return f"{told}: they round rows to 8 bits, a scale for each {SHARE[8]} numbers, or {SHARE[4]} before 4-bit weights"
+        return (
+            f"{told}: rows are rounded to 8 bits, a scale for {SHARE[8]} numbers, before 4-bit weights for {SHARE[4]}"
+        )
     if trial.skeleton.native:
         return f"torch's, although lmkit's own were asked for: {refusal()}"
     if not trial.packed:

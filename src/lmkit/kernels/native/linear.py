@@ -107,17 +107,19 @@ def check(operators: Any) -> None:
             packed = pack4(levels[:, ::2] | levels[:, 1::2] << 4)
             found = operators.linear(given, packed, pack_scales(pairs), None, 4, outputs)
             scale, offset = pairs.double().transpose(0, 1)[..., None].unbind(2)
-            wide = (levels.double().unflatten(1, (-1, GROUP)) - 8) * scale + offset
+            wide = (levels.double().view(outputs, -1, GROUP) - 8) * scale + offset
             _compare(found, rounded(given, 4) @ wide.flatten(1).T, 4)
 
 
 def rounded(rows: torch.Tensor, bits: int) -> torch.Tensor:
     """Round rows as the kernels do, in float64: to 127 steps between 0 and the largest magnitude of each `SHARE`."""
-    padded = torch.nn.functional.pad(rows.float(), (0, -rows.shape[-1] % GROUP)).unflatten(-1, (-1, SHARE[bits]))
+    padded = torch.nn.functional.pad(rows.float(), (0, -rows.shape[-1] % GROUP))
+    padded = padded.reshape(*rows.shape[:-1], -1, SHARE[bits])
     most = padded.abs().amax(-1, keepdim=True)
     inverse = torch.full_like(most, 127).div(most)  # 127 / most would multiply with a rounded reciprocal
     numbers = torch.where(most > TINY, padded * inverse, 0).round()
-    return (numbers.double() * (most / 127).double()).flatten(-2)[..., : rows.shape[-1]]
+    wide: torch.Tensor = (numbers.double() * (most / 127).double()).flatten(-2)[..., : rows.shape[-1]]
+    return wide
 
 
 def _compare(found: torch.Tensor, expected: torch.Tensor, bits: int) -> None:
