@@ -75,6 +75,7 @@ import lmkit
 folder = Path(lmkit.__file__).parent
 assert folder.is_relative_to(sys.prefix), f"imported from {folder}, not from the wheel"
 assert (folder / "py.typed").is_file(), "py.typed is not in the wheel"
+assert list((folder / "kernels" / "native").glob("*.cpp")), "the kernels' sources are not in the wheel"
 assert lmkit.__version__ == version("lmkit") == sys.argv[1], "the versions differ"
 for name in lmkit.__all__:
     getattr(lmkit, name)

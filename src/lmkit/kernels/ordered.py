@@ -33,7 +33,7 @@ class Ordered(torch.nn.Module):
     native: str | None = None
     in_features: int
     out_features: int
-    weight: torch.nn.Parameter
+    weight: torch.Tensor
     scales: torch.nn.Parameter
 
     @property

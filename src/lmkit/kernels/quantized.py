@@ -1,4 +1,4 @@
-"""Linear layers and embeddings whose weights are held in 8 or 4 bits, on kernels for CPUs: lmkit's own, or torch's.
+"""Linear layers whose weights are held in 8 or 4 bits, on kernels for CPUs: lmkit's own, or torch's.
 
 lmkit's own take any number of rows, and round them to 8 bits. With torch's, what is multiplied keeps its dtype. Few
 rows then go through torch's packed kernels. More rows go through matrix products on weights that are widened block by
@@ -9,7 +9,7 @@ lacks a kernel, all rows go that way.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
 from torch._subclasses import FakeTensor
@@ -74,7 +74,7 @@ class QuantizedLinear(Ordered, torch.nn.Linear):
 
     def pack(self) -> None:
         """Bring the weight into the kernel's order, where it has one of its own, and to where it can read it."""
-        self.weight.data = _aligned(self.weight.data)
+        self.weight.data = aligned(self.weight.data)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """Widen the weight, `BLOCK` weights at a time. *Shape:* `(in_features, some of out_features)`."""
@@ -94,7 +94,7 @@ class QuantizedLinear(Ordered, torch.nn.Linear):
         if copies is not None and (wide := copies(self, rows)) is not None:
             product = self._scaled(wide)
         elif rows.shape[0] <= self.FEW and not trained and self._has_kernel(rows.dtype):
-            product = self._few(_aligned(rows.contiguous()))
+            product = self._few(aligned(rows.contiguous()))
         else:
             products = [rows @ block for block in self.factors(rows.dtype)]
             product = self._scaled(products[0] if len(products) == 1 else torch.cat(products, -1))
@@ -120,7 +120,7 @@ class QuantizedLinear(Ordered, torch.nn.Linear):
         return product
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor that begins at a multiple of 16 bytes: torch's int8 kernel ends the process on any other.
 
     Memory that torch allocates does; a view into it, or a weight in a mapped file, need not.
@@ -167,7 +167,12 @@ class Int8Linear(QuantizedLinear):
 
     def _has_kernel(self, dtype: torch.dtype) -> bool:
         # Other widths are read beyond their end in half precision, and torch crashes.
-        return self.native is None and self.in_features % 16 == 0 and self.weight.device.type == "cpu" and _int8_kernel(dtype)
+        return (
+            self.native is None
+            and self.in_features % 16 == 0
+            and self.weight.device.type == "cpu"
+            and _int8_kernel(dtype)
+        )
 
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
         ops = torch.ops.aten  # torch has no public one
@@ -307,79 +312,6 @@ def _levels(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, tor
     offset = (least + 8 * scale.float()).to(dtype)
     levels = (groups - offset.float()).div_(scale.float()).round_().add_(8).clamp_(0, 15)
     return levels.to(torch.uint8).view(weight.shape), torch.cat((scale, offset), -1)
-
-
-class Int8Embedding(Ordered):
-    """An embedding in 8 bits, with one scale for each token.
-
-    Attributes:
-        num_embeddings: How many tokens there are.
-        embedding_dim: How many numbers a token has.
-        weight: The integers. *Shape:* `(num_embeddings, embedding_dim)`.
-        scales: *Shape:* `(num_embeddings,)`.
-        embed_scale: What a family multiplies with what it looks up.
-    """
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype, embed_scale: float = 1.0) -> None:
-        """Make an embedding without values."""
-        super().__init__()
-        self.num_embeddings, self.embedding_dim, self.embed_scale = num_embeddings, embedding_dim, embed_scale
-        hold(self, *Int8Linear.empty(embedding_dim, num_embeddings, dtype))
-
-    def pack(self) -> None:
-        """Bring the weight to where the kernel of a `TiedHead` can read it."""
-        self.weight.data = _aligned(self.weight.data)
-
-    @property
-    def in_features(self) -> int:  # type: ignore[override]
-        """The numbers of a token."""
-        return self.embedding_dim
-
-    @property
-    def out_features(self) -> int:  # type: ignore[override]
-        """The tokens."""
-        return self.num_embeddings
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
-        """Look tokens up. *Shape:* any, to the same and `embedding_dim`."""
-        rows = self.weight[input] if self.native is None else native.rows8(self.weight, input)
-        found = rows[..., : self.embedding_dim].to(self.scales.dtype) * self.scales[input][..., None]
-        return found if self.embed_scale == 1 else found * self.embed_scale
-
-
-class TiedHead(Int8Linear):
-    """The output layer of a model whose embedding is its weight: it has a bias of its own at most."""
-
-    def __init__(self, embedding: Int8Embedding, dtype: torch.dtype, *, bias: bool) -> None:
-        """Share the weight and the scales of `embedding`."""
-        torch.nn.Module.__init__(self)
-        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
-        self.bias = (
-            torch.nn.Parameter(torch.empty(self.out_features, dtype=dtype), requires_grad=False) if bias else None
-        )
-        self._embedding = (embedding,)  # in a tuple, so that its weight is not this module's a second time
-
-    def pack(self) -> None:
-        """Leave the weight to the embedding."""
-
-    def to_native(self, isa: str) -> bool:
-        """Leave it to the embedding here too."""
-        return self._embedding[0].to_native(isa)
-
-    @property
-    def weight(self) -> torch.nn.Parameter:  # type: ignore[override]
-        """The embedding's."""
-        return self._embedding[0].weight
-
-    @property
-    def scales(self) -> torch.nn.Parameter:  # type: ignore[override]
-        """The embedding's."""
-        return self._embedding[0].scales
-
-    @property
-    def native(self) -> str | None:  # type: ignore[override]
-        """The embedding's."""
-        return self._embedding[0].native
 
 
 def _packed(levels: torch.Tensor) -> torch.Tensor:

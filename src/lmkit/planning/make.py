@@ -15,7 +15,7 @@ from lmkit.checkpoint.gguf import end_tokens
 from lmkit.checkpoint.tasks import check_task
 from lmkit.errors import PlacementError, listed
 from lmkit.kernels.native.build import instructions
-from lmkit.kernels.native.linear import GROUP
+from lmkit.kernels.native.linear import SHARE
 from lmkit.kernels.native.operators import refusal
 from lmkit.kernels.quantized import KERNEL_ROWS
 from lmkit.planning.adapters import bringing, templated
@@ -215,8 +215,10 @@ def _untied(trial: Trial) -> str | None:
 
 def _kernels(trial: Trial) -> str | None:
     if trial.native:
-        told = f"lmkit's own, in 8 bits, for this processor's {instructions()}: compiled once on this machine"
-        return f"{told}; rows are rounded to 8 bits, a scale for {GROUP} numbers"
+        told = f"lmkit's own, for this processor's {instructions()}, compiled once on this machine"
+        return (
+            f"{told}: rows are rounded to 8 bits, a scale for {SHARE[8]} numbers, before 4-bit weights for {SHARE[4]}"
+        )
     if trial.skeleton.native:
         return f"torch's, although lmkit's own were asked for: {refusal()}"
     if not trial.packed:

@@ -19,9 +19,10 @@ from lmkit.checkpoint.bounds import Bounds
 from lmkit.checkpoint.code import import_without_kernels
 from lmkit.checkpoint.tasks import auto_class
 from lmkit.errors import OptionError
-from lmkit.kernels.packed import packs
 from lmkit.kernels.ordered import DTYPES
-from lmkit.kernels.quantized import Int8Embedding, QuantizedLinear
+from lmkit.kernels.packed import packs
+from lmkit.kernels.quantized import QuantizedLinear
+from lmkit.kernels.tied import Int8Embedding
 from lmkit.planning.keyvalues import KeyValueBytes, key_values
 from lmkit.planning.placement import home
 from lmkit.planning.running import how_rows_run

@@ -102,7 +102,7 @@ def library(isa: str, name: str, accept: Callable[[Path], None]) -> None:
     command = [*compiler(), *FLAGS, *INSTRUCTIONS[isa][1], f"-DLMKIT_OPERATORS={name}", *_torch_flags()]
     folder = cache_folder("kernels") / _key(command)
     with contextlib.suppress(OSError):  # absent or damaged
-        torch.ops.load_library(str(folder / LIBRARY))
+        read(folder / LIBRARY)
         return
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -117,6 +117,12 @@ def library(isa: str, name: str, accept: Callable[[Path], None]) -> None:
             unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read(path: Path) -> None:
+    """Load a library of operators; an OSError where that fails."""
+    ops: Any = torch.ops  # it is untyped
+    ops.load_library(str(path))
 
 
 def sources() -> list[Path]:

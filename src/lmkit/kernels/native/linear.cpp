@@ -22,9 +22,11 @@ using namespace lmkit;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t GROUP = 32, QUADS = GROUP / 4, BLOCK = 32;
+constexpr int64_t GROUP = 32, BLOCK = 32;
+template <int BITS> constexpr int64_t SHARE = BITS == 4 ? 16 : 32;  // numbers of a row that share a scale
+template <int BITS> constexpr int64_t SHARES = GROUP / SHARE<BITS>;
 constexpr int VECTORS = 2, PART = VECTORS * LANES;  // outputs that are computed at a time, a block or half of one
-constexpr int MOST_ROWS = LANES == 16 ? 6 : 3;      // and rows: as many sums as there are registers for
+constexpr int MOST_ROWS = LANES == 16 ? 4 : 3;      // and rows: as many sums as there are registers for
 constexpr int64_t CACHED = 3 << 17;                 // bytes of rows that stay in a core's cache beside a block
 constexpr int64_t WORTH = 1 << 17;                  // multiplications that make it worth to wake a thread
 
@@ -49,10 +51,10 @@ template <int BITS> inline Ints dot(Ints sums, Ints weights, Ints row) {
 }
 #endif
 
-// What a group of a rounded row has beside its bytes.
-struct Group {
-  float scale;    // of its numbers
-  float total;    // their sum, scaled
+// What numbers of a rounded row that share a scale have beside their bytes.
+struct Share {
+  float scale;
+  float total;    // their sum, scaled; the first of a group has that of all of it
   int32_t start;  // what a sum with weights begins at, for their offset
 };
 
@@ -63,17 +65,18 @@ template <typename T> struct Layer {
   int64_t inputs, outputs, groups;
 };
 
-template <int BITS, typename T> void round_row(const T* row, int64_t inputs, int8_t* bytes, Group* found) {
+template <int BITS, typename T> void round_row(const T* row, int64_t inputs, int8_t* bytes, Share* found) {
   constexpr int32_t offset = BITS == 4 ? 8 : ZERO;
-  for (int64_t first = 0; first < inputs; first += GROUP, bytes += GROUP, ++found) {
-    T padded[GROUP] = {};
+  constexpr int64_t size = SHARE<BITS>;
+  for (int64_t first = 0; first < inputs; first += size, bytes += size, ++found) {
+    T padded[size] = {};
     const T* part = row + first;
-    if (inputs - first < GROUP) {
+    if (inputs - first < size) {
       std::memcpy(padded, part, (inputs - first) * sizeof(T));
       part = padded;
     }
     Ints most = splat(0);
-    for (int at = 0; at < GROUP; at += LANES)
+    for (int at = 0; at < size; at += LANES)
       most = greater(most, both(as_ints(load_widened(part + at)), splat(0x7fffffff)));
     const int32_t bits = greatest(most);
     float magnitude;
@@ -81,7 +84,7 @@ template <int BITS, typename T> void round_row(const T* row, int64_t inputs, int
     const bool finite = bits < 0x7f800000;
     const float inverse = finite && magnitude > 1e-36f ? 127 / magnitude : 0;
     Ints total = splat(0);
-    for (int at = 0; at < GROUP; at += LANES) {
+    for (int at = 0; at < size; at += LANES) {
       const Ints numbers = finite ? rounded(times(load_widened(part + at), splat(inverse))) : splat(0);
       store_bytes(bytes + at, numbers);
       total = add(total, numbers);
@@ -89,6 +92,7 @@ template <int BITS, typename T> void round_row(const T* row, int64_t inputs, int
     const int32_t whole = sum(total);
     const float scale = finite ? magnitude / 127 : std::numeric_limits<float>::quiet_NaN();
     *found = {scale, scale * whole, -offset * whole};
+    if (first % GROUP) found[-1].total += found->total;
   }
 }
 
@@ -106,46 +110,53 @@ template <typename T> inline void load_pairs(const T* from, Floats& scale, Float
 
 // Multiply some rows with PART outputs of a block.
 template <int BITS, int ROWS, typename T>
-void multiply(const uint8_t* weight, const T* scales, const int8_t* bytes, const Group* group, int64_t groups,
+void multiply(const uint8_t* weight, const T* scales, const int8_t* bytes, const Share* shares, int64_t groups,
               float* to, const uint8_t* ahead, int64_t lines) {
   Floats sums[ROWS][VECTORS];
   for (auto& row : sums)
     for (auto& sum : row) sum = splat(0.0f);
-  for (int64_t at = 0; at < groups; ++at) {
+  for (int64_t at = 0; at < groups; ++at, bytes += GROUP, shares += SHARES<BITS>) {
     for (int64_t line = 0; line < lines; ++line, ahead += 64)
       _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-    Ints dots[ROWS][VECTORS];
-    for (int row = 0; row < ROWS; ++row)
-      for (int v = 0; v < VECTORS; ++v) dots[row][v] = splat(group[row * groups + at].start);
-    const int8_t* part = bytes + at * GROUP;
+    Floats parts[ROWS][VECTORS];  // of the sums, by this group
+    for (int64_t share = 0; share < SHARES<BITS>; ++share) {
+      Ints dots[ROWS][VECTORS];
+      for (int row = 0; row < ROWS; ++row)
+        for (int v = 0; v < VECTORS; ++v) dots[row][v] = splat(shares[row * groups * SHARES<BITS> + share].start);
 #pragma GCC unroll 2
-    for (int quad = 0; quad < QUADS; quad += BITS == 4 ? 2 : 1, weight += 4 * BLOCK) {
-      Ints loaded[VECTORS];
-      for (int v = 0; v < VECTORS; ++v) loaded[v] = load(weight + v * LANES * 4);
-      for (int half = 0; half < (BITS == 4 ? 2 : 1); ++half) {
-        Ints weights[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) {
-          weights[v] = loaded[v];
-          if constexpr (BITS == 4) weights[v] = both(half ? right<4>(loaded[v]) : loaded[v], splat(0x0f0f0f0f));
+      for (int64_t quad = 0; quad < SHARE<BITS> / 4; quad += BITS == 4 ? 2 : 1, weight += 4 * BLOCK) {
+        Ints loaded[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) loaded[v] = load(weight + v * LANES * 4);
+        for (int half = 0; half < (BITS == 4 ? 2 : 1); ++half) {
+          Ints weights[VECTORS];
+          for (int v = 0; v < VECTORS; ++v) {
+            weights[v] = loaded[v];
+            if constexpr (BITS == 4) weights[v] = both(half ? right<4>(loaded[v]) : loaded[v], splat(0x0f0f0f0f));
+          }
+          for (int row = 0; row < ROWS; ++row) {
+            int32_t four;
+            std::memcpy(&four, bytes + row * groups * GROUP + share * SHARE<BITS> + (quad + half) * 4, 4);
+            for (int v = 0; v < VECTORS; ++v) dots[row][v] = dot<BITS>(dots[row][v], weights[v], splat(four));
+          }
         }
-        for (int row = 0; row < ROWS; ++row) {
-          int32_t four;
-          std::memcpy(&four, part + row * groups * GROUP + (quad + half) * 4, 4);
-          for (int v = 0; v < VECTORS; ++v) dots[row][v] = dot<BITS>(dots[row][v], weights[v], splat(four));
+      }
+      for (int row = 0; row < ROWS; ++row) {
+        const Floats by = splat(shares[row * groups * SHARES<BITS> + share].scale);
+        for (int v = 0; v < VECTORS; ++v) {
+          const Floats dot = converted(dots[row][v]);
+          if constexpr (BITS == 8) sums[row][v] = fused(dot, by, sums[row][v]);
+          else parts[row][v] = share ? fused(dot, by, parts[row][v]) : times(dot, by);
         }
       }
     }
-    for (int v = 0; v < VECTORS; ++v) {
-      Floats scale, offset;
-      if constexpr (BITS == 4) load_pairs(scales + (at * BLOCK + v * LANES) * 2, scale, offset);
-      for (int row = 0; row < ROWS; ++row) {
-        const Group& one = group[row * groups + at];
-        Floats by = splat(one.scale);
-        if constexpr (BITS == 4) {
-          sums[row][v] = fused(offset, splat(one.total), sums[row][v]);
-          by = times(by, scale);
+    if constexpr (BITS == 4) {
+      for (int v = 0; v < VECTORS; ++v) {
+        Floats scale, offset;
+        load_pairs(scales + (at * BLOCK + v * LANES) * 2, scale, offset);
+        for (int row = 0; row < ROWS; ++row) {
+          sums[row][v] = fused(offset, splat(shares[row * groups * SHARES<BITS>].total), sums[row][v]);
+          sums[row][v] = fused(parts[row][v], scale, sums[row][v]);
         }
-        sums[row][v] = fused(converted(dots[row][v]), by, sums[row][v]);
       }
     }
   }
@@ -157,7 +168,7 @@ template <int BITS, typename T> using Multiply = decltype(&multiply<BITS, 1, T>)
 template <int BITS, typename T> constexpr Multiply<BITS, T> MULTIPLY[] = {
     multiply<BITS, 1, T>, multiply<BITS, 2, T>, multiply<BITS, 3, T>,
 #if defined(__AVX512VNNI__)
-    multiply<BITS, 4, T>, multiply<BITS, 5, T>, multiply<BITS, 6, T>,
+    multiply<BITS, 4, T>,
 #endif
 };
 
@@ -172,7 +183,7 @@ template <int BITS, typename T> inline void finish(const float* from, const Laye
 
 // Multiply rows with a block of outputs.
 template <int BITS, typename T>
-void block(const Layer<T>& layer, int64_t number, const int8_t* bytes, const Group* found, int64_t rows, T* to) {
+void block(const Layer<T>& layer, int64_t number, const int8_t* bytes, const Share* found, int64_t rows, T* to) {
   const int64_t size = layer.groups * GROUP * BLOCK * BITS / 8;
   const uint8_t* weight = layer.weight + number * size;
   const T* scales = layer.scales + (BITS == 4 ? number * layer.groups * BLOCK * 2 : 0);
@@ -188,7 +199,7 @@ void block(const Layer<T>& layer, int64_t number, const int8_t* bytes, const Gro
       if (first >= layer.outputs) break;
       float sums[MOST_ROWS * PART];
       MULTIPLY<BITS, T>[count - 1](weight + part * 4, scales + part * 2, bytes + row * layer.groups * GROUP,
-                                   found + row * layer.groups, layer.groups, sums, ahead, fetch && !part ? lines : 0);
+                                   found + row * layer.groups * SHARES<BITS>, layer.groups, sums, ahead, fetch && !part ? lines : 0);
       for (int64_t one = 0; one < count; ++one) {
         T* out = to + (row + one) * layer.outputs + first;
         if (layer.outputs - first >= PART) finish<BITS>(sums + one * PART, layer, first, PART, out);
@@ -202,10 +213,11 @@ void block(const Layer<T>& layer, int64_t number, const int8_t* bytes, const Gro
 template <int BITS, typename T> void linear(const Layer<T>& layer, const T* input, int64_t rows, T* to) {
   const int64_t length = layer.groups * GROUP, blocks = (layer.outputs + BLOCK - 1) / BLOCK;
   const std::unique_ptr<int8_t[]> bytes(new int8_t[rows * length]);
-  const std::unique_ptr<Group[]> found(new Group[rows * layer.groups]);
+  const std::unique_ptr<Share[]> found(new Share[rows * layer.groups * SHARES<BITS>]);
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, WORTH / 4 / length), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      round_row<BITS>(input + row * layer.inputs, layer.inputs, bytes.get() + row * length, found.get() + row * layer.groups);
+      round_row<BITS>(input + row * layer.inputs, layer.inputs, bytes.get() + row * length,
+                      found.get() + row * layer.groups * SHARES<BITS>);
   });
   const int64_t most = std::max<int64_t>(MOST_ROWS, CACHED / length / MOST_ROWS * MOST_ROWS);
   const int64_t chunks = (rows + most - 1) / most;
@@ -213,8 +225,8 @@ template <int BITS, typename T> void linear(const Layer<T>& layer, const T* inpu
   torch::stable::parallel_for(0, chunks * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / blocks * most, count = std::min(most, rows - row);
-      block<BITS>(layer, task % blocks, bytes.get() + row * length, found.get() + row * layer.groups, count,
-                  to + row * layer.outputs);
+      block<BITS>(layer, task % blocks, bytes.get() + row * length,
+                  found.get() + row * layer.groups * SHARES<BITS>, count, to + row * layer.outputs);
     }
   });
 }

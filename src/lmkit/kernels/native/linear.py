@@ -12,7 +12,11 @@ BLOCK: Final = 32
 """How many outputs lie side by side."""
 
 GROUP: Final = 32
-"""How many inputs share a scale; rows of weights are padded to whole groups."""
+"""How many inputs of a weight in 4 bits share a scale; rows of every weight are padded to whole groups."""
+
+SHARE: Final = {8: 32, 4: 16}
+"""How many numbers of a row share a scale when they are rounded, for weights of so many bits: by perplexity, with which
+`"int4"` has to stay within 0.3% of what it is with wide rows (docs/performance.md)."""
 
 ALL: Final = slice(None)
 
@@ -95,7 +99,7 @@ def check(operators: Any) -> None:
             numbers = torch.randint(-128, 128, (outputs, inputs), generator=draws).to(torch.int8)
             scales = torch.rand(outputs, generator=draws).to(dtype)
             found = operators.linear(given, pack8(numbers), scales, bias, 8, outputs)
-            _compare(found, rounded(given) @ (numbers.double() * scales.double()[:, None]).T + bias.double(), 8)
+            _compare(found, rounded(given, 8) @ (numbers.double() * scales.double()[:, None]).T + bias.double(), 8)
             if inputs % GROUP:
                 continue
             levels = torch.randint(0, 16, (outputs, inputs), generator=draws).to(torch.uint8)
@@ -103,16 +107,19 @@ def check(operators: Any) -> None:
             packed = pack4(levels[:, ::2] | levels[:, 1::2] << 4)
             found = operators.linear(given, packed, pack_scales(pairs), None, 4, outputs)
             scale, offset = pairs.double().transpose(0, 1)[..., None].unbind(2)
-            wide = (levels.double().unflatten(1, (-1, GROUP)) - 8) * scale + offset
-            _compare(found, rounded(given) @ wide.flatten(1).T, 4)
+            wide = (levels.double().view(outputs, -1, GROUP) - 8) * scale + offset
+            _compare(found, rounded(given, 4) @ wide.flatten(1).T, 4)
 
 
-def rounded(rows: torch.Tensor) -> torch.Tensor:
-    """Round rows as the kernels do, in float64: to 127 steps between 0 and the largest magnitude of each group."""
-    padded = torch.nn.functional.pad(rows.float(), (0, -rows.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+def rounded(rows: torch.Tensor, bits: int) -> torch.Tensor:
+    """Round rows as the kernels do, in float64: to 127 steps between 0 and the largest magnitude of each `SHARE`."""
+    padded = torch.nn.functional.pad(rows.float(), (0, -rows.shape[-1] % GROUP))
+    padded = padded.reshape(*rows.shape[:-1], -1, SHARE[bits])
     most = padded.abs().amax(-1, keepdim=True)
-    numbers = torch.where(most > TINY, padded * (127 / most), 0).round()
-    return (numbers.double() * (most / 127).double()).flatten(-2)[..., : rows.shape[-1]]
+    inverse = torch.full_like(most, 127).div(most)  # 127 / most would multiply with a rounded reciprocal
+    numbers = torch.where(most > TINY, padded * inverse, 0).round()
+    wide: torch.Tensor = (numbers.double() * (most / 127).double()).flatten(-2)[..., : rows.shape[-1]]
+    return wide
 
 
 def _compare(found: torch.Tensor, expected: torch.Tensor, bits: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from lmkit.kernels.native import attention, linear
-from lmkit.kernels.native.build import NoKernelsError, compiler, instructions, library
+from lmkit.kernels.native.build import NoKernelsError, compiler, instructions, library, read
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +45,7 @@ def operators(isa: str | None = None) -> Any:
 
     def accept(path: Path) -> None:
         try:
-            torch.ops.load_library(str(path))
+            read(path)
             for part in PARTS:
                 part.check(found)
         except (OSError, RuntimeError, AttributeError) as error:
