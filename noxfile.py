@@ -50,6 +50,7 @@ COVERING = [
         "engine/test_engine",
         "engine/test_prefixes",
         "engine/test_speculative",
+        "kernels/test_native",
         "kernels/test_openmp",
         "planning/test_adapters",
         "planning/test_make",

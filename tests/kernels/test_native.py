@@ -224,6 +224,7 @@ def test_wrong_tensors_are_refused() -> None:
         (rows, weight, scales, torch.ones(39), 8, 40),
         (rows, weight, scales, None, 4, 40),
         (rows, weight, scales, None, 3, 40),
+        (rows[:, :40], weight[:, :32].contiguous(), torch.ones(2, 64, 2), None, 4, 40),
         (rows.half(), weight, scales.half(), None, 8, 40),
         (rows.bfloat16(), weight, scales, None, 8, 40),
     ):
