@@ -50,6 +50,7 @@ COVERING = [
         "engine/test_engine",
         "engine/test_prefixes",
         "engine/test_speculative",
+        "kernels/test_native",
         "kernels/test_openmp",
         "planning/test_adapters",
         "planning/test_make",
@@ -61,6 +62,9 @@ COVERING = [
         "wrappers/test_unmasker",
     )
 ]
+
+# Of the kernels' tests those that compute: the others build, or load models.
+SANITIZED = "test_any or saturated or lie_together or finite or alone or refused or saved_is_what or embedding"
 
 # One process of tests per core, up to four: models this small keep no more than one core at work.
 WORKERS = ("--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal")
@@ -136,6 +140,22 @@ def tests(session: nox.Session) -> None:
     apart = [f"--ignore=tests/{name}.py" for name in ("test_docs", "test_every_family")]
     everything = [*WORKERS, "--cov", "--cov-report=term", "--durations=10", *apart, counted("tests")]
     run_shared(session, "pytest", *(session.posargs or everything))
+
+
+@nox.session(venv_backend="none", requires=["env"])
+def sanitize(session: nox.Session) -> None:
+    """Run the native kernels' tests under AddressSanitizer and UBSan; three minutes on a busy machine of two cores."""
+    if not (compiler := shutil.which("g++")):
+        session.skip("there is no g++")
+    names = ("libasan.so", "libubsan.so", "libstdc++.so")
+    found = [session.run(compiler, f"-print-file-name={name}", external=True, silent=True) for name in names]
+    env = {
+        "CXX": f"{compiler} -fsanitize=address,undefined -fno-sanitize-recover=all -g1",
+        "LD_PRELOAD": " ".join(str(path).strip() for path in found),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+    }
+    tested = ["tests/kernels/test_native.py", "tests/kernels/test_native_attention.py"]
+    run_shared(session, "pytest", *tested, "-k", SANITIZED, env=env)
 
 
 @nox.session(venv_backend="none", requires=["env"])

@@ -24,8 +24,12 @@ from _context import load
 from lmkit._borrowed import cache_name, cache_of
 from lmkit.engine.compiled import CompiledStep
 from lmkit.kernels import attention
-from lmkit.kernels.native.operators import operators
+from lmkit.kernels.native.build import instructions
+from lmkit.kernels.native.operators import operators, refusal
 from lmkit.kernels.openmp import release_pool
+from lmkit.kernels.ordered import hold
+from lmkit.kernels.packed import PackedLinear
+from lmkit.kernels.quantized import Int4Linear, Int8Linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -96,6 +100,40 @@ def timed(work: Callable[[Any], object], times: int = 15) -> list[float]:
         with way(name) as kernels:
             taken.append(milliseconds(lambda kernels=kernels: work(kernels), times))  # type: ignore[misc]
     return taken
+
+
+SIDES = ("packed bfloat16", "torch int8", "torch int4", "lmkit int8", "lmkit int4")
+
+
+def products(outputs: int, inputs: int, rows: list[int]) -> list[tuple[int, list[float]]]:
+    """Time a linear layer on all kinds of kernels, in microseconds: the least of calls in turns."""
+    weight = torch.randn(outputs, inputs).bfloat16()
+    linear = torch.nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16)
+    linear.weight.data = weight
+    layers: list[torch.nn.Module] = [PackedLinear(linear, tied=False)]
+    for native in (False, True):
+        for kind in (Int8Linear, Int4Linear):
+            layer = kind(inputs, outputs, torch.bfloat16, bias=False)
+            hold(layer, *kind.quantize(weight, torch.bfloat16))
+            if native and refusal() is None:
+                operators()
+                layer.to_native(instructions())
+            layer.pack()
+            layers.append(layer)
+    found = []
+    for count in rows:
+        given = torch.randn(count, inputs).bfloat16()
+        times = max(10, min(300, 10**9 // (count * outputs * inputs)))
+        taken = [[_seconds(layer, given) for layer in layers] for _ in range(times)]
+        found.append((count, [min(one) * 1e6 for one in zip(*taken, strict=True)]))
+    return found
+
+
+def _seconds(layer: torch.nn.Module, rows: torch.Tensor) -> float:
+    layer(rows)
+    begun = time.perf_counter()
+    layer(rows)
+    return time.perf_counter() - begun
 
 
 def accuracy(folder: Path) -> dict[str, float]:
@@ -186,6 +224,11 @@ def main() -> None:
     for rows, tokens in ((1, 30), (1, 60), (1, 128), (1, 250), (1, 450), (10, 200), (1, 1800), (1, 7200)):
         ways = prompts(rows, 9, 3, tokens)
         print(f"| SmolLM2, {rows} x {tokens} tokens |", " | ".join(f"{way:.2f}" for way in ways), "|")
+    told = refusal() or instructions()
+    print(f"\n| a linear layer, microseconds ({told}) | rows | {' | '.join(SIDES)} |\n|{' --- |' * (2 + len(SIDES))}")
+    for outputs, inputs in ((1536, 576), (2048, 2048), (8192, 2048)):
+        for count, spent in products(outputs, inputs, [1, 4, 16, 64, 256]):
+            print(f"| {outputs} x {inputs} | {count} |", " | ".join(f"{one:.0f}" for one in spent), "|")
     pools = [f"{in_another_thread(released=released):.0f}" for released in (False, True)]
     print(f"\nsilu in a second thread: {pools[0]} microseconds beside a pool of the first one's, {pools[1]} without")
     with tempfile.TemporaryDirectory() as spare:

@@ -224,6 +224,7 @@ def test_wrong_tensors_are_refused() -> None:
         (rows, weight, scales, torch.ones(39), 8, 40),
         (rows, weight, scales, None, 4, 40),
         (rows, weight, scales, None, 3, 40),
+        (rows[:, :40], weight[:, :32].contiguous(), torch.ones(2, 64, 2), None, 4, 40),
         (rows.half(), weight, scales.half(), None, 8, 40),
         (rows.bfloat16(), weight, scales, None, 8, 40),
     ):
@@ -297,7 +298,7 @@ def test_a_model_is_put_on_kernels_and_saved_without(name: str, word: Any, tmp_p
     load: Any = lmkit.load
     with load(task, folder, word, "cpu") as plain, load(task, folder, word, "cpu", compile="kernels") as fast:
         assert (plain.plan.kernels, fast.plan.kernels) == ("torch", "native")
-        assert "rows are rounded to 8 bits" in fast.plan.reasons["kernels"]
+        assert "rows are rounded to 8 bits, with a scale for 32 numbers" in fast.plan.reasons["kernels"]
         assert any(getattr(module, "native", None) for module in fast.model.modules())
         expected, found = plain.model.state_dict(), fast.model.state_dict()
         assert all(torch.equal(found[key], expected[key]) for key in expected)

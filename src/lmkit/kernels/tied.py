@@ -67,7 +67,7 @@ class TiedHead(Int8Linear):
         return self._embedding[0].to_native(isa)
 
     @property
-    def weight(self) -> torch.nn.Parameter:  # type: ignore[override]
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The embedding's."""
         return self._embedding[0].weight
 

@@ -215,10 +215,8 @@ def _untied(trial: Trial) -> str | None:
 
 def _kernels(trial: Trial) -> str | None:
     if trial.native:
-        told = f"lmkit's own, for this processor's {instructions()}, compiled once on this machine"
-        return (
-            f"{told}: rows are rounded to 8 bits, a scale for {SHARE[8]} numbers, before 4-bit weights for {SHARE[4]}"
-        )
+        told = f"lmkit's own, for this processor's {instructions()}, compiled once on this machine: rows are rounded to"
+        return f"{told} 8 bits, with a scale for {SHARE[8]} numbers, and for {SHARE[4]} before weights in 4 bits"
     if trial.skeleton.native:
         return f"torch's, although lmkit's own were asked for: {refusal()}"
     if not trial.packed:

@@ -1,5 +1,5 @@
-// Products of rows with weights in 8 or 4 bits. Rows are rounded to 8 bits, a scale for each GROUP numbers, so that all
-// sums but one per group are of integers. An output does not depend on the rows beside it, nor on the number of threads.
+// Products of rows with weights in 8 or 4 bits. Rows are rounded to 8 bits, with a scale for SHARE numbers, so that
+// nearly all sums are of integers. An output depends neither on the rows beside it nor on the number of threads.
 //
 // Weights lie in blocks of 32 outputs. 8 bits, plus 128: for each four inputs 128 bytes, output by output. 4 bits: the
 // same for eight inputs, the first four in the low halves of bytes. Their scales and offsets: a pair for each output of
@@ -172,7 +172,8 @@ template <int BITS, typename T> constexpr Multiply<BITS, T> MULTIPLY[] = {
 #endif
 };
 
-template <int BITS, typename T> inline void finish(const float* from, const Layer<T>& layer, int64_t first, int count, T* to) {
+template <int BITS, typename T>
+inline void finish(const float* from, const Layer<T>& layer, int64_t first, int64_t count, T* to) {
   for (int at = 0; at < count; ++at) {
     float value = from[at];
     if constexpr (BITS == 8) value *= widened(layer.scales[first + at]);
@@ -199,11 +200,12 @@ void block(const Layer<T>& layer, int64_t number, const int8_t* bytes, const Sha
       if (first >= layer.outputs) break;
       float sums[MOST_ROWS * PART];
       MULTIPLY<BITS, T>[count - 1](weight + part * 4, scales + part * 2, bytes + row * layer.groups * GROUP,
-                                   found + row * layer.groups * SHARES<BITS>, layer.groups, sums, ahead, fetch && !part ? lines : 0);
+                                   found + row * layer.groups * SHARES<BITS>, layer.groups, sums, ahead,
+                                   fetch && !part ? lines : 0);
       for (int64_t one = 0; one < count; ++one) {
         T* out = to + (row + one) * layer.outputs + first;
         if (layer.outputs - first >= PART) finish<BITS>(sums + one * PART, layer, first, PART, out);
-        else finish<BITS>(sums + one * PART, layer, first, static_cast<int>(layer.outputs - first), out);
+        else finish<BITS>(sums + one * PART, layer, first, layer.outputs - first, out);
       }
     }
     row += count;
@@ -219,7 +221,8 @@ template <int BITS, typename T> void linear(const Layer<T>& layer, const T* inpu
       round_row<BITS>(input + row * layer.inputs, layer.inputs, bytes.get() + row * length,
                       found.get() + row * layer.groups * SHARES<BITS>);
   });
-  const int64_t most = std::max<int64_t>(MOST_ROWS, CACHED / length / MOST_ROWS * MOST_ROWS);
+  const int64_t each = rows * blocks / (4 * torch::stable::get_num_threads());  // so that all threads have some
+  const int64_t most = std::max<int64_t>(MOST_ROWS, std::min(CACHED / length, each) / MOST_ROWS * MOST_ROWS);
   const int64_t chunks = (rows + most - 1) / most;
   const int64_t grain = std::max<int64_t>(1, WORTH / (length * BLOCK * std::min(rows, most)));
   torch::stable::parallel_for(0, chunks * blocks, grain, [&](int64_t begin, int64_t end) {
@@ -232,13 +235,16 @@ template <int BITS, typename T> void linear(const Layer<T>& layer, const T* inpu
 }
 
 template <int BITS, typename T>
-void linear(const Tensor& input, const Tensor& weight, const Tensor& scales, const T* bias, int64_t outputs, Tensor& to) {
+void linear(const Tensor& input, const Tensor& weight, const Tensor& scales, const T* bias, int64_t outputs,
+            Tensor& to) {
   const int64_t inputs = input.size(input.dim() - 1), groups = (inputs + GROUP - 1) / GROUP;
   const int64_t blocks = (outputs + BLOCK - 1) / BLOCK;
   STD_TORCH_CHECK(weight.numel() == blocks * BLOCK * groups * GROUP * BITS / 8, "the weight has another size");
-  STD_TORCH_CHECK(scales.numel() == (BITS == 4 ? blocks * BLOCK * groups * 2 : outputs), "the scales have another size");
-  const Layer<T> layer{static_cast<const uint8_t*>(weight.const_data_ptr()), static_cast<const T*>(scales.const_data_ptr()),
-                       bias, inputs, outputs, groups};
+  STD_TORCH_CHECK(BITS == 8 || inputs % GROUP == 0, "rows do not divide into groups");
+  const int64_t pairs = blocks * BLOCK * groups * 2;
+  STD_TORCH_CHECK(scales.numel() == (BITS == 4 ? pairs : outputs), "the scales have another size");
+  const auto* bytes = static_cast<const uint8_t*>(weight.const_data_ptr());
+  const Layer<T> layer{bytes, static_cast<const T*>(scales.const_data_ptr()), bias, inputs, outputs, groups};
   if (const int64_t rows = outputs ? to.numel() / outputs : 0)
     linear<BITS, T>(layer, static_cast<const T*>(input.const_data_ptr()), rows, static_cast<T*>(to.mutable_data_ptr()));
 }
@@ -252,16 +258,16 @@ void linear(const Tensor& input, const Tensor& weight, const Tensor& scales, con
 }
 
 // (…, inputs) to (…, outputs), in the dtype of the input, the scales and the bias.
-Tensor quantized_linear(const Tensor& given, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& bias,
-              int64_t bits, int64_t outputs) {
+Tensor quantized_linear(const Tensor& given, const Tensor& weight, const Tensor& scales,
+                        const std::optional<Tensor>& bias, int64_t bits, int64_t outputs) {
   const Tensor input = given.is_contiguous() ? given : torch::stable::contiguous(given);
   const ScalarType dtype = input.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "rows are float32 or bfloat16");
   STD_TORCH_CHECK(bits == 8 || bits == 4, "weights have 8 or 4 bits");
   STD_TORCH_CHECK(scales.scalar_type() == dtype, "rows and scales have two dtypes");
   STD_TORCH_CHECK(weight.is_contiguous() && scales.is_contiguous(), "weights and scales are contiguous");
-  STD_TORCH_CHECK(!bias || (bias->scalar_type() == dtype && bias->is_contiguous() && bias->numel() == outputs),
-                  "the bias is another layer's");
+  const bool fits = !bias || (bias->scalar_type() == dtype && bias->is_contiguous() && bias->numel() == outputs);
+  STD_TORCH_CHECK(fits, "the bias is another layer's");
   std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
   shape.back() = outputs;
   Tensor to = torch::stable::new_empty(input, shape);

@@ -1,4 +1,4 @@
-// The instructions that kernels are written in, under one name for each processor: 16 lanes with AVX512-VNNI, 8 with AVX2.
+// The instructions that kernels are written in, by one name on each processor: 16 lanes with AVX512-VNNI, 8 with AVX2.
 #pragma once
 #include <immintrin.h>
 
