@@ -1,7 +1,8 @@
-"""Attention in bfloat16 on a CPU by two matrix products, where torch's own kernel is far from the processor's speed.
+"""Attention on a CPU, where torch's own kernel is far from the processor's speed.
 
-Scores are rounded to bfloat16 before the softmax, as in transformers' `eager`. What is not in bfloat16, not on a CPU,
-or too little to be worth it goes to torch's kernel.
+By kernels of lmkit's own in C++ where they are asked for. Else in bfloat16 by two matrix products, whose scores are
+rounded to bfloat16 before the softmax, as in transformers' `eager`; what is not in bfloat16, not on a CPU, or too
+little to be worth it goes to torch's kernel.
 """
 
 from __future__ import annotations
