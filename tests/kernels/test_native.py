@@ -232,6 +232,15 @@ def test_wrong_tensors_are_refused() -> None:
             ops.linear(*arguments)
 
 
+@EVERY_KIND
+def test_rows_of_another_length_are_refused(kind: Any) -> None:
+    """Also where they would fill the same groups."""
+    layer = native(filled(kind, numbers(50, 64), torch.float32))
+    for length in (40, 63, 96, 1):
+        with pytest.raises(RuntimeError):
+            layer(numbers(3, length))
+
+
 # Layers -----------------------------------------------------------------------------------------
 
 
