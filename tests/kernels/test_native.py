@@ -232,6 +232,15 @@ def test_wrong_tensors_are_refused() -> None:
             ops.linear(*arguments)
 
 
+@EVERY_KIND
+def test_rows_of_another_length_are_refused(kind: Any) -> None:
+    """Also where they would fill the same groups."""
+    layer = native(filled(kind, numbers(50, 64), torch.float32))
+    for length in (40, 63, 96, 1):
+        with pytest.raises(RuntimeError):
+            layer(numbers(3, length))
+
+
 # Layers -----------------------------------------------------------------------------------------
 
 
@@ -314,6 +323,18 @@ def test_a_model_is_put_on_kernels_and_saved_without(name: str, word: Any, tmp_p
         assert again.plan.kernels == "native"
         found = again.model.state_dict()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_plan_counts_no_wide_copies_beside_kernels() -> None:
+    """They would never be made; and what is not quantized by lmkit is planned as without the option."""
+    folder = str(checkpoints.folder("llama"))
+    asked: Any = {"compile": "kernels", "wide_copy_bytes": 2**30}
+    found = lmkit.plan("causal", folder, "int8", "cpu", **asked)
+    assert (found.kernels, found.compiled) == ("native", False)
+    assert found.beside_bytes == lmkit.plan("causal", folder, "int8", "cpu").beside_bytes
+    assert found.reasons["copies"] == "none: lmkit's own kernels need no wide copies"
+    assert lmkit.plan("causal", folder, "float32", "cpu", compile="kernels").kernels == "torch"
+    assert lmkit.plan("causal", folder, "int8", "cpu").kernels == "torch"
 
 
 def test_another_word_is_refused() -> None:

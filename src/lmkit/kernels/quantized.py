@@ -104,7 +104,8 @@ class QuantizedLinear(Ordered, torch.nn.Linear):
 
     def _native_takes(self, rows: torch.Tensor) -> bool:
         """Say whether rows are such that lmkit's own kernel multiplies them: a layer may have been moved, or cast."""
-        return rows.dtype in DTYPES and self.weight.device.type == "cpu" == rows.device.type
+        fits = rows.dtype in DTYPES and rows.shape[-1:] == (self.in_features,)
+        return fits and self.weight.device.type == "cpu" == rows.device.type
 
     def _has_kernel(self, dtype: torch.dtype) -> bool:
         raise NotImplementedError
