@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from lmkit._borrowed import cache_name
 from lmkit.engine.cache import KeyValues
 from lmkit.engine.inputs import input_device
 from lmkit.errors import EngineError
+from lmkit.kernels.native.build import cache_folder
 from lmkit.kernels.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
@@ -78,17 +78,12 @@ class _Slot(DynamicLayer):
         return 0
 
 
-def compile_folder() -> Path:
-    """Return where compiled steps are kept: in the user's cache, where nobody else should be able to write."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmkit" / "compiled"
-
-
 class CompiledStep:
     """The compiled step of a model; only the thread that leads its engine calls it.
 
     Attributes:
-        most_rows: How many rows it takes. Quantized models are traced for one: with more, their layers are no faster
-            compiled, and one row that is known to be one is a tenth faster.
+        most_rows: How many rows it takes. Models on torch's quantized kernels are traced for one: with more, their
+            layers are no faster compiled, and one row that is known to be one is a tenth faster.
 
     Raises:
         EngineError: Compilation failed, or gave other scores than the model.
@@ -96,11 +91,11 @@ class CompiledStep:
 
     def __init__(self, model: Any) -> None:
         """Load the step of `model`, whose plan says that it has one, from the cache folder; or compile and keep it."""
-        folder = compile_folder()
+        folder = cache_folder("compiled")
         self._model = model
         self._cached = cache_name(model) or ""
-        quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
-        self.most_rows = 1 if quantized else sys.maxsize
+        self._orders = {module.native for module in model.modules() if isinstance(module, QuantizedLinear)}
+        self.most_rows = 1 if None in self._orders else sys.maxsize
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         once = {id(tensor): tensor for _, tensor in named}
         places = {key: place for place, key in enumerate(once)}
@@ -163,8 +158,10 @@ class CompiledStep:
         shapes = [(tuple(weight.shape), weight.is_mkldnn) for weight in self._weights]
         told = [
             [version("lmkit"), torch.__version__, transformers.__version__, SETTINGS, TRACED],
+            [self._model.config._attn_implementation],  # noqa: SLF001 - it has no public name
             [str(input_device(self._model)), torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()],
             [type(self._model).__qualname__, self._model.config.to_dict(), described, shapes, self.most_rows],
+            sorted(map(str, self._orders)),
         ]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

@@ -19,8 +19,10 @@ from lmkit.checkpoint.bounds import Bounds
 from lmkit.checkpoint.code import import_without_kernels
 from lmkit.checkpoint.tasks import auto_class
 from lmkit.errors import OptionError
+from lmkit.kernels.ordered import DTYPES
 from lmkit.kernels.packed import packs
-from lmkit.kernels.quantized import Int8Embedding, QuantizedLinear
+from lmkit.kernels.quantized import QuantizedLinear
+from lmkit.kernels.tied import Int8Embedding
 from lmkit.planning.keyvalues import KeyValueBytes, key_values
 from lmkit.planning.placement import home
 from lmkit.planning.running import how_rows_run
@@ -100,7 +102,8 @@ class Skeleton:
                 raise
             raise OptionError(f"attn_implementation={attention!r} is not to be had: {error}") from error
         asked = attention is not None
-        self.running = how_rows_run(wish.task, self.model, placed.device_type, compiled=wish.compile, asked=asked)
+        wanted = {"compiled": wish.compile is True, "asked": asked, "kernels": bool(wish.compile)}
+        self.running = how_rows_run(wish.task, self.model, placed.device_type, **wanted)
         if not _attends_eagerly(self.model):
             self.model = self._empty(plain, precision.dtype, "eager")
         self.untied = {name: self.model.all_tied_weights_keys[name] for name in case.untied(self.model)}
@@ -132,6 +135,8 @@ class Skeleton:
         self.quantizer = self._quantize(quantization, placed, device_map)
         plain_half = self.quantizer is None and self.precision.dtype is torch.bfloat16
         self.packs = placed.device_type == "cpu" and plain_half and packs()
+        own = str(getattr(getattr(self.quantizer, "quantization_config", None), "quant_method", "")) == "lmkit"
+        self.native = bool(wish.compile) and placed.device_type == "cpu" and own and self.precision.dtype in DTYPES
         for name in self.untied:
             self.model.all_tied_weights_keys.pop(name, None)
 

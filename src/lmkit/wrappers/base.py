@@ -85,8 +85,9 @@ class Loaded:
 
 def embedded_rows(model: Any) -> int | None:
     """Return how many tokens a model has embeddings for; None where they are no plain table, as of bytes."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
-    return None if weight is None else len(weight)
+    table = model.get_input_embeddings()
+    weight = getattr(table, "weight", None)
+    return None if weight is None else getattr(table, "num_embeddings", len(weight))
 
 
 class Wrapper(FileJobs, ABC, Generic[JobT, ResultT]):
