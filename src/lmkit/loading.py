@@ -25,6 +25,7 @@ from lmkit.errors import OptionError, UnknownOptionError, listed, nearest, shown
 from lmkit.kernels import attention, rotary
 from lmkit.kernels.openmp import release_pool
 from lmkit.kernels.packed import pack
+from lmkit.kernels.together import join
 from lmkit.kernels.wide_copies import Copies, keep_copies
 from lmkit.planning import told_language
 from lmkit.planning.adapters import AdapterArgument, bringing, find_adapters, put_on, templated
@@ -432,7 +433,9 @@ def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, wish: 
 def _carry_out(plan: LoadPlan, model: Any, wish: Wish) -> Copies | None:
     """Replace of a model that was read what the plan says; return what keeps wide copies of its layers."""
     if plan.kernels == "packed":
-        pack(model)
+        pack(model, plan._together)  # noqa: SLF001 - names that are for this alone
+    else:
+        join(model, plan._together)  # noqa: SLF001
     if plan.attention == attention.NAME:
         attention.put_on(model)
     rotary.put_on(model)

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import torch
 from torch._subclasses import FakeTensor
 
+from lmkit.kernels.together import Joinable
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 GROUP: Final = 32
 """How many weights of a row share a scale and an offset in 4 bits. Chosen by perplexity: docs/performance.md."""
@@ -30,7 +32,7 @@ TINY: Final = 1e-8
 """The least scale, for weights that are all zero."""
 
 
-class QuantizedLinear(torch.nn.Linear):
+class QuantizedLinear(Joinable):
     """A linear layer whose weight is integers; a `torch.nn.Linear`, so that adapters can be put on it.
 
     Attributes:
@@ -45,6 +47,7 @@ class QuantizedLinear(torch.nn.Linear):
 
     FEW: ClassVar[int]
     NAME: ClassVar[str]
+    OUTPUTS: ClassVar[Mapping[str, int]] = {"weight": 0, "scales": 0, "bias": 0}
 
     transposed = False
     copies: Callable[[QuantizedLinear, torch.Tensor], torch.Tensor | None] | None = None
@@ -77,13 +80,13 @@ class QuantizedLinear(torch.nn.Linear):
         """Widen the weight, `BLOCK` weights at a time. *Shape:* `(in_features, some of out_features)`."""
         raise NotImplementedError
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
-        """Multiply. *Shape:* `(…, in_features)` to `(…, out_features)`."""
-        if input.dtype is not self.scales.dtype:
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply by this layer alone. *Shape:* `(…, in_features)` to `(…, out_features)`."""
+        if rows.dtype is not self.scales.dtype:
             raise RuntimeError(
-                f"the layer computes in dtype {self.scales.dtype}, and was given {input.dtype}: convert it first."
+                f"the layer computes in dtype {self.scales.dtype}, and was given {rows.dtype}: convert it first."
             )
-        rows = input.reshape(-1, self.in_features)
+        leading, rows = rows.shape[:-1], rows.reshape(-1, self.in_features)
         trained = rows.requires_grad and torch.is_grad_enabled()  # the kernels have no derivative
         copies = None if trained or rows.shape[0] <= KERNEL_ROWS or isinstance(rows, FakeTensor) else self.copies
         if copies is not None and (wide := copies(self, rows)) is not None:
@@ -95,7 +98,7 @@ class QuantizedLinear(torch.nn.Linear):
             product = self._scaled(products[0] if len(products) == 1 else torch.cat(products, -1))
         if self.bias is not None:
             product = product + self.bias
-        return product.view(*input.shape[:-1], self.out_features)
+        return product.view(*leading, self.out_features)
 
     def _has_kernel(self, dtype: torch.dtype) -> bool:
         raise NotImplementedError
@@ -185,6 +188,7 @@ class Int4Linear(QuantizedLinear):
 
     FEW = 40
     NAME = "int4"
+    OUTPUTS: ClassVar[Mapping[str, int]] = {"weight": 0, "scales": 1, "bias": 0}
 
     @staticmethod
     def fits(in_features: int) -> bool:
@@ -215,6 +219,11 @@ class Int4Linear(QuantizedLinear):
     packed = False
 
     @property
+    def order(self) -> bool:
+        """Whether the kernel has an order for this layer."""
+        return self._width > 0
+
+    @property
     def _width(self) -> int:
         """How many outputs the kernel's order has side by side; 0 where there is no kernel for this layer."""
         width = _int4_kernel()
@@ -225,7 +234,7 @@ class Int4Linear(QuantizedLinear):
 
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
         ops = torch.ops.aten
-        product: torch.Tensor = ops._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scales)  # noqa: SLF001
+        product: torch.Tensor = ops._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scales.contiguous())  # noqa: SLF001
         return product
 
     def blocks(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -244,6 +253,7 @@ class Int4Linear(QuantizedLinear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}scales"] = destination[f"{prefix}scales"].contiguous()
         if self.packed:
             destination[f"{prefix}weight"] = self._unpacked()
 

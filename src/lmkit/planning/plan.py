@@ -76,6 +76,7 @@ class LoadPlan(Result):
     fits: bool
     reasons: Mapping[str, str]
     _layout: Layout = field(repr=False)
+    _together: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle fields by their names."""
@@ -88,7 +89,7 @@ class LoadPlan(Result):
             state = dict(zip((names + "key_values context_length fits reasons _layout").split(), state, strict=True))
             del state["device_map"], state["modules"]
             state |= {"attention": "sdpa", "engine": "lmkit", "compiled": False, "prefix_cache_bytes": 0}
-        for name, value in ({"end_token_ids": ()} | state).items():
+        for name, value in ({"end_token_ids": (), "_together": ()} | state).items():
             object.__setattr__(self, name, value)
 
     def __hash__(self) -> int:
