@@ -28,6 +28,8 @@ class PackedLinear(Joinable):
 
     OUTPUTS: ClassVar[Mapping[str, int]] = {"bias": 0}
 
+    packed: torch.Tensor
+
     def __init__(self, linear: torch.nn.Linear, *, tied: bool, packed: torch.Tensor | None = None) -> None:
         """Take the place of `linear`; a `tied` weight is another module's too, which keeps it."""
         torch.nn.Module.__init__(self)
@@ -36,7 +38,8 @@ class PackedLinear(Joinable):
         self.bias = linear.bias
         # In a tuple, so that it is not registered a second time.
         self._dense: tuple[Any, ...] = (linear.weight,) if tied else ()
-        self.packed = torch.nn.Buffer(pack_weight(linear.weight) if packed is None else packed, persistent=False)
+        packed = pack_weight(linear.weight) if packed is None else packed
+        self.register_buffer("packed", packed, persistent=False)  # a `Buffer` would be another object for each of them
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         """Multiply by this layer alone. *Shape:* `(…, in_features)` to `(…, out_features)`."""
