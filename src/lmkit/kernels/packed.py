@@ -45,8 +45,10 @@ class PackedLinear(Joinable):
         """Multiply by this layer alone. *Shape:* `(…, in_features)` to `(…, out_features)`."""
         if self.joint is None:
             return multiply_packed(rows, self.packed, self.bias)
-        own = multiply_packed(rows, self.packed)[..., self.joint.span(self)]
-        return own if self.bias is None else own + self.bias
+        span = self.joint.span(self)
+        behind = self.joint.whole.out_features - span.stop
+        bias = None if self.bias is None else torch.nn.functional.pad(self.bias, (span.start, behind))
+        return multiply_packed(rows, self.packed, bias)[..., span]
 
     @property
     def weight(self) -> torch.nn.Parameter:  # type: ignore[override]

@@ -40,8 +40,9 @@ class Joinable(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
         """Multiply. *Shape:* `(…, in_features)` to `(…, out_features)`."""
-        trained = input.requires_grad and torch.is_grad_enabled()
-        part = None if self.joint is None or trained else self.joint.part(self, input)
+        # torch.compile knows no tensor with attributes of its own; gradients would hold a tensor that holds itself.
+        alone = torch.compiler.is_compiling() or (input.requires_grad and torch.is_grad_enabled())
+        part = None if self.joint is None or alone else self.joint.part(self, input)
         return self.product(input) if part is None else part
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
