@@ -114,7 +114,7 @@ def pack(model: torch.nn.Module, together: Iterable[Sequence[str]] = ()) -> int:
     count = sum(len(members) for _, members in joints)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if _packs(parent, child):
+            if isinstance(child, torch.nn.Linear) and _packs(parent, child):
                 packed = PackedLinear(child, tied=id(child.weight) in shared)
                 parent._modules[name] = packed  # noqa: SLF001 - setattr would do the same
                 count += 1
@@ -135,7 +135,9 @@ def _packed_as_one(
         return None
     if shared & {id(linear.weight) for linear in linears}:
         return None
-    joined = torch.nn.Linear(linears[0].in_features, sum(one.out_features for one in linears), bias=False, device="meta")
+    joined = torch.nn.Linear(
+        linears[0].in_features, sum(one.out_features for one in linears), bias=False, device="meta"
+    )
     joined.weight = torch.nn.Parameter(torch.cat([one.weight.detach() for one in linears]), requires_grad=False)
     whole = PackedLinear(joined, tied=False)
     members = [PackedLinear(linear, tied=False, packed=whole.packed) for linear in linears]

@@ -53,7 +53,6 @@ class QuantizedLinear(Joinable):
     copies: Callable[[QuantizedLinear, torch.Tensor], torch.Tensor | None] | None = None
 
     scales: torch.nn.Parameter
-    bias: torch.nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, *, bias: bool) -> None:
         """Make a layer without values, for weights to be loaded into."""

@@ -31,6 +31,7 @@ class Joinable(torch.nn.Linear):
 
     OUTPUTS: ClassVar[Mapping[str, int]]
 
+    bias: torch.nn.Parameter | None  # type: ignore[assignment]
     joint: Joint | None = None
 
     @property
@@ -68,13 +69,13 @@ class Joint:
         """Have `members` multiply by `whole`, which takes their parameters over."""
         self.whole = whole
         for name, dim in whole.OUTPUTS.items():
-            parts = [member._parameters.get(name) for member in members]  # noqa: SLF001 - None where there is none
-            if all(part is not None for part in parts):
-                joined = torch.nn.Parameter(torch.cat([part.data for part in parts], dim), requires_grad=False)  # type: ignore[union-attr]
-                views = joined.split([part.shape[dim] for part in parts], dim)  # type: ignore[union-attr]
-                setattr(whole, name, joined)
-                for member, view in zip(members, views, strict=True):
-                    setattr(member, name, torch.nn.Parameter(view, requires_grad=False))
+            parts: list[Any] = [member._parameters.get(name) for member in members]  # noqa: SLF001
+            if any(part is None for part in parts):
+                continue
+            joined: Any = torch.nn.Parameter(torch.cat([part.data for part in parts], dim), requires_grad=False)
+            setattr(whole, name, joined)
+            for member, view in zip(members, joined.split([part.shape[dim] for part in parts], dim), strict=True):
+                setattr(member, name, torch.nn.Parameter(view, requires_grad=False))
         self._spans: dict[int, tuple[int, int]] = {}
         self._held: dict[int, list[int]] = {}
         first = 0
@@ -120,7 +121,7 @@ class _Kept:
             return None
         part = self._parts.pop(id(member), None)
         if not self._parts:
-            rows.__dict__.pop(KEPT, None)
+            vars(rows).pop(KEPT, None)
         return part
 
 
@@ -133,7 +134,7 @@ def _parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [one for one in module._parameters.values() if one is not None]  # noqa: SLF001 - faster than parameters()
 
 
-def siblings(model: torch.nn.Module, run: Callable[[], ResultT]) -> tuple[ResultT, list[tuple[str, ...]]]:
+def siblings(model: torch.nn.Module, run: Callable[[], ResultT]) -> tuple[ResultT, tuple[tuple[str, ...], ...]]:
     """Run a model, and find the linear layers of one parent that are given the very same inputs, call by call.
 
     Their outputs are views of wider tensors meanwhile, as those of a `Joint` are: code that cannot bear it fails.
@@ -163,7 +164,7 @@ def siblings(model: torch.nn.Module, run: Callable[[], ResultT]) -> tuple[Result
     for name, called in calls.items():  # in the order of the calls
         alike = name.rpartition(".")[0], linear[name].weight.dtype, linear[name].bias is None
         groups[(*alike, *called)].append(name)
-    return outputs, [tuple(names) for names in groups.values() if len(names) > 1]
+    return outputs, tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
 def place(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
@@ -182,7 +183,7 @@ def joinable(members: Sequence[torch.nn.Module]) -> bool:
     return own and all(other == first for other in others)
 
 
-def _settings(module: torch.nn.Module) -> dict[str, object]:
+def _settings(module: torch.nn.Module) -> Mapping[str, object]:
     plain = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     hooked = hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001
     unlike = {"out_features": None, "kind": type(module), "order": getattr(module, "order", None)}

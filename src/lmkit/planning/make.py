@@ -223,6 +223,8 @@ def _kernels(trial: Trial) -> str | None:
 
 def _together(trial: Trial) -> str | None:
     """Say how many layers become how many products."""
+    if trial.skeleton.together is None:
+        return "none: which linear layers read the same input only shows when this model runs"
     layers = sum(map(len, trial.together))
     return f"{layers} linear layers that read the same input are {len(trial.together)} products" if layers else None
 

@@ -66,7 +66,8 @@ class Skeleton:
         twice_bytes: What linear layers take whose weight is another module's too.
         shapes: Of each weight before it is quantized, tied ones once.
         buffers_bytes: What it computes once and keeps, such as masks and positions; they are in no file.
-        together: The linear layers that read the same input and will be one product, by groups, if all is on a CPU.
+        together: The linear layers that read the same input and will be one product, by groups, if all is on a CPU;
+            None where that was looked for, and only shows when the model runs.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class Skeleton:
         saved = self.model.state_dict()
         self.buffers_bytes = sum(buffer.nbytes for name, buffer in self.model.named_buffers() if name not in saved)
         looks = placed.device_type == "cpu" and precision.name not in ("float32", "float16") and known is None
-        outputs, groups = self._tried(looks=looks) if known is None else (None, [])
+        outputs, groups = self._tried(looks=looks) if known is None else (None, ())
         encodes = bool(self.model.config.is_encoder_decoder)
         self.key_values = None if wish.task == "masked" else known or key_values(outputs, encodes=encodes)
         self._wide = self._kept_wide(precision.dtype)
@@ -139,13 +140,15 @@ class Skeleton:
         self.packs = placed.device_type == "cpu" and plain_half and packs()
         for name in self.untied:
             self.model.all_tied_weights_keys.pop(name, None)
-        self.together = [group for group in groups if self._joins(group)]
+        self.together = None if groups is None else tuple(group for group in groups if self._joins(group))
 
-    def _tried(self, *, looks: bool) -> tuple[Any, list[tuple[str, ...]]]:
+    def _tried(self, *, looks: bool) -> tuple[Any, tuple[tuple[str, ...], ...] | None]:
         """Try the model without values; where that `looks`, say which linear layers read the same input."""
         run = functools.partial(tried, self.model, keeps=self._case.wish.task != "masked")
-        found = siblings(self.model, run) if looks else (None, [])
-        return (run(), []) if found[0] is None else found
+        outputs, groups = siblings(self.model, run) if looks else (None, ())
+        if outputs is not None:
+            return outputs, groups
+        return run() if self._case.wish.task != "masked" else None, None if looks else ()
 
     def _joins(self, names: Iterable[str]) -> bool:
         """Say whether layers that read the same input are packed or quantized alike, each with a weight of its own."""

@@ -191,7 +191,7 @@ class Trial:
     @property
     def together(self) -> tuple[tuple[str, ...], ...]:
         """The linear layers that will be one product, by groups."""
-        return tuple(self.skeleton.together) if self._places == {"cpu"} else ()
+        return self.skeleton.together or () if self._places == {"cpu"} else ()
 
     @property
     def reserved(self) -> int:
