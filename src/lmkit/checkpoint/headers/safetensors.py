@@ -116,7 +116,7 @@ def _entries(header: str) -> dict[str, _Entry]:
 
 
 def _unique(members: list[tuple[str, Any]]) -> dict[str, Any] | _Entry:
-    """Return an object; what is said of a tensor as tuples: a hundred thousand lists keep the garbage collector busy."""
+    """Return an object; what is said of a tensor as tuples: so many lists would keep the garbage collector busy."""
     found = dict(members)
     if len(found) < len(members):
         raise ValueError("a name or a field twice")
