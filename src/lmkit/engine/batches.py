@@ -316,9 +316,9 @@ class Batches:
         self._counts["prompt_tokens"] += sum(row.length for row in rows) - decoder.reused
         return decoder
 
-    def _known(self, row: Row) -> tuple[Prefix | None, int]:
-        """Return the kept keys and values of a row's first tokens, and how many those are."""
-        return self._prefixes.find(row.input_ids, self._scaling.kept(row.length), row.behind or SHORTEST)
+    def _known(self, row: Row, least: int = SHORTEST) -> tuple[Prefix | None, int]:
+        """Return the kept keys and values of a row's first tokens, and how many those are, at the least."""
+        return self._prefixes.find(row.input_ids, self._scaling.kept(row.length), row.behind or least)
 
     def _reading(self) -> Reader:
         """Return what reads without the head; to make it runs the model, so it is asked for in a forward pass."""
@@ -351,6 +351,10 @@ class Batches:
             groups.setdefault(row.input_ids[:FEWEST], []).append(row)
         waiting: set[Row] = set()
         for first, *others in groups.values():
+            held = {row: count for row in (first, *others) if (count := self._known(row, FEWEST)[1])}
+            if sum(held.values()) >= SAVED:  # by rows that were read before
+                for row, count in held.items():
+                    row.behind = count
             common = {row: count for row in others if (count := self._common(first, row)) >= FEWEST}
             if sum(count - self._known(row)[1] for row, count in common.items()) >= SAVED:
                 first.shared = True

@@ -35,7 +35,7 @@ class Row:
         steering: What reshapes its scores, once built.
         matcher: What says which tokens may come next, if not all.
         shared: Whether other rows wait for what it reads first.
-        behind: How many tokens it waits for another row to read; 0 if for none.
+        behind: How many tokens it takes over from rows of its call, at the least; 0 if that is not known.
         anew: Whether it leaves its batch, to be read from the beginning.
         width: How many answers it follows at a time.
         candidates: How many next tokens a search of several answers looks at.
