@@ -148,7 +148,7 @@ def test_what_nobody_takes_goes_with_the_input(kind: str) -> None:
     _, joined = pair(kind)
     given = rows(3)
     joined.q(given)
-    kept = weakref.ref(next(iter(vars(given)[KEPT]._parts.values())))
+    kept = weakref.ref(next(iter(vars(given)[KEPT][2].values())))
     assert kept() is not None
     del given
     gc.collect()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch._subclasses import FakeTensor
@@ -76,62 +76,51 @@ class Joint:
             setattr(whole, name, joined)
             for member, view in zip(members, joined.split([part.shape[dim] for part in parts], dim), strict=True):
                 setattr(member, name, torch.nn.Parameter(view, requires_grad=False))
-        self._spans: dict[int, tuple[int, int]] = {}
-        self._held: dict[int, list[int]] = {}
-        first = 0
+        self._held = {id(member): [_address(one) for one in member._parameters.values()] for member in members}  # noqa: SLF001
+        self._sizes = [member.out_features for member in members]
         for member in members:
-            self._spans[id(member)] = first, member.out_features
-            self._held[id(member)] = [one.data_ptr() for one in _parameters(member)]
-            first += member.out_features
             member.joint = self
 
     def part(self, member: Joinable, rows: torch.Tensor) -> torch.Tensor | None:
         """Return a layer's part of the product; None for one that was given other parameters since."""
-        held = _parameters(member)
-        traced = any(isinstance(one, FakeTensor) for one in held)
-        if not traced and [one.data_ptr() for one in held] != self._held[id(member)]:
-            return None
-        kept: _Kept | None = getattr(rows, KEPT, None)
-        part = kept.taken(self, member, rows) if kept is not None else None
-        if part is None:
-            product = self.whole.product(rows)
-            parts = {name: product.narrow(-1, *span) for name, span in self._spans.items()}
-            part = parts.pop(id(member))
-            setattr(rows, KEPT, _Kept(self, rows, parts))
+        parameters: Any = member._parameters.values()  # noqa: SLF001 - the public ones take longer than the rest
+        for one, held in zip(parameters, self._held[id(member)], strict=False):
+            if one is not None and type(one) is not FakeTensor and one.data_ptr() != held:
+                return None
+        made = self, id(rows), torch.is_inference_mode_enabled(), -1 if rows.is_inference() else rows._version  # noqa: SLF001
+        kept: _Kept | None = vars(rows).get(KEPT)
+        part = None if kept is None or kept[0] != made or _differs(kept[1], rows) else kept[2].pop(id(member), None)
+        if kept is None or part is None:
+            # Writes in inference mode are not counted.
+            copied = rows.clone() if rows.is_inference() else None
+            kept = (
+                made,
+                copied,
+                dict(zip(self._held, self.whole.product(rows).split_with_sizes(self._sizes, -1), strict=True)),
+            )
+            part = kept[2].pop(id(member))
+            setattr(rows, KEPT, kept)
+        elif not kept[2]:
+            vars(rows).pop(KEPT, None)
         return part
 
     def span(self, member: Joinable) -> slice:
         """Return where a layer's outputs lie in the whole."""
-        first, count = self._spans[id(member)]
-        return slice(first, first + count)
+        place = [*self._held].index(id(member))
+        first = sum(self._sizes[:place])
+        return slice(first, first + self._sizes[place])
 
 
-class _Kept:
-    """What is left of a product with one input."""
-
-    def __init__(self, joint: Joint, rows: torch.Tensor, parts: dict[int, torch.Tensor]) -> None:
-        self._made = joint, id(rows), _version(rows)
-        self._copy = rows.clone() if rows.is_inference() else None
-        self._parts = parts
-
-    def taken(self, joint: Joint, member: Joinable, rows: torch.Tensor) -> torch.Tensor | None:
-        """Give a part away, once; None if there is none, or the input was written to since."""
-        same = self._made == (joint, id(rows), _version(rows))
-        if not same or (self._copy is not None and not torch.equal(self._copy, rows)):
-            return None
-        part = self._parts.pop(id(member), None)
-        if not self._parts:
-            vars(rows).pop(KEPT, None)
-        return part
+_Kept: TypeAlias = "tuple[tuple[object, ...], torch.Tensor | None, dict[int, torch.Tensor]]"
+"""For which input a product was computed, a copy of it where it may change unseen, and the parts that are left."""
 
 
-def _version(rows: torch.Tensor) -> tuple[bool, int]:
-    """Tell writes to a tensor apart; those made in inference mode are not counted."""
-    return torch.is_inference_mode_enabled(), 0 if rows.is_inference() else rows._version  # noqa: SLF001
+def _differs(copied: torch.Tensor | None, rows: torch.Tensor) -> bool:
+    return copied is not None and not torch.equal(copied, rows)
 
 
-def _parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [one for one in module._parameters.values() if one is not None]  # noqa: SLF001 - faster than parameters()
+def _address(parameter: torch.nn.Parameter | None) -> int:
+    return 0 if parameter is None else parameter.data_ptr()
 
 
 def siblings(model: torch.nn.Module, run: Callable[[], ResultT]) -> tuple[ResultT, tuple[tuple[str, ...], ...]]:
