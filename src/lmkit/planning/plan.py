@@ -55,7 +55,7 @@ class LoadPlan(Result):
             other checkpoints in chats.
         fits: Whether all of it fits its devices.
         reasons: Why, a sentence per automatic choice, such as under `"precision"`, `"engine"`, `"attention"`,
-            `"compiled"` and `"prefixes"`; under `"fits"` what does not fit, and what would.
+            `"compiled"`, `"together"` and `"prefixes"`; under `"fits"` what does not fit, and what would.
     """
 
     task: Task
