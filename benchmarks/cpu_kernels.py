@@ -28,8 +28,9 @@ from lmkit.kernels.native.build import instructions
 from lmkit.kernels.native.operators import operators, refusal
 from lmkit.kernels.openmp import release_pool
 from lmkit.kernels.ordered import hold
-from lmkit.kernels.packed import PackedLinear
+from lmkit.kernels.packed import PackedLinear, pack
 from lmkit.kernels.quantized import Int4Linear, Int8Linear
+from lmkit.kernels.together import join
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -136,6 +137,38 @@ def _seconds(layer: torch.nn.Module, rows: torch.Tensor) -> float:
     return time.perf_counter() - begun
 
 
+def reading_the_same(kind: str, outputs: tuple[int, ...], rows: int) -> tuple[float, float]:
+    """Time layers of 576 inputs one by one and joined, in microseconds; so many that no cache holds them."""
+    single, joined = ([_siblings(kind, outputs, joins=joins) for _ in range(LAYERS)] for joins in (False, True))
+    given = torch.randn(rows, 576).bfloat16()
+    taken: tuple[list[float], list[float]] = ([], [])
+    for _ in range(5):  # in turns
+        for times, models in zip(taken, (single, joined), strict=True):
+            work = [layer for model in models for layer in model]
+            times.append(milliseconds(lambda work=work: [layer(given) for layer in work]) * 1000 / LAYERS)  # type: ignore[misc]
+    return min(taken[0]), min(taken[1])
+
+
+def _siblings(kind: str, outputs: tuple[int, ...], *, joins: bool) -> torch.nn.ModuleList:
+    plain = [
+        torch.nn.Linear(576, count, bias=False).bfloat16().requires_grad_(requires_grad=False) for count in outputs
+    ]
+    names = [[str(number) for number in range(len(plain))]] if joins else []
+    if kind == "bfloat16":
+        model = torch.nn.ModuleList(plain)
+        pack(model, names)
+        return model
+    quantized = []
+    for layer in plain:
+        made = {"int8": Int8Linear, "int4": Int4Linear}[kind](576, layer.out_features, torch.bfloat16, bias=False)
+        made.weight.data, made.scales.data = made.quantize(layer.weight, torch.bfloat16)
+        made.pack()
+        quantized.append(made)
+    model = torch.nn.ModuleList(quantized)
+    join(model, names)
+    return model
+
+
 def accuracy(folder: Path) -> dict[str, float]:
     """Return how far the scores after 48 texts are from those of float32, as a share of their spread."""
     from transformers import AutoTokenizer
@@ -229,6 +262,12 @@ def main() -> None:
     for outputs, inputs in ((1536, 576), (2048, 2048), (8192, 2048)):
         for count, spent in products(outputs, inputs, [1, 4, 16, 64, 256]):
             print(f"| {outputs} x {inputs} | {count} |", " | ".join(f"{one:.0f}" for one in spent), "|")
+    print("\n| layers that read the same input, microseconds: one by one, as one | bfloat16 | int8 | int4 |")
+    print("| --- | --- | --- | --- |")
+    for name, widths in (("q, k, v", (576, 192, 192)), ("gate, up", (1536, 1536))):
+        for rows in (1, 4, 8, 32, 64, 256):
+            cells = (reading_the_same(kind, widths, rows) for kind in ("bfloat16", "int8", "int4"))
+            print(f"| {name}, {rows} rows |", " | ".join(f"{one:.0f}, {both:.0f}" for one, both in cells), "|")
     pools = [f"{in_another_thread(released=released):.0f}" for released in (False, True)]
     print(f"\nsilu in a second thread: {pools[0]} microseconds beside a pool of the first one's, {pools[1]} without")
     with tempfile.TemporaryDirectory() as spare:

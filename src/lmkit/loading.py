@@ -28,6 +28,7 @@ from lmkit.kernels.native.build import NoKernelsError, instructions
 from lmkit.kernels.native.operators import operators, refusal
 from lmkit.kernels.openmp import release_pool
 from lmkit.kernels.packed import pack
+from lmkit.kernels.together import join
 from lmkit.kernels.wide_copies import Copies, keep_copies
 from lmkit.options.signatures import spelled_out
 from lmkit.planning import told_language
@@ -516,7 +517,9 @@ def _with_kernels(plan: LoadPlan, model: Any, wish: Wish) -> tuple[LoadPlan, Any
 def _carry_out(plan: LoadPlan, model: Any, wish: Wish, kernels: Any) -> Copies | None:
     """Replace of a model that was read what the plan says; return what keeps wide copies of its layers."""
     if plan.kernels == "packed":
-        pack(model)
+        pack(model, plan._together)  # noqa: SLF001 - names that are for this alone
+    else:
+        join(model, plan._together)  # noqa: SLF001
     if plan.attention == attention.NAME:
         attention.put_on(model, kernels)
     rotary.put_on(model)

@@ -27,6 +27,7 @@ from lmkit.engine.inputs import input_device
 from lmkit.errors import EngineError
 from lmkit.kernels.native.build import cache_folder
 from lmkit.kernels.quantized import QuantizedLinear
+from lmkit.kernels.together import WithWholes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +42,7 @@ TOLERANCE = 0.1
 """How far compiled scores of the median row may be from the model's own, as a share of their spread: fused steps round
 bfloat16 elsewhere, SmolLM2's by 0.08 in the median with two tokens of context, single rows more."""
 
-TRACED = 2
+TRACED = 3
 """The number of what is traced: another one where `_step` or the order of its inputs has changed."""
 
 SETTINGS = {"pattern_matcher": False, "size_asserts": False, "alignment_asserts": False, "compile_threads": 1}
@@ -96,7 +97,8 @@ class CompiledStep:
         self._cached = cache_name(model) or ""
         self._orders = {module.native for module in model.modules() if isinstance(module, QuantizedLinear)}
         self.most_rows = 1 if None in self._orders else sys.maxsize
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        self._named = every = WithWholes(model)
+        named = [*every.named_parameters(remove_duplicate=False), *every.named_buffers(remove_duplicate=False)]
         once = {id(tensor): tensor for _, tensor in named}
         places = {key: place for place, key in enumerate(once)}
         self._weights = [tensor.detach() for tensor in once.values()]
@@ -234,7 +236,7 @@ class CompiledStep:
         slot = slot.clamp(max=cache[0].shape[2] - 1)
         slots: list[Any] = [_Slot(*pair, slot) for pair in zip(cache[:layers], cache[layers:], strict=True)]
         outputs: Any = torch.func.functional_call(
-            self._model,
+            self._named,
             {name: inputs[place] for name, place in self._places.items()},
             kwargs={
                 "input_ids": token_ids,

@@ -45,7 +45,7 @@ class Ordered(torch.nn.Module):
         """Return the weight and the scales as they are saved."""
         weight, scales = self.weight.data, self.scales.data
         if self.native is None:
-            return weight, scales
+            return weight, scales.contiguous()
         if self.BITS == 8:  # noqa: PLR2004
             return linear.unpack8(weight)[: self.out_features, : self.in_features].contiguous(), scales
         return linear.unpack4(weight)[: self.out_features], linear.unpack_scales(scales)[:, : self.out_features]
@@ -71,7 +71,7 @@ class Ordered(torch.nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.reordered and "weight" in self._parameters:
+        if "weight" in self._parameters and (self.reordered or not self.scales.is_contiguous()):
             destination[f"{prefix}weight"], destination[f"{prefix}scales"] = self.saved()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

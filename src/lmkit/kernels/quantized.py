@@ -16,9 +16,10 @@ from torch._subclasses import FakeTensor
 
 from lmkit.kernels.native import linear as native
 from lmkit.kernels.ordered import DTYPES, Ordered, hold, native_linear
+from lmkit.kernels.together import Joinable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 GROUP: Final = 32
 """How many weights of a row share a scale and an offset in 4 bits. Chosen by perplexity: docs/performance.md."""
@@ -34,7 +35,7 @@ TINY: Final = 1e-8
 """The least scale, for weights that are all zero."""
 
 
-class QuantizedLinear(Ordered, torch.nn.Linear):
+class QuantizedLinear(Ordered, Joinable):
     """A linear layer whose weight is integers; a `torch.nn.Linear`, so that adapters can be put on it.
 
     Attributes:
@@ -49,11 +50,10 @@ class QuantizedLinear(Ordered, torch.nn.Linear):
 
     FEW: ClassVar[int]
     NAME: ClassVar[str]
+    OUTPUTS: ClassVar[Mapping[str, int]] = {"weight": 0, "scales": 0, "bias": 0}
 
     transposed = False
     copies: Callable[[QuantizedLinear, torch.Tensor], torch.Tensor | None] | None = None
-
-    bias: torch.nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, *, bias: bool) -> None:
         """Make a layer without values, for weights to be loaded into."""
@@ -80,16 +80,16 @@ class QuantizedLinear(Ordered, torch.nn.Linear):
         """Widen the weight, `BLOCK` weights at a time. *Shape:* `(in_features, some of out_features)`."""
         raise NotImplementedError
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
-        """Multiply. *Shape:* `(…, in_features)` to `(…, out_features)`."""
-        if input.dtype is not self.scales.dtype:
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply by this layer alone. *Shape:* `(…, in_features)` to `(…, out_features)`."""
+        if rows.dtype is not self.scales.dtype:
             raise RuntimeError(
-                f"the layer computes in dtype {self.scales.dtype}, and was given {input.dtype}: convert it first."
+                f"the layer computes in dtype {self.scales.dtype}, and was given {rows.dtype}: convert it first."
             )
-        trained = input.requires_grad and torch.is_grad_enabled()  # the kernels have no derivative
-        if (isa := self.native) is not None and not trained and self._native_takes(input):
-            return native_linear(isa)(input, self.weight, self.scales, self.bias, self.BITS, self.out_features)
-        rows = input.reshape(-1, self.in_features)
+        trained = rows.requires_grad and torch.is_grad_enabled()  # the kernels have no derivative
+        if (isa := self.native) is not None and not trained and self._native_takes(rows):
+            return native_linear(isa)(rows, self.weight, self.scales, self.bias, self.BITS, self.out_features)
+        leading, rows = rows.shape[:-1], rows.reshape(-1, self.in_features)
         copies = None if trained or rows.shape[0] <= KERNEL_ROWS or isinstance(rows, FakeTensor) else self.copies
         if copies is not None and (wide := copies(self, rows)) is not None:
             product = self._scaled(wide)
@@ -100,7 +100,13 @@ class QuantizedLinear(Ordered, torch.nn.Linear):
             product = self._scaled(products[0] if len(products) == 1 else torch.cat(products, -1))
         if self.bias is not None:
             product = product + self.bias
-        return product.view(*input.shape[:-1], self.out_features)
+        return product.view(*leading, self.out_features)
+
+    @property
+    def order(self) -> object:
+        """What the order of the weight depends on; whole blocks of lmkit's own kernels can lie side by side alone."""
+        whole = self.native is None or self.out_features % native.BLOCK == 0
+        return self.native if whole else id(self)
 
     def _native_takes(self, rows: torch.Tensor) -> bool:
         """Say whether rows are such that lmkit's own kernel multiplies them: a layer may have been moved, or cast."""
@@ -198,6 +204,7 @@ class Int4Linear(QuantizedLinear):
     BITS = 4
     FEW = 40
     NAME = "int4"
+    OUTPUTS: ClassVar[Mapping[str, int]] = {"weight": 0, "scales": 1, "bias": 0}
 
     @staticmethod
     def fits(in_features: int) -> bool:
@@ -228,6 +235,16 @@ class Int4Linear(QuantizedLinear):
     packed = False
 
     @property
+    def outputs(self) -> Mapping[str, int | None]:
+        """Along which dimension of each parameter the outputs lie as it is now; None is as they lie in memory."""
+        return self.OUTPUTS if self.native is None else {**self.OUTPUTS, "scales": None}
+
+    @property
+    def order(self) -> object:
+        """What the order of the weight depends on, and whether torch's kernel has one for this layer."""
+        return super().order, self.native is not None or self._width > 0
+
+    @property
     def _width(self) -> int:
         """How many outputs the kernel's order has side by side; 0 where there is no kernel for this layer."""
         width = _int4_kernel()
@@ -238,7 +255,7 @@ class Int4Linear(QuantizedLinear):
 
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
         ops = torch.ops.aten
-        product: torch.Tensor = ops._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scales)  # noqa: SLF001
+        product: torch.Tensor = ops._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scales.contiguous())  # noqa: SLF001
         return product
 
     def blocks(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -268,7 +285,7 @@ class Int4Linear(QuantizedLinear):
 
     def saved(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weight and the scales as they are saved."""
-        return (self._unpacked(), self.scales.data) if self.packed else super().saved()
+        return (self._unpacked(), self.scales.data.contiguous()) if self.packed else super().saved()
 
     def to_native(self, isa: str) -> bool:
         """Bring weight and scales into the order of lmkit's own kernels, where they have one; return whether."""

@@ -117,6 +117,7 @@ def _planned(trial: Trial, model_class: str, ends: Iterable[int], reasons: Mappi
         fits=reasons["fits"] is None,
         reasons={what: reason for what, reason in reasons.items() if reason},
         _layout=trial.layout,
+        _together=trial.together,
     )
 
 
@@ -179,6 +180,7 @@ def _reasons(trial: Trial) -> dict[str, str | None]:
         "quantized": _quantized(trial),
         "untied": _untied(trial),
         "kernels": _kernels(trial),
+        "together": _together(trial),
         "copies": _copies(trial),
         "adapter": _adapters(trial),
         **skeleton.running.reasons,
@@ -225,6 +227,14 @@ def _kernels(trial: Trial) -> str | None:
     if not (twice := trial.skeleton.twice_bytes):
         return reason
     return f"{reason}; those whose weight is another module's too are held twice, {size(twice)} more"
+
+
+def _together(trial: Trial) -> str | None:
+    """Say how many layers become how many products."""
+    if trial.skeleton.together is None:
+        return "none: which linear layers read the same input only shows when this model runs"
+    layers = sum(map(len, trial.together))
+    return f"{layers} linear layers that read the same input are {len(trial.together)} products" if layers else None
 
 
 def _copies(trial: Trial) -> str | None:

@@ -56,7 +56,7 @@ class LoadPlan(Result):
             other checkpoints in chats.
         fits: Whether all of it fits its devices.
         reasons: Why, a sentence per automatic choice, such as under `"precision"`, `"engine"`, `"attention"`,
-            `"compiled"` and `"prefixes"`; under `"fits"` what does not fit, and what would.
+            `"compiled"`, `"together"` and `"prefixes"`; under `"fits"` what does not fit, and what would.
     """
 
     task: Task
@@ -77,6 +77,7 @@ class LoadPlan(Result):
     fits: bool
     reasons: Mapping[str, str]
     _layout: Layout = field(repr=False)
+    _together: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle fields by their names."""
@@ -89,7 +90,7 @@ class LoadPlan(Result):
             state = dict(zip((names + "key_values context_length fits reasons _layout").split(), state, strict=True))
             del state["device_map"], state["modules"]
             state |= {"attention": "sdpa", "engine": "lmkit", "compiled": False, "prefix_cache_bytes": 0}
-        for name, value in ({"end_token_ids": ()} | state).items():
+        for name, value in ({"end_token_ids": (), "_together": ()} | state).items():
             object.__setattr__(self, name, value)
 
     def __hash__(self) -> int:

@@ -193,6 +193,11 @@ class Trial:
         return self.skeleton.packs and "cpu" in self.layout.bytes_per_device
 
     @property
+    def together(self) -> tuple[tuple[str, ...], ...]:
+        """The linear layers that will be one product, by groups."""
+        return self.skeleton.together or () if self._places == {"cpu"} else ()
+
+    @property
     def reserved(self) -> int:
         """The bytes of keys and values that have to fit."""
         tokens = self.case.wish.reserve_tokens
