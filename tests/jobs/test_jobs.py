@@ -372,7 +372,7 @@ def test_jsonl_becomes_parquet_where_columns_have_a_type(tmp_path: Path) -> None
     ]  # fmt: skip
     fake = echo()
     write(source, [{"text": "a", "x": 1}, {"text": "b", "x": "one"}])
-    with pytest.raises(lmkit.JobError, match="fits no Parquet file: a column has one type there"):
+    with pytest.raises(lmkit.JobError, match="fits no Parquet file, where a column has one type"):
         fake.run_job(source, out, restart=True)
     assert fake.calls == []
 
@@ -394,6 +394,26 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(lmkit.MissingExtraError, match=r"pip install 'lmkit\[parquet\]'"):
         echo().run_job(texts(tmp_path / "in.jsonl"), tmp_path / "out.parquet")
+
+
+def test_what_is_no_unicode_is_an_error_only_where_it_is_read(tmp_path: Path) -> None:
+    """Other columns come out with the bytes they had, or as escapes; Parquet, which has neither, is refused."""
+    source, rows = tmp_path / "in.csv", b"text,x\na,\xff\n\xff,\xc3\xa9\n"
+    source.write_bytes(rows)
+    assert echo().run_job(source, tmp_path / "out.csv").failed == 1
+    made = (tmp_path / "out.csv").read_bytes().splitlines()
+    assert (made[1], made[2][:5]) == (b"a,\xff,a!,eos,", b"\xff,\xc3\xa9,")
+    echo().run_job(source, tmp_path / "out.jsonl")
+    assert b'{"text": "a", "x": "\\udcff", "answer": "a!"' in (tmp_path / "out.jsonl").read_bytes()
+    write(tmp_path / "in.jsonl", ['{"text": "a", "x": "\\ud800"}'])
+    echo().run_job(tmp_path / "in.jsonl", tmp_path / "half.csv")
+    assert (tmp_path / "half.csv").read_text().splitlines()[1] == "a,\\ud800,a!,eos,"
+    pytest.importorskip("pyarrow", reason="the extra parquet")
+    for name in ("in.csv", "in.jsonl"):
+        with pytest.raises(lmkit.JobError, match=r"fits no Parquet file, .* and texts are Unicode"):
+            echo().run_job(tmp_path / name, tmp_path / f"{name}.parquet")
+    report = echo().run_job(source, tmp_path / "moved.csv", journal=tmp_path / "in.csv.parquet.lmkit")
+    assert report.kept == 2
 
 
 @pytest.mark.parametrize("name", ["out.txt", "out", "out.parquet.gz", "out.json"])
