@@ -1,7 +1,11 @@
-"""A page with a picture of each kind, for a browser to lay out."""
+"""A page with a picture of each kind, for a browser; `python picture_page.py FOLDER` photographs it for the docs."""
 
 import dataclasses
 import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from lmkit import results
@@ -123,8 +127,21 @@ def pictures() -> dict[str, Any]:
     }
 
 
-def page(theme: str) -> str:
-    """Write the page in a theme."""
-    parts = "".join(f"<h3>{name}</h3>{one._repr_html_()}" for name, one in pictures().items())
+def page(theme: str, most: int | None = None) -> str:
+    """Write the page in a theme, with all pictures or the first."""
+    shown = list(pictures().items())[:most]
+    parts = "".join(f"<h3>{name}</h3>{one._repr_html_()}" for name, one in shown)
     style = f"font:15px system-ui,sans-serif;margin:1em;{THEMES[theme]}"
     return f'<!doctype html><meta charset="utf-8"><body style="{style}">{parts}{CHECK}'
+
+
+CHROMIUM = "chromium --headless --no-sandbox --disable-gpu --disable-background-networking --hide-scrollbars".split()
+
+if __name__ == "__main__":
+    for theme in THEMES:
+        with tempfile.NamedTemporaryFile("w", suffix=".html", encoding="utf-8") as file:
+            file.write(page(theme, most=7))
+            file.flush()
+            photo = Path(sys.argv[1]) / f"results-{theme}.png"
+            options = ["--window-size=900,1340", f"--screenshot={photo}", Path(file.name).as_uri()]
+            subprocess.run([*CHROMIUM, *options], check=True)

@@ -98,7 +98,8 @@ class Results(list[ResultT]):
             for told in [dict(others)]
         ]
         more = [f"      … {len(self) - most:,} more"] if most < len(self) else []
-        return "\n".join([f"{len(self)} results", *lines, *more])
+        head = f"{len(self):,} result{'' if len(self) == 1 else 's'}"
+        return "\n".join([head, *lines, *more]) if self else "[]"
 
     def _repr_html_(self) -> str:
         """Draw a table for a notebook, every text escaped."""
