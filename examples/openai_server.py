@@ -48,7 +48,7 @@ def options(asked: dict[str, Any]) -> dict[str, Any]:
         found["logprobs"] = top or (0 if wanted is True else int(wanted))
     if isinstance(choice := found.get("tool_choice"), dict):
         found["tool_choice"] = choice["function"]["name"]
-    form = left.pop("response_format", None) or {"type": "text"}
+    form: dict[str, Any] = left.pop("response_format", None) or {"type": "text"}
     if form["type"] != "text":
         schema = form["json_schema"]["schema"] if form["type"] == "json_schema" else {"type": "object"}
         found["output"] = lmkit.JSONSchema(schema)

@@ -21,8 +21,8 @@ def spelled_out(told: CallableT) -> CallableT:
 
     They are read from the `TypedDict` that its `**options` unpack. What type checkers see stays as it is written.
     """
-    given = vars(told).values() if isinstance(told, type) else [told]
-    verbs: list[Any] = [one for one in given if inspect.isfunction(one)]
+    given: Any = told
+    verbs: list[Any] = [one for one in (given, *vars(given).values()) if inspect.isfunction(one)]
     for verb in verbs:
         signature = inspect.signature(verb)
         own = dict(signature.parameters)
