@@ -30,19 +30,21 @@ from lmkit.kernels.wide_copies import Copies, keep_copies
 from lmkit.options.signatures import spelled_out
 from lmkit.planning import told_language
 from lmkit.planning.adapters import AdapterArgument, bringing, find_adapters, put_on, templated
-from lmkit.planning.machine import accelerator, this_machine
+from lmkit.planning.machine import Machine, accelerator, this_machine
 from lmkit.planning.make import check_fits, make_plan
+from lmkit.planning.replicas import places, shared, threads, together
 from lmkit.planning.running import unexpected
 from lmkit.planning.told_language import check_language
 from lmkit.planning.trial import Wish
 from lmkit.planning.weight_names import check_report
 from lmkit.wrappers.base import Loaded, embedded_rows
 from lmkit.wrappers.generator import Generator
+from lmkit.wrappers.replicas import LoadedReplicas, Pool, Replicated, model_of
 from lmkit.wrappers.translator import Translator
 from lmkit.wrappers.unmasker import Unmasker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
     from transformers import PreTrainedConfig
@@ -161,6 +163,9 @@ class LoadOptions(TypedDict, total=False):
             that a prompt which begins like one of them reads only the rest; 0 keeps none. 256 MiB if left out. Families
             whose keys and values cannot be kept keep none, as `LoadPlan.prefix_cache_bytes` says.
         allow_pickle: Read pickled weights where there are no safetensors. Unpickling can run any code.
+        replicas: Load the model once per device, each in a process of its own, such as `["cuda:0", "cuda:1"]`, or on a
+            CPU a number of times; rows go where there is room. A script has to do that under
+            `if __name__ == "__main__":`.
     """
 
     revision: str | None
@@ -177,6 +182,7 @@ class LoadOptions(TypedDict, total=False):
     language: str | None
     trust_remote_code: bool
     allow_pickle: bool
+    replicas: int | Sequence[str | int | torch.device] | None
 
 
 PrecisionArgument: TypeAlias = "PrecisionWord | QuantizationConfigMixin"
@@ -250,10 +256,12 @@ def load(
     # Who waits for a download in a terminal sees the Hub library's bars.
     looked = functools.partial(find, os.fspath(name), access)
     source = looked() if sys.stderr.isatty() else quiet(looked)
-    decided, model, tokenizer, copies = _in_turn(lambda: _loaded(asked, access, options, source))
-    hushed(lambda: _tell(decided, model, tokenizer))
     again = {name: value for name, value in options.items() if name != "token"}  # a pickle keeps no secrets
     reload = functools.partial(load, task, name, precision, devices, **again)
+    if options.get("replicas") is not None:
+        return _replicated(asked, access, options, source, reload)
+    decided, model, tokenizer, copies = _in_turn(lambda: _loaded(asked, access, options, source))
+    hushed(lambda: _tell(decided, model, tokenizer))
     with frameless:  # and silently: a compiler talks
         wrapper = _silently(lambda: _WRAPPERS[kind](Loaded(model, tokenizer, decided, reload, copies)))
     release_pool()
@@ -317,6 +325,42 @@ def _loaded(
         return plan, model, read_tokenizer(), _carry_out(plan, model, wish)
 
 
+def _replicated(
+    asked: Asked, access: Access, options: LoadOptions, source: Source, reload: functools.partial[Any]
+) -> Any:
+    """Plan for all replicas, have a process load each, and take the wrapper of what they say."""
+    tensors = tensors_of(source, allow_pickle=access.allow_pickle)
+    wish = _wish(asked, access, options)
+    machine = this_machine()
+    found = places(options["replicas"], asked[2], machine)
+    read_tokenizer = functools.cache(lambda: _read_tokenizer(source, wish))
+
+    def planned() -> tuple[LoadPlan, Any]:
+        pairs = _each(found, machine, wish, source, tensors, read_tokenizer)
+        check_fits(plan := together({device: plan for device, (plan, _) in pairs.items()}, found))
+        return plan, pairs[found[0]][1]
+
+    decided, config = _in_turn(lambda: gguf_read_once(source, planned))
+    tokenizer = _in_turn(read_tokenizer)
+    own = {name: value for name, value in options.items() if name != "replicas"}
+    loads = [functools.partial(load, *reload.args[:3], device, **own) for device in found]
+    pool = Pool(found, loads, threads(found))
+    model = model_of(pool.facts[0], config)
+    hushed(lambda: _tell(decided, model, tokenizer))
+    kind: Any = type(f"Replicated{_WRAPPERS[asked[0]].__name__}", (Replicated, _WRAPPERS[asked[0]]), {})
+    return kind(LoadedReplicas(model, tokenizer, decided, reload, pool=pool))
+
+
+def _each(
+    found: Sequence[str], machine: Machine, wish: Wish, source: Source, tensors: Any, read: Callable[[], Any]
+) -> dict[str, tuple[LoadPlan, PreTrainedConfig]]:
+    """Plan for one replica on each device."""
+    own = shared(machine, found)
+    return {
+        device: make_plan(replace(wish, devices=device), source, tensors, own, read) for device in dict.fromkeys(found)
+    }
+
+
 @spelled_out
 def plan(
     task: TaskWord,
@@ -351,9 +395,13 @@ def plan(
     source, tensors = _silently(lambda: find_headers(os.fspath(name), access))
 
     def planned() -> LoadPlan:
-        wish = _wish((kind, precision, devices), access, options)
+        wish, machine = _wish((kind, precision, devices), access, options), this_machine()
         tokenizer = functools.partial(_read_tokenizer, source, wish)
-        make = functools.partial(make_plan, wish, source, tensors, this_machine(), tokenizer, absent=True)
+        if options.get("replicas") is not None:
+            found = places(options["replicas"], devices, machine)
+            pairs = gguf_read_once(source, lambda: _each(found, machine, wish, source, tensors, tokenizer))
+            return together({device: plan for device, (plan, _) in pairs.items()}, found)
+        make = functools.partial(make_plan, wish, source, tensors, machine, tokenizer, absent=True)
         return gguf_read_once(source, make)[0]
 
     return _in_turn(planned)

@@ -39,10 +39,10 @@ class _Answers(pickle.Unpickler):
 
 
 class _Asked(pickle.Pickler):
-    codec: Codec
+    codec: Codec | None
 
     def persistent_id(self, one: object) -> str | None:
-        return "codec" if one is self.codec else None  # a replica has its own
+        return "codec" if one is not None and one is self.codec else None  # a replica has its own
 
 
 class _Asking(pickle.Unpickler):
@@ -56,7 +56,7 @@ def asked(one: object, codec: Codec | None) -> bytes:
     """Write what a replica is asked; what refers to the tokenizer will refer to its own."""
     written = io.BytesIO()
     pickler = _Asked(written, protocol=pickle.HIGHEST_PROTOCOL)
-    pickler.codec = codec  # type: ignore[assignment]  # None is what refers to nothing
+    pickler.codec = codec
     pickler.dump(one)
     return written.getvalue()
 

@@ -191,7 +191,7 @@ class Pool:
         try:
             yield from running()
         finally:
-            surely(leave, leave)
+            surely(lambda: None, leave)
 
     def stats(self) -> list[EngineStats]:
         """Ask all processes what they hold and have done."""
@@ -223,9 +223,12 @@ class Pool:
         self._inbox.put(functools.partial(self._lose, replica))
 
     def _serve(self) -> None:
-        while not self.closed:
-            self._inbox.get()()
-            self._feed()
+        try:
+            while not self.closed:
+                self._inbox.get()()
+                self._feed()
+        finally:
+            self.closed = True
 
     def _take(self, ticket: Ticket, rows: list[Row]) -> None:
         ticket.waiting.extend(rows)
@@ -357,7 +360,7 @@ class LoadedReplicas(Loaded):
         pool: The processes.
     """
 
-    pool: Pool = None  # type: ignore[assignment]  # fields before it have defaults
+    pool: Pool = field(kw_only=True)
 
     def engine(self, codec: Codec, start: int | None) -> Any:
         """Return what has rows written."""
@@ -422,8 +425,6 @@ class _Writing(_Remote):
         self._codec = codec
 
     def run(self, requests: Iterable[Request | None], caller: Caller) -> Iterator[Update[Outcome] | None]:
-        if not caller.lazy and not caller.stream:  # the longest first: a short one fills the end
-            ...
         return self._pool.run("write", requests, caller, self._codec)
 
 
