@@ -347,8 +347,14 @@ def _replicated(
     pool = Pool(found, loads, threads(found))
     model = model_of(pool.facts[0], config)
     hushed(lambda: _tell(decided, model, tokenizer))
-    kind: Any = type(f"Replicated{_WRAPPERS[asked[0]].__name__}", (Replicated, _WRAPPERS[asked[0]]), {})
-    return kind(LoadedReplicas(model, tokenizer, decided, reload, pool=pool))
+    return _replicated_kind(asked[0])(LoadedReplicas(model, tokenizer, decided, reload, pool=pool))
+
+
+@functools.cache
+def _replicated_kind(task: Task) -> Any:
+    """Return the class of a task's replicas, which is one of its wrapper's."""
+    wrapper: Any = _WRAPPERS[task]
+    return type(f"Replicated{wrapper.__name__}", (Replicated, wrapper), {})
 
 
 def _each(

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lmkit.errors import OptionError, shown
+from lmkit.errors import OptionError, PrecisionError, listed, shown
 from lmkit.planning.layout import size
 from lmkit.planning.machine import Machine
 from lmkit.planning.placement import present
@@ -59,8 +59,14 @@ def threads(found: Sequence[str]) -> int | None:
 
 
 def together(plans: Mapping[str, LoadPlan], found: Sequence[str]) -> LoadPlan:
-    """Make the plan of all replicas of those for one on each device; all else is said of the first."""
+    """Make the plan of all replicas of those for one on each device; all else is said of the first.
+
+    Raises:
+        PrecisionError: `"auto"` is another precision on another device.
+    """
     counts, first = Counter(found), plans[found[0]]
+    if len(words := dict.fromkeys(plan.precision.name for plan in plans.values())) > 1:
+        raise PrecisionError(f"replicas would be in {listed(words)}, and answers differ: name one precision.")
     layout = first._layout  # noqa: SLF001 - of a plan that is made here
     modules = tuple(
         replace(module, bytes=module.bytes * count)

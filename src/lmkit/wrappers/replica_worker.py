@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -126,12 +127,10 @@ def work(pipe: Connection, load: Callable[[], Any], threads: int | None) -> None
 
 def _facts(model: Any) -> dict[str, Any]:
     """Say of a loaded model what its parent checks options by."""
-    from lmkit.wrappers.base import embedded_rows
-
     config = getattr(model, "_checkpoint_config", None)
     return {
         "config": None if config is None else config.to_dict(),
-        "rows": embedded_rows(model.model),
+        "rows": getattr(model, "_rows", None),
         "outputs": getattr(model.model.get_output_embeddings(), "out_features", None),
         "bytes": model.memory_bytes,
         "files": model.model.name_or_path,
@@ -176,7 +175,7 @@ class _Replica:
 
     def _tell(self, number: int, update: Update[Any] | None, error: tuple[str, str, str | None] | None) -> None:
         message = pickle.dumps((number, update, error))
-        with self._sends:
+        with self._sends, contextlib.suppress(OSError):  # the parent is gone, and this process soon
             self._pipe.send_bytes(message)
 
     def _read(self, row: bytes) -> Any:

@@ -338,18 +338,17 @@ def _started(device: str, load: Callable[[], Any], threads: int | None) -> Repli
 
 def _facts(replica: Replica) -> dict[str, Any]:
     """Wait until a process has loaded, and return what it says of the model."""
-    begun = False
-    try:
-        answer(replica.pipe.recv_bytes())
-        begun = True
-        found: Any = answer(replica.pipe.recv_bytes())
-    except EOFError as error:
+    told: list[Any] = []
+    with contextlib.suppress(EOFError, OSError):
+        while len(told) < 2:  # noqa: PLR2004 - that it has begun, and what it has loaded
+            told.append(answer(replica.pipe.recv_bytes()))
+    if len(told) < 2:  # noqa: PLR2004
         replica.process.join()
-        told = f"the process of the replica on {replica.device} has ended with exit code {replica.process.exitcode}"
-        raise EngineError(f"{told} while it loaded." if begun else f"{told} before it could load. {GUARD}") from error
-    if isinstance(found, dict):
-        return found
-    raise error_of(*found)
+        ended = f"the process of the replica on {replica.device} has ended with exit code {replica.process.exitcode}"
+        raise EngineError(f"{ended} while it loaded." if told else f"{ended} before it could load. {GUARD}")
+    if isinstance(told[1], dict):
+        return told[1]
+    raise error_of(*told[1])
 
 
 @dataclass(frozen=True, slots=True)
