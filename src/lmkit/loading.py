@@ -39,7 +39,7 @@ from lmkit.planning.trial import Wish
 from lmkit.planning.weight_names import check_report
 from lmkit.wrappers.base import Loaded, embedded_rows
 from lmkit.wrappers.generator import Generator
-from lmkit.wrappers.replicas import LoadedReplicas, Pool, Replicated, model_of
+from lmkit.wrappers.replicas import LoadedReplicas, Pool, Replicated, check_start, model_of
 from lmkit.wrappers.translator import Translator
 from lmkit.wrappers.unmasker import Unmasker
 
@@ -251,6 +251,8 @@ def load(
         MissingExtraError: The checkpoint needs a package that is not installed.
         VersionError: transformers, torch or accelerate is too old.
     """
+    if options.get("replicas") is not None:
+        check_start()
     kind, access = _asked(task, name, options)
     asked = (kind, precision, devices)
     # Who waits for a download in a terminal sees the Hub library's bars.
@@ -330,8 +332,7 @@ def _replicated(
 ) -> Any:
     """Plan for all replicas, have a process load each, and take the wrapper of what they say."""
     tensors = tensors_of(source, allow_pickle=access.allow_pickle)
-    wish = _wish(asked, access, options)
-    machine = this_machine()
+    wish, machine = _wish(asked, access, options), this_machine()
     found = places(options["replicas"], asked[2], machine)
     read_tokenizer = functools.cache(lambda: _read_tokenizer(source, wish))
 

@@ -64,6 +64,16 @@ GUARD = (
 )
 
 
+def check_start() -> None:
+    """Refuse to start processes in one that imports the script of its parent.
+
+    Raises:
+        EngineError: It does, since the script has no guard.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise EngineError(GUARD)
+
+
 @dataclass(slots=True)
 class Row:
     """A row on its way: its number in the run, and what is asked, written."""
@@ -168,10 +178,6 @@ class Pool:
                     return found, True
             return found, False
 
-        def leave() -> None:
-            caller.cancelled.set()
-            self._inbox.put(functools.partial(self._leave, ticket))
-
         def running() -> Iterator[Update[Any] | None]:
             unfinished, more = 0, True
             while more or unfinished:
@@ -191,7 +197,7 @@ class Pool:
         try:
             yield from running()
         finally:
-            surely(lambda: None, leave)
+            surely(lambda: None, lambda: self._inbox.put(functools.partial(self._leave, ticket)))
 
     def stats(self) -> list[EngineStats]:
         """Ask all processes what they hold and have done."""
