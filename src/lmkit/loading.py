@@ -30,7 +30,7 @@ from lmkit.kernels.wide_copies import Copies, keep_copies
 from lmkit.options.signatures import spelled_out
 from lmkit.planning import told_language
 from lmkit.planning.adapters import AdapterArgument, bringing, find_adapters, put_on, templated
-from lmkit.planning.machine import Machine, accelerator, this_machine
+from lmkit.planning.machine import accelerator, this_machine
 from lmkit.planning.make import check_fits, make_plan
 from lmkit.planning.replicas import places, shared, threads, together
 from lmkit.planning.running import unexpected
@@ -39,7 +39,8 @@ from lmkit.planning.trial import Wish
 from lmkit.planning.weight_names import check_report
 from lmkit.wrappers.base import Loaded, embedded_rows
 from lmkit.wrappers.generator import Generator
-from lmkit.wrappers.replicas import LoadedReplicas, Pool, Replicated, check_start, model_of
+from lmkit.wrappers.replica_pool import Pool, check_start
+from lmkit.wrappers.replicas import LoadedReplicas, Replicated, model_of
 from lmkit.wrappers.translator import Translator
 from lmkit.wrappers.unmasker import Unmasker
 
@@ -329,26 +330,30 @@ def _loaded(
 
 def _replicated(
     asked: Asked, access: Access, options: LoadOptions, source: Source, reload: functools.partial[Any]
-) -> Any:
+) -> Generator | Translator | Unmasker:
     """Plan for all replicas, have a process load each, and take the wrapper of what they say."""
     tensors = tensors_of(source, allow_pickle=access.allow_pickle)
     wish, machine = _wish(asked, access, options), this_machine()
     found = places(options["replicas"], asked[2], machine)
+    own = shared(machine, found)
     read_tokenizer = functools.cache(lambda: _read_tokenizer(source, wish))
 
-    def planned() -> tuple[LoadPlan, Any]:
-        pairs = _each(found, machine, wish, source, tensors, read_tokenizer)
-        check_fits(plan := together({device: plan for device, (plan, _) in pairs.items()}, found))
-        return plan, pairs[found[0]][1]
+    def planned() -> tuple[LoadPlan, PreTrainedConfig]:
+        plan, config = together(found, lambda one: make_plan(one, source, tensors, own, read_tokenizer), wish)
+        check_fits(plan)
+        return plan, config
 
     decided, config = _in_turn(lambda: gguf_read_once(source, planned))
     tokenizer = _in_turn(read_tokenizer)
-    own = {name: value for name, value in options.items() if name != "replicas"}
-    loads = [functools.partial(load, *reload.args[:3], device, **own) for device in found]
+    rest = {name: value for name, value in options.items() if name != "replicas"}
+    loads = [functools.partial(load, *reload.args[:3], device, **rest) for device in found]
     pool = Pool(found, loads, threads(found))
     model = model_of(pool.facts[0], config)
     hushed(lambda: _tell(decided, model, tokenizer))
-    return _replicated_kind(asked[0])(LoadedReplicas(model, tokenizer, decided, reload, pool=pool))
+    wrapper: Generator | Translator | Unmasker = _replicated_kind(asked[0])(
+        LoadedReplicas(model, tokenizer, decided, reload, pool=pool)
+    )
+    return wrapper
 
 
 @functools.cache
@@ -356,16 +361,6 @@ def _replicated_kind(task: Task) -> Any:
     """Return the class of a task's replicas, which is one of its wrapper's."""
     wrapper: Any = _WRAPPERS[task]
     return type(f"Replicated{wrapper.__name__}", (Replicated, wrapper), {})
-
-
-def _each(
-    found: Sequence[str], machine: Machine, wish: Wish, source: Source, tensors: Any, read: Callable[[], Any]
-) -> dict[str, tuple[LoadPlan, PreTrainedConfig]]:
-    """Plan for one replica on each device."""
-    own = shared(machine, found)
-    return {
-        device: make_plan(replace(wish, devices=device), source, tensors, own, read) for device in dict.fromkeys(found)
-    }
 
 
 @spelled_out
@@ -404,11 +399,12 @@ def plan(
     def planned() -> LoadPlan:
         wish, machine = _wish((kind, precision, devices), access, options), this_machine()
         tokenizer = functools.partial(_read_tokenizer, source, wish)
-        if options.get("replicas") is not None:
+        if options.get("replicas") is None:
+            make = functools.partial(make_plan, wish, source, tensors, machine, tokenizer, absent=True)
+        else:
             found = places(options["replicas"], devices, machine)
-            pairs = gguf_read_once(source, lambda: _each(found, machine, wish, source, tensors, tokenizer))
-            return together({device: plan for device, (plan, _) in pairs.items()}, found)
-        make = functools.partial(make_plan, wish, source, tensors, machine, tokenizer, absent=True)
+            own = shared(machine, found)
+            make = functools.partial(together, found, lambda one: make_plan(one, source, tensors, own, tokenizer), wish)
         return gguf_read_once(source, make)[0]
 
     return _in_turn(planned)

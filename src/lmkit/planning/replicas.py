@@ -12,9 +12,12 @@ from lmkit.planning.machine import Machine
 from lmkit.planning.placement import present
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Sequence
+
+    from transformers import PreTrainedConfig
 
     from lmkit.planning.plan import LoadPlan
+    from lmkit.planning.trial import Wish
 
 
 def places(replicas: object, devices: object, machine: Machine) -> list[str]:
@@ -58,13 +61,17 @@ def threads(found: Sequence[str]) -> int | None:
     return max(torch.get_num_threads() // found.count("cpu"), 1) if "cpu" in found else None
 
 
-def together(plans: Mapping[str, LoadPlan], found: Sequence[str]) -> LoadPlan:
-    """Make the plan of all replicas of those for one on each device; all else is said of the first.
+def together(
+    found: Sequence[str], make: Callable[[Wish], tuple[LoadPlan, PreTrainedConfig]], wish: Wish
+) -> tuple[LoadPlan, PreTrainedConfig]:
+    """Make the plan of all replicas of those for one on each device; what no device decides is said of the first.
 
     Raises:
         PrecisionError: `"auto"` is another precision on another device.
     """
-    counts, first = Counter(found), plans[found[0]]
+    made = {device: make(replace(wish, devices=device)) for device in dict.fromkeys(found)}
+    plans = {device: plan for device, (plan, _) in made.items()}
+    counts, (first, config) = Counter(found), made[found[0]]
     if len(words := dict.fromkeys(plan.precision.name for plan in plans.values())) > 1:
         raise PrecisionError(f"replicas would be in {listed(words)}, and answers differ: name one precision.")
     layout = first._layout  # noqa: SLF001 - of a plan that is made here
@@ -82,9 +89,10 @@ def together(plans: Mapping[str, LoadPlan], found: Sequence[str]) -> LoadPlan:
     )
     lacking = [f"{name}: {plan.reasons['fits']}" for name, plan in plans.items() if not plan.fits]
     fits = {"fits": f"of {len(found)} replicas, each in its share of what is free: {'; '.join(lacking)}"}
-    return replace(
+    plan = replace(
         first,
         fits=not lacking,
         reasons=first.reasons | {"replicas": told} | (fits if lacking else {}),  # type: ignore[operator]  # a dict
         _layout=replace(layout, modules=modules, limits=limits, beside=layout.beside * counts[found[0]], shares=shares),
     )
+    return plan, config

@@ -78,9 +78,9 @@ def told(error: BaseException) -> tuple[str, str, str | None]:
 
 def error_of(name: str, message: str, cause: str | None) -> LmkitError:
     """Make the error again; one that is not lmkit's is an `EngineError`."""
-    kind = getattr(lmkit.errors, name, None)
+    kind: Any = getattr(lmkit.errors, name, None)
     known = isinstance(kind, type) and issubclass(kind, LmkitError)
-    error = kind(message) if known else EngineError(f"a replica failed: {name}: {message}")
+    error: LmkitError = kind(message) if known else EngineError(f"a replica failed: {name}: {message}")
     error.__cause__ = None if cause is None else EngineError(cause)
     return error
 
