@@ -12,7 +12,6 @@ import itertools
 import logging
 import multiprocessing
 import os
-import pickle
 import queue
 import signal
 import threading
@@ -83,6 +82,7 @@ class Ticket:
 
     kind: str
     stream: bool = False
+    left: bool = False
     waiting: deque[Row] = field(default_factory=deque)
     news: queue.SimpleQueue[Update[Any]] = field(default_factory=queue.SimpleQueue)
 
@@ -201,10 +201,12 @@ class Pool:
     # What follows runs in the threads of the pool: `_listen` in one for each process, the rest in one for all.
 
     def _listen(self, replica: Replica) -> None:
-        with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
-            while True:
-                self._inbox.put(functools.partial(self._hear, replica, *answer(replica.pipe.recv_bytes())))
-        self._inbox.put(functools.partial(self._lose, replica))
+        try:
+            with contextlib.suppress(EOFError, OSError):
+                while True:
+                    self._inbox.put(functools.partial(self._hear, replica, *answer(replica.pipe.recv_bytes())))
+        finally:
+            self._inbox.put(functools.partial(self._lose, replica))
 
     def _serve(self) -> None:
         try:
@@ -221,6 +223,7 @@ class Pool:
 
     def _leave(self, ticket: Ticket) -> None:
         """Forget a caller's rows that are not sent, and have the others end at their next step."""
+        ticket.left = True
         ticket.waiting.clear()
         for replica in self._alive:
             for number, (whose, _) in replica.chunks.items():
@@ -281,16 +284,12 @@ class Pool:
         lost += f"{replica.process.exitcode}"
         logger.warning("%s: its %d rows go to others, %d of which are left.", lost, replica.rows, len(self._alive))
         for ticket, rows in replica.chunks.values():
-            again = [row for row in rows.values() if self._alive and not row.tried and not row.shown]
+            again = [row for row in rows.values() if self._alive and not (row.tried or row.shown or ticket.left)]
             for row in again:
                 row.tried = True
-            ticket.fail(
-                (row for row in rows.values() if row not in again), EngineError(f"{lost}, and the row with it.")
-            )
-            ticket.waiting.extendleft(reversed(again))
-            self._take(ticket, again[:0])
-            if again and ticket not in self._waiting:
-                self._waiting.append(ticket)
+            lone = [row for row in rows.values() if row not in again]
+            ticket.fail(lone, EngineError(f"{lost}, and the row with it."))
+            self._take(ticket, again)
 
 
 def _pulled(items: Iterable[Any | None], codec: Codec | None, *, lazy: bool) -> Iterator[list[Row]]:
@@ -314,7 +313,7 @@ def written(item: object, codec: Codec | None = None) -> bytes:
     """
     try:
         return asked(item, codec)
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
+    except Exception as error:  # what is pickled may raise anything
         raise OptionError(f"an option cannot be sent to the process of a replica, as pickle says: {error}") from error
 
 
