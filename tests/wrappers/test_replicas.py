@@ -14,16 +14,21 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
 import checkpoints
 import lmkit
 from lmkit.planning.machine import this_machine
-from lmkit.wrappers.replica_worker import answer
+from lmkit.replies.asking import Budget
+from lmkit.replies.formats import known
+from lmkit.replies.scanner import Scanner
+from lmkit.wrappers.replica_worker import answer, asked, read
 
 TEXTS = [f"The train number {number} was late again. " * (1 + number % 4) for number in range(40)]
 MASKED = ["Birds [MASK].", "The [MASK] was late, so we walked [MASK].", "[MASK] morning the baker opens the shop."] * 5
@@ -272,6 +277,18 @@ def test_plans_of_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
         lmkit.plan("masked", folder, "float32", ["cpu"], replicas=2)
     with pytest.raises(lmkit.PlacementError, match="not on this machine"):
         lmkit.plan("masked", folder, "float32", replicas=["cuda:0"])
+
+
+def test_a_budget_of_reasoning_travels_without_its_tokenizer() -> None:
+    """What ends a chat's reasoning is sent with a row, and works with the tokenizer that is there."""
+    one, other = checkpoints.wrapper("llama")._codec, checkpoints.wrapper("gpt2")._codec
+    scanner = partial(Scanner, known("<think></think>"), "<think>", None)
+    sent = asked(Budget(one, scanner, [5, 6], 1, 2), one)
+    budget = read(sent, other)
+    assert len(sent) < 5000
+    assert budget._codec is other
+    scores = budget(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 9))
+    assert scores[0].argmax() == 5
 
 
 class Code:

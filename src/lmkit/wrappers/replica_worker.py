@@ -62,6 +62,13 @@ def asked(one: object, codec: Codec | None) -> bytes:
     return written.getvalue()
 
 
+def read(sent: bytes, codec: Codec) -> Any:
+    """Read what a replica is asked, which its parent sends, with a tokenizer of its own."""
+    reader = _Asking(io.BytesIO(sent))
+    reader.codec = codec
+    return reader.load()
+
+
 def answer(sent: bytes) -> Any:
     """Read what a replica has sent.
 
@@ -164,7 +171,8 @@ class _Replica:
         """Answer a chunk, and tell that it has ended, or why it did before its rows."""
         failed = None
         try:
-            for update in getattr(self, f"_{kind}")([self._read(row) for row in rows], caller):
+            codec = self._model._codec  # noqa: SLF001 - what stands for the model here; so below
+            for update in getattr(self, f"_{kind}")([read(row, codec) for row in rows], caller):
                 error = update.error and told(update.error)
                 self._tell(number, replace(update, error=None), error)
         except Exception as error:  # noqa: BLE001 - its rows get it
@@ -177,11 +185,6 @@ class _Replica:
         message = pickle.dumps((number, update, error))
         with self._sends, contextlib.suppress(OSError):  # the parent is gone, and this process soon
             self._pipe.send_bytes(message)
-
-    def _read(self, row: bytes) -> Any:
-        reader = _Asking(io.BytesIO(row))
-        reader.codec = self._model._codec  # noqa: SLF001 - what stands for the model here; so below
-        return reader.load()
 
     def _write(self, requests: Sequence[Any], caller: Caller) -> Iterator[Update[Any]]:
         of = self._model._grammars.of  # noqa: SLF001
