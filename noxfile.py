@@ -51,6 +51,7 @@ COVERING = [
         "engine/test_engine",
         "engine/test_prefixes",
         "engine/test_speculative",
+        "kernels/test_native",
         "kernels/test_openmp",
         "planning/test_adapters",
         "planning/test_make",
@@ -62,6 +63,9 @@ COVERING = [
         "wrappers/test_unmasker",
     )
 ]
+
+# Of the kernels' tests those that compute: the others build, or load models.
+SANITIZED = "test_any or saturated or lie_together or finite or alone or refused or saved_is_what or embedding"
 
 # One process of tests per core, up to four: models this small keep no more than one core at work.
 WORKERS = ("--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal")
@@ -76,6 +80,7 @@ import lmkit
 folder = Path(lmkit.__file__).parent
 assert folder.is_relative_to(sys.prefix), f"imported from {folder}, not from the wheel"
 assert (folder / "py.typed").is_file(), "py.typed is not in the wheel"
+assert list((folder / "kernels" / "native").glob("*.cpp")), "the kernels' sources are not in the wheel"
 assert lmkit.__version__ == version("lmkit") == sys.argv[1], "the versions differ"
 for name in lmkit.__all__:
     getattr(lmkit, name)
@@ -133,9 +138,25 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests with coverage; `-- -k name` runs what it selects, without coverage."""
     # The pages' code is the docs session's.
-    apart = [f"--ignore=tests/{name}.py" for name in ("test_docs", "test_every_family")]
+    apart = [f"--ignore=tests/{name}.py" for name in ("test_docs", "test_every_family", "results/test_browser")]
     everything = [*WORKERS, "--cov", "--cov-report=term", "--durations=10", *apart, counted("tests")]
     run_shared(session, "pytest", *(session.posargs or everything))
+
+
+@nox.session(venv_backend="none", requires=["env"])
+def sanitize(session: nox.Session) -> None:
+    """Run the native kernels' tests under AddressSanitizer and UBSan; three minutes on a busy machine of two cores."""
+    if not (compiler := shutil.which("g++")):
+        session.skip("there is no g++")
+    names = ("libasan.so", "libubsan.so", "libstdc++.so")
+    found = [session.run(compiler, f"-print-file-name={name}", external=True, silent=True) for name in names]
+    env = {
+        "CXX": f"{compiler} -fsanitize=address,undefined -fno-sanitize-recover=all -g1",
+        "LD_PRELOAD": " ".join(str(path).strip() for path in found),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+    }
+    tested = ["tests/kernels/test_native.py", "tests/kernels/test_native_attention.py"]
+    run_shared(session, "pytest", *tested, "-k", SANITIZED, env=env)
 
 
 @nox.session(venv_backend="none", requires=["env"])
@@ -153,6 +174,15 @@ def docs(session: nox.Session) -> None:
     """Build the documentation strictly and run the code on its pages."""
     run_shared(session, "mkdocs", "build", "--strict")
     run_shared(session, "pytest", "tests/test_docs.py", counted("docs"))
+
+
+@nox.session(venv_backend="none", requires=["env"])
+def pictures(session: nox.Session) -> None:
+    """Lay results out in a real browser, Debian's chromium, which is installed where that is possible."""
+    if not shutil.which("chromium") and shutil.which("apt-get"):
+        for command in (("update", "-qq"), ("install", "-qq", "--yes", "--no-install-recommends", "chromium")):
+            session.run("apt-get", *command, external=True, silent=True, success_codes=[0, 100])
+    run_shared(session, "pytest", "tests/results/test_browser.py", counted("pictures"))
 
 
 @nox.session(venv_backend="none", requires=["env"])

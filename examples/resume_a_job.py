@@ -6,7 +6,6 @@ Standard library only; for pandas and datasets see the page on jobs.
 from __future__ import annotations
 
 import csv
-import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "numbers-m2m100"
 WORDS = "one two three four five six seven eight nine ten eleven twelve".split()
+ENOUGH = 20
 LANGUAGES = ("deu_Latn", "fra_Latn", "spa_Latn")
 
 
@@ -38,12 +38,12 @@ def main() -> None:
             csv.writer(file).writerows([("text", "language"), *rows])
 
         process = subprocess.Popen(command(source, output), stderr=subprocess.DEVNULL)  # noqa: S603 - lmkit itself
-        while process.poll() is None and done(output.with_name("translated.csv.lmkit") / "journal") < 20:
+        journal = Path(where, "translated.csv.lmkit", "journal")
+        while process.poll() is None and done(journal) < ENOUGH:
             time.sleep(0.002)
-        process.send_signal(signal.SIGTERM)
+        process.kill()
         process.wait()
-        kept = done(output.with_name("translated.csv.lmkit") / "journal")
-        print(f"killed with {kept} of {len(rows)} rows done; is there an output? {output.exists()}")
+        print(f"killed with {done(journal)} of {len(rows)} rows done; is there an output? {output.exists()}")
 
         again = subprocess.run(command(source, output), capture_output=True, text=True, check=True)  # noqa: S603
         print(again.stderr.strip())

@@ -1,4 +1,5 @@
 import pickle
+from typing import Any
 
 import pytest
 
@@ -75,3 +76,20 @@ def test_words_are_listed_quoted() -> None:
     """Choices in a message are quoted and separated by commas."""
     assert errors.listed(["a", "b"]) == "'a', 'b'"
     assert errors.listed([]) == ""
+
+
+def test_a_notebook_shows_where_the_caller_was(capsys: pytest.CaptureFixture[str]) -> None:
+    """The message and the caller's own lines, none of lmkit's frames; elsewhere a traceback is Python's own."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell: Any = InteractiveShell()
+    shell.run_cell("import lmkit\ndef ask():\n    lmkit.load('causal', 'x', 'int9', local_files_only=True)")
+    capsys.readouterr()
+    shell.run_cell("ask()")
+    shown = capsys.readouterr().out
+    assert "ask()" in shown
+    assert "lmkit.load('causal', 'x', 'int9', local_files_only=True)" in shown
+    assert shown.rstrip().splitlines()[-1].startswith("ModelNotFoundError: ")
+    assert len(shown.splitlines()) < 10
+    assert "loading.py" not in shown
+    InteractiveShell.clear_instance()

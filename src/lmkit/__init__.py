@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lmkit.checkpoint.tasks import TaskWord
     from lmkit.errors import (
         EngineError,
         InputTooLongError,
@@ -38,19 +39,21 @@ if TYPE_CHECKING:
     from lmkit.options.tasks import TranslationOptions, UnmaskOptions
     from lmkit.planning.keyvalues import KeyValueBytes
     from lmkit.planning.layout import ModulePlan
-    from lmkit.planning.placement import Placement
+    from lmkit.planning.placement import Devices, Placement
     from lmkit.planning.plan import LoadPlan
-    from lmkit.planning.precision import Precision
+    from lmkit.planning.precision import Precision, PrecisionWord
     from lmkit.replies.tools import call_tools
     from lmkit.results import (
         Candidate,
         Choice,
         Completion,
         EngineStats,
+        FinishReason,
         Generation,
         JobReport,
         MaskSlot,
         Ranking,
+        Results,
         Score,
         Segment,
         TextChunk,
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _MODULES = {
+    "checkpoint.tasks": "TaskWord",
     "errors": (
         "EngineError InputTooLongError JobError LanguageError LmkitError MissingExtraError ModelNotFoundError "
         "OptionError OutputError PlacementError PrecisionError UnknownOptionError UnknownTaskError VersionError "
@@ -78,13 +82,13 @@ _MODULES = {
     "options.tasks": "TranslationOptions UnmaskOptions",
     "planning.keyvalues": "KeyValueBytes",
     "planning.layout": "ModulePlan",
-    "planning.placement": "Placement",
+    "planning.placement": "Devices Placement",
     "planning.plan": "LoadPlan",
-    "planning.precision": "Precision",
+    "planning.precision": "Precision PrecisionWord",
     "replies.tools": "call_tools",
     "results": (
-        "Candidate Choice Completion EngineStats Generation JobReport MaskSlot Ranking Score Segment TextChunk Timing "
-        "TokenLogprob ToolCall Translation Unmasking"
+        "Candidate Choice Completion EngineStats FinishReason Generation JobReport MaskSlot Ranking Results "
+        "Score Segment TextChunk Timing TokenLogprob ToolCall Translation Unmasking"
     ),
     "structured.outputs": "Grammar JSONSchema OneOf Output Regex schema_prompt",
     "wrappers.generator": "Chat Generator Message",
@@ -95,14 +99,15 @@ __path__.append(f"{__path__[0]}/_former")  # where pickles of 0.1 find what has 
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
-    "Beam", "Candidate", "Chat", "Choice", "Completion", "EngineError", "EngineStats", "Generation",
-    "GenerationOptions", "Generator", "GeneratorOptions", "Grammar", "Greedy", "InputTooLongError", "JSONSchema",
-    "JobError", "JobReport", "KeyValueBytes", "LanguageError", "LmkitError", "LoadOptions", "LoadPlan", "MaskSlot",
-    "Message", "MissingExtraError", "Mode", "ModelNotFoundError", "ModulePlan", "OneOf", "OptionError", "Output",
-    "OutputError", "Placement", "PlacementError", "Precision", "PrecisionError", "Ranking", "Regex", "Sample",
-    "Score", "Segment", "TextChunk", "Timing", "TokenLogprob", "ToolCall", "Translation",
-    "TranslationOptions", "Translator", "UnknownOptionError", "UnknownTaskError", "UnmaskOptions", "Unmasker",
-    "Unmasking", "VersionError", "WeightsError", "call_tools", "load", "plan", "run_job", "schema_prompt",
+    "Beam", "Candidate", "Chat", "Choice", "Completion", "Devices", "EngineError", "EngineStats", "FinishReason",
+    "Generation", "GenerationOptions", "Generator", "GeneratorOptions", "Grammar", "Greedy", "InputTooLongError",
+    "JSONSchema", "JobError", "JobReport", "KeyValueBytes", "LanguageError", "LmkitError", "LoadOptions",
+    "LoadPlan", "MaskSlot", "Message", "MissingExtraError", "Mode", "ModelNotFoundError", "ModulePlan", "OneOf",
+    "OptionError", "Output", "OutputError", "Placement", "PlacementError", "Precision", "PrecisionError",
+    "PrecisionWord", "Ranking", "Regex", "Results", "Sample", "Score", "Segment", "TaskWord", "TextChunk", "Timing",
+    "TokenLogprob", "ToolCall", "Translation", "TranslationOptions", "Translator", "UnknownOptionError",
+    "UnknownTaskError", "UnmaskOptions", "Unmasker", "Unmasking", "VersionError", "WeightsError", "call_tools",
+    "load", "plan", "run_job", "schema_prompt",
 ]  # fmt: skip
 
 

@@ -140,7 +140,7 @@ BORROWED: Final = tuple(
         ("torch.overrides:_pop_mode", "loading", _FAILS),
         ("torch.overrides:_push_mode", "loading", _FAILS),
         ("torch:Tensor._version", "kernels.wide_copies", _NO_ROWS),
-        ("torch._subclasses:FakeTensor", "kernels.quantized", _NOT_OWN),
+        ("torch._subclasses:FakeTensor", "kernels.quantized, kernels.together", _FAILS),
         ("torch._subclasses:FakeTensorMode", "engine.compiled", _NOT_COMPILED),
         ("torch._inductor:standalone_compile", "engine.compiled", _NOT_COMPILED),
         ("torch._inductor.standalone_compile:CompiledArtifact", "engine.compiled", _NOT_COMPILED),

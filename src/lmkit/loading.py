@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar, overload
 
 from lmkit._borrowed import check_versions, warn_of_gone
 from lmkit._forks import check_fork, renew, share
@@ -23,9 +23,12 @@ from lmkit.checkpoint.gguf import gguf_read_once
 from lmkit.checkpoint.tasks import CausalWord, MaskedWord, Seq2SeqWord, Task, TaskWord, auto_class, resolve_task
 from lmkit.errors import OptionError, UnknownOptionError, listed, nearest, shown
 from lmkit.jobs.job import check_files
-from lmkit.kernels import attention, rotary
+from lmkit.kernels import attention, ordered, rotary
+from lmkit.kernels.native.build import NoKernelsError, instructions
+from lmkit.kernels.native.operators import operators, refusal
 from lmkit.kernels.openmp import release_pool
 from lmkit.kernels.packed import pack
+from lmkit.kernels.together import join
 from lmkit.kernels.wide_copies import Copies, keep_copies
 from lmkit.options.signatures import spelled_out
 from lmkit.planning import told_language
@@ -157,9 +160,11 @@ class LoadOptions(TypedDict, total=False):
         trust_remote_code: Run the Python code that comes with the checkpoint. It can do anything.
         context_length: How many tokens the model takes at once, where that is not what its config says, scaled rotary
             positions counted as vLLM does (`LoadPlan.reasons["context"]`).
-        compile: Compile the decode step of a `Generator`, for any number of rows; of a quantized model, for one. The
-            first load of a model takes about a minute longer, later ones a few seconds: the code is kept in the cache
-            folder of lmkit. An `OptionError` for families that have no such step.
+        compile: True compiles the decode step of a `Generator`, for any number of rows, and lmkit's own kernels, which
+            multiply what is `"int8"` or `"int4"` on an x86 processor, if a C++ compiler is here; `"kernels"` compiles
+            these alone, for every task. The first load of a model takes about a minute longer for its step, the first
+            one on a machine some seconds for the kernels, later ones a few seconds: the code is kept in the cache
+            folder of lmkit. With True an `OptionError` for families that have no such step.
         prefix_cache_bytes: How many bytes of keys and values of recent prompts and answers a `Generator` may keep, so
             that a prompt which begins like one of them reads only the rest; 0 keeps none. 256 MiB if left out. Families
             whose keys and values cannot be kept keep none, as `LoadPlan.prefix_cache_bytes` says.
@@ -176,7 +181,7 @@ class LoadOptions(TypedDict, total=False):
     adapter: AdapterArgument
     reserve_tokens: int
     context_length: int | None
-    compile: bool
+    compile: bool | Literal["kernels"]
     prefix_cache_bytes: int
     wide_copy_bytes: int
     attn_implementation: str | None
@@ -325,7 +330,8 @@ def _loaded(
     with frameless:
         _without_pool(lambda: put_on(model, wish.adapters))
         told_language.put_on(model, check_language(config, wish.language, source.name))
-        return plan, model, read_tokenizer(), _carry_out(plan, model, wish)
+        plan, kernels = _with_kernels(plan, model, wish)
+        return plan, model, read_tokenizer(), _carry_out(plan, model, wish, kernels)
 
 
 def _replicated(
@@ -462,6 +468,9 @@ def _check_options(options: Mapping[str, object]) -> None:
             raise UnknownOptionError(f"load() takes no {name}=: write {_MOVED[name]}.")
         if name not in known:
             raise UnknownOptionError(f"load() takes no {name}=.{nearest(name, known)} Accepted: {listed(known)}.")
+    compiled = options.get("compile", False)
+    if compiled != "kernels" and not isinstance(compiled, bool):
+        raise OptionError(f"compile={shown(compiled)} is not accepted: pass True, False or 'kernels'.")
     asked = options.get("attn_implementation")
     if asked is not None and not isinstance(asked, str):
         raise OptionError(f"attn_implementation={shown(asked)} is not accepted: pass a word, as 'sdpa' or 'eager'.")
@@ -537,14 +546,35 @@ def _read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, wish: 
     return model
 
 
-def _carry_out(plan: LoadPlan, model: Any, wish: Wish) -> Copies | None:
+def _with_kernels(plan: LoadPlan, model: Any, wish: Wish) -> tuple[LoadPlan, Any]:
+    """Put lmkit's own kernels into a model, as planned; return the plan, which says where that failed, and them."""
+    attends = wish.compile and plan.attention == attention.NAME and refusal() is None
+    if plan.kernels != "native" and not attends:
+        return plan, None
+    try:
+        isa = instructions()
+        kernels = operators(isa)
+    except NoKernelsError as error:
+        why = f"torch's, although lmkit's own were asked for: {error}"
+        logger.warning("%s: kernels: %s", plan.name, why)
+        told = {"kernels": why} | ({"attention": f"without a kernel of lmkit's own: {error}"} if attends else {})
+        kept = "torch" if plan.kernels == "native" else plan.kernels
+        return replace(plan, kernels=kept, reasons={**plan.reasons, **told}), None
+    if plan.kernels == "native":
+        ordered.put_on(model, isa)
+    return plan, kernels
+
+
+def _carry_out(plan: LoadPlan, model: Any, wish: Wish, kernels: Any) -> Copies | None:
     """Replace of a model that was read what the plan says; return what keeps wide copies of its layers."""
     if plan.kernels == "packed":
-        pack(model)
+        pack(model, plan._together)  # noqa: SLF001 - names that are for this alone
+    else:
+        join(model, plan._together)  # noqa: SLF001
     if plan.attention == attention.NAME:
-        attention.put_on(model)
+        attention.put_on(model, kernels)
     rotary.put_on(model)
-    on_cpu = wish.wide_copy_bytes and plan.placement.device_type == "cpu"
+    on_cpu = wish.wide_copy_bytes and plan.placement.device_type == "cpu" and plan.kernels != "native"
     return keep_copies(model, wish.wide_copy_bytes) if on_cpu else None
 
 

@@ -520,10 +520,10 @@ def test_a_budget_is_written_as_in_python(saved: dict[str, str], written: str, b
     assert found["placement"]["max_memory"] == dict(expected.placement.max_memory)
 
 
-def test_a_plan_that_does_not_fit_is_no_error(saved: dict[str, str], tmp_path: Path) -> None:
+def test_a_plan_that_does_not_fit_exits_with_one(saved: dict[str, str], tmp_path: Path) -> None:
     """A plan that does not fit says so and what would; with a folder for the disk it fits, and nothing is written."""
     done = run("plan", saved["gpt2"], "--precision", "float32", "--budget", "cpu=40000")
-    assert done.exit_code == 0
+    assert done.exit_code == 1
     assert "fits             NO" in done.stdout
     assert "why: fits" in done.stdout
     folder = tmp_path / "offload"

@@ -147,6 +147,27 @@ def test_rows_of_a_call_read_what_they_share_once(folder: Path) -> None:
         assert sum(rows * width for rows, width in columns(seen)) <= max(map(len, ids)) + 4 * ending
 
 
+@pytest.mark.parametrize("rows, common, shares", [(12, 12, True), (12, 7, False), (3, 12, False), (3, 33, True)])
+def test_a_short_beginning_is_shared_if_rows_and_tokens_are_enough(
+    folder: Path, rows: int, common: int, *, shares: bool
+) -> None:
+    """What rows of a call begin with is read once if that saves 64 tokens in all, and 8 of each; results stay."""
+    with opened(folder) as generator, opened(folder, prefix_cache_bytes=0) as plain:
+        ids = generator.tokenizer(DOCUMENT)["input_ids"]
+        apart = [token for token in dict.fromkeys(ids) if token not in ids[:common]][:rows]
+        assert len(apart) == rows
+        prompts = [generator.tokenizer.decode([*ids[:common], token, *ids[60:80]]) for token in apart]
+        read = [tuple(generator.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        assert len({row[:common] for row in read}) == 1
+        assert len({row[: common + 1] for row in read}) == rows
+        with checkpoints.forwards(generator.model) as seen:
+            assert tokens(generator(prompts, max_new_tokens=3)) == tokens(plain(prompts, max_new_tokens=3))
+        assert generator.stats.reused_tokens == (common * (rows - 1) if shares else 0)
+        assert len(columns(seen)) == 1 + shares
+        again = generator([*reversed(prompts)], max_new_tokens=3)
+        assert tokens(again) == tokens(plain([*reversed(prompts)], max_new_tokens=3))
+
+
 def test_a_chat_in_a_loop_reads_only_the_new_turn(folder: Path) -> None:
     """From the second turn on, what is read is what the earlier turns' prompts and answers do not hold."""
     questions = [DOCUMENT, "She", "The old sailor", "Birds"]

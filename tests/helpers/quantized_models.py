@@ -12,7 +12,8 @@ import transformers
 import checkpoints
 import families
 import lmkit
-from lmkit.kernels.quantized import Int8Embedding, QuantizedLinear, TiedHead
+from lmkit.kernels.quantized import QuantizedLinear
+from lmkit.kernels.tied import Int8Embedding, TiedHead
 
 hf: Any = transformers
 load: Any = lmkit.load  # What these tests pass is often not what is accepted.

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmkit.kernels import quantized
-from lmkit.kernels.quantized import BLOCK, GROUP, TINY, Int4Linear, Int8Embedding, Int8Linear, TiedHead
+from lmkit.kernels.quantized import BLOCK, GROUP, TINY, Int4Linear, Int8Linear
+from lmkit.kernels.tied import Int8Embedding, TiedHead
 from quantized_layers import filled, numbers, widened
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

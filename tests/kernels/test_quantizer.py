@@ -21,8 +21,9 @@ import checkpoints
 import lmkit
 from lmkit.errors import PrecisionError
 from lmkit.kernels.packed import PackedLinear
-from lmkit.kernels.quantized import GROUP, Int4Linear, Int8Embedding, Int8Linear, QuantizedLinear, TiedHead
+from lmkit.kernels.quantized import GROUP, Int4Linear, Int8Linear, QuantizedLinear
 from lmkit.kernels.quantizer import METHOD, WeightOnlyConfig
+from lmkit.kernels.tied import Int8Embedding, TiedHead
 from lmkit.planning.machine import computes_bfloat16
 from quantized_layers import known, widened
 from quantized_models import by_hand, layers, quantized, wide

@@ -79,6 +79,7 @@ def test_every_choice_of_a_plan_has_a_reason() -> None:
     assert ("bfloat16 kernel" in reasons.pop("attention")) == packs()
     assert found.kernels == ("packed" if packs() else "torch")
     assert ("matrix kernel" in reasons.pop("kernels", "")) == packs()
+    assert ("read the same input" in reasons.pop("together", "")) == packs()
     assert reasons == {"precision": "as asked", "devices": "as asked"}
 
 

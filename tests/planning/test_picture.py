@@ -1,12 +1,12 @@
 import json
 import re
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
 import checkpoints
 import lmkit
+from html_page import Page
 from lmkit.planning.placement import Placement
 
 HOSTILE = "<script>alert('1')</script>\"&"
@@ -20,33 +20,6 @@ def of(name: str, devices: Any = None, **options: Any) -> lmkit.LoadPlan:
         checkpoints.FAMILIES[name].task, checkpoints.folder(name), "float32", devices or {"cpu": "1GiB"}, **options
     )
     return found
-
-
-class Page(HTMLParser):
-    """What a browser makes of a picture: the elements, balanced, and the texts that are shown."""
-
-    def __init__(self, content: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[dict[str, str | None]] = []
-        self.texts: list[str] = []
-        self.open: list[str] = []
-        self.feed(content)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note an element."""
-        self.tags.append(tag)
-        self.open.append(tag)
-        self.attributes.append(dict(attrs))
-
-    def handle_endtag(self, tag: str) -> None:
-        """Check that it is the last that was opened."""
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        """Note a text."""
-        self.texts.append(data)
 
 
 def drawn(plan: lmkit.LoadPlan) -> Page:

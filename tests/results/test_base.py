@@ -30,6 +30,7 @@ ALL: list[Result] = [
     results.Unmasking("m", (results.MaskSlot(0, 6, (CANDIDATE,), 0, 10),), (CANDIDATE,), 3),
     results.Ranking((CHOICE,), "none"),
     results.EngineStats(*range(8)),
+    results.JobReport("out.jsonl", *range(7)),
     results.TextChunk("t", 1),
     results.TextChunk("t", 1, "stop", GENERATION),
     results.TextChunk("t", 1, "stop", TRANSLATION),

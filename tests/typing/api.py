@@ -35,6 +35,11 @@ generator = lmkit.load("causal", "any/name")
 translator = lmkit.load("seq2seq", "any/name")
 unmasker = lmkit.load("masked", "any/name")
 
+# Jobs: a report, whatever the model; the languages of a translator beside the files.
+
+assert_type(lmkit.run_job("causal", "any/name", "in.jsonl", Path("out.parquet"), devices="cpu"), lmkit.JobReport)
+assert_type(translator.run_job("in.csv", "out.csv", source="en", columns={"target": "to"}), lmkit.JobReport)
+
 
 def prompts() -> Iterator[str]:
     yield "Level up!"

@@ -773,3 +773,16 @@ def test_special_tokens_are_shown_by_wish() -> None:
         assert generator("She", max_new_tokens=2).text == ""
         result = generator("She", max_new_tokens=2, skip_special_tokens=False)
     assert result.text == reference("t5")[1].decode([extra, extra])
+
+
+@pytest.mark.parametrize("prompt", ["She is old.", [1, 2, 3], [{"role": "user", "content": "She is old."}]], ids=str)
+def test_tokens_are_counted_as_a_call_reads_them(prompt: Any) -> None:
+    """Of a text, of token ids and of a chat; `fits` is the border at which a call is cut."""
+    generator = wrapper("qwen3")
+    count = generator.count_tokens(prompt)
+    assert count == generator(prompt, max_new_tokens=1).prompt_tokens
+    room = generator.plan.context_length - count
+    assert generator.fits(prompt, room)
+    assert not generator.fits(prompt, room + 1)
+    assert generator.count_tokens("She " * 1000) > 1000
+    assert not generator.fits("She " * 1000)

@@ -1,8 +1,8 @@
 """The command line, thin over `load()`: `lmkit generate|chat|translate|unmask|run|info|plan`.
 
-Exit codes: 0 done (also when the reader of a pipe goes away), 1 an error, in one line on standard error, 2 a
-command that is written wrongly, 3 a job that is done but for rows which failed, 130 Ctrl-C. Neither torch nor
-transformers is imported before a checkpoint is looked at.
+Exit codes: 0 done (also when the reader of a pipe goes away), 1 an error, in one line on standard error, or a plan
+that does not fit, 2 a command that is written wrongly, 3 a job that is done but for rows which failed, 130 Ctrl-C.
+Neither torch nor transformers is imported before a checkpoint is looked at.
 """
 
 from __future__ import annotations
@@ -124,6 +124,8 @@ def plan(checkpoint: Planning, output: Output) -> None:
     """Say what a checkpoint would take, where its parts would go and whether they fit, without loading it."""
     decided = checkpoint.plan()
     write_json(decided.to_dict()) if output.json else write(str(decided))
+    if not decided.fits:
+        raise typer.Exit(1)
 
 
 for _function in (generate, chat, translate, unmask, run, info, plan):

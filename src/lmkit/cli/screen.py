@@ -12,13 +12,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lmkit.errors import LmkitError
+from lmkit.results.pictures import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-
-_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Control characters other than line feeds and tabs, and those that turn the direction of writing."""
-
 
 FLAGS = {"devices": "--device"}
 """How the commands call what the library takes by a keyword; filled where their options are declared."""
@@ -39,11 +36,6 @@ def as_flags(message: str) -> str:
         rf"(?:^|(?<=: ))(?:{names})(?= (?:takes|has|needs|and \S+ contradict)\b)|(?<= and )(?:{names})(?= contradict)"
     )
     return re.sub(rf"(?<![\w'\"-])(?:{words})(?![\w'\"])|{said}", lambda found: FLAGS[found[0]], message)
-
-
-def visible(text: str) -> str:
-    r"""Write control characters as JSON does (`\u001b`): what a model says must not steer a terminal."""
-    return _HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def write(text: str, end: str = "\n") -> None:

@@ -18,7 +18,7 @@ from lmkit.engine.decoders.causal import CausalDecoder
 from lmkit.engine.decoders.fallback import FallbackDecoder, SearchDecoder
 from lmkit.engine.decoders.seq2seq import Seq2SeqDecoder
 from lmkit.engine.failures import CLOSED, no_memory, out_of_memory, step_failed
-from lmkit.engine.prefixes import SHORTEST, PrefixStore, shared
+from lmkit.engine.prefixes import FEWEST, SAVED, SHORTEST, PrefixStore, shared
 from lmkit.engine.row import Row
 from lmkit.engine.scheduler import Scheduler
 from lmkit.engine.speculative import guess
@@ -316,9 +316,9 @@ class Batches:
         self._counts["prompt_tokens"] += sum(row.length for row in rows) - decoder.reused
         return decoder
 
-    def _known(self, row: Row) -> tuple[Prefix | None, int]:
-        """Return the kept keys and values of a row's first tokens, and how many those are."""
-        return self._prefixes.find(row.input_ids, self._scaling.kept(row.length))
+    def _known(self, row: Row, least: int = SHORTEST) -> tuple[Prefix | None, int]:
+        """Return the kept keys and values of a row's first tokens, and how many those are, at the least."""
+        return self._prefixes.find(row.input_ids, self._scaling.kept(row.length), row.behind or least)
 
     def _reading(self) -> Reader:
         """Return what reads without the head; to make it runs the model, so it is asked for in a forward pass."""
@@ -346,24 +346,29 @@ class Batches:
         """Leave out rows that begin like another of them: once that one is read they begin behind it."""
         if not self._prefixes.limit or len(rows) <= 1 or rows[0].width > 1:
             return rows
-        first: dict[tuple[int, ...], Row] = {}
-        kept = []
+        groups: dict[tuple[int, ...], list[Row]] = {}
         for row in rows:
-            begins = row.input_ids[:SHORTEST]
-            other = first.setdefault(begins, row)
-            if other is not row and len(begins) == SHORTEST and self._worth(other, row):
-                other.shared = True
-            else:
-                kept.append(row)
-        return kept
+            groups.setdefault(row.input_ids[:FEWEST], []).append(row)
+        waiting: set[Row] = set()
+        for first, *others in groups.values():
+            held = {row: count for row in (first, *others) if (count := self._known(row, FEWEST)[1])}
+            if sum(held.values()) >= SAVED:  # by rows that were read before
+                for row, count in held.items():
+                    row.behind = count
+            common = {row: count for row in others if (count := self._common(first, row)) >= FEWEST}
+            if sum(count - self._known(row)[1] for row, count in common.items()) >= SAVED:
+                first.shared = True
+                waiting |= common.keys()
+                for row, count in common.items():
+                    row.behind = count
+        return [row for row in rows if row not in waiting]
 
-    def _worth(self, first: Row, second: Row) -> bool:
-        """Say whether a row is to wait for what it shares with another."""
+    def _common(self, first: Row, second: Row) -> int:
+        """Return how many tokens a row can take over from another, if those are more than it knows already."""
         common = shared(np.asarray(first.input_ids), np.asarray(second.input_ids[:-1]))
-        known = self._known(second)[1]
         sides = {self._scaling.kept(row.length) for row in (first, second)}
         fits = self._scheduler.bytes_of(len(first.input_ids)) <= self._prefixes.limit
-        return fits and len(sides) == 1 and None not in sides and common >= known + SHORTEST
+        return common if fits and len(sides) == 1 and None not in sides and common > self._known(second)[1] else 0
 
     def _fill(self, decoder: Decoder, columns: int) -> None:
         """Read some of a batch's prompts; when all are read, its rows run, in the batch that runs if they can."""
@@ -434,7 +439,8 @@ class Batches:
         """Keep what a row has read; its newest token was not read."""
         token_ids = decoder.read(place)
         side = self._scaling.kept(len(token_ids))
-        if len(token_ids) < SHORTEST or side is None or self._prefixes.holds(token_ids, side):
+        few = len(token_ids) < (FEWEST if decoder.rows[place].shared else SHORTEST)
+        if few or side is None or self._prefixes.holds(token_ids, side):
             return
         if self._scheduler.bytes_of(len(token_ids)) <= self._prefixes.limit:
             self._prefixes.put(token_ids, decoder.take(place), side)

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -26,7 +25,9 @@ from lmkit._borrowed import cache_name
 from lmkit.engine.cache import KeyValues
 from lmkit.engine.inputs import input_device
 from lmkit.errors import EngineError
+from lmkit.kernels.native.build import cache_folder
 from lmkit.kernels.quantized import QuantizedLinear
+from lmkit.kernels.together import WithWholes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +42,7 @@ TOLERANCE = 0.1
 """How far compiled scores of the median row may be from the model's own, as a share of their spread: fused steps round
 bfloat16 elsewhere, SmolLM2's by 0.08 in the median with two tokens of context, single rows more."""
 
-TRACED = 2
+TRACED = 3
 """The number of what is traced: another one where `_step` or the order of its inputs has changed."""
 
 SETTINGS = {"pattern_matcher": False, "size_asserts": False, "alignment_asserts": False, "compile_threads": 1}
@@ -78,17 +79,12 @@ class _Slot(DynamicLayer):
         return 0
 
 
-def compile_folder() -> Path:
-    """Return where compiled steps are kept: in the user's cache, where nobody else should be able to write."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmkit" / "compiled"
-
-
 class CompiledStep:
     """The compiled step of a model; only the thread that leads its engine calls it.
 
     Attributes:
-        most_rows: How many rows it takes. Quantized models are traced for one: with more, their layers are no faster
-            compiled, and one row that is known to be one is a tenth faster.
+        most_rows: How many rows it takes. Models on torch's quantized kernels are traced for one: with more, their
+            layers are no faster compiled, and one row that is known to be one is a tenth faster.
 
     Raises:
         EngineError: Compilation failed, or gave other scores than the model.
@@ -96,12 +92,13 @@ class CompiledStep:
 
     def __init__(self, model: Any) -> None:
         """Load the step of `model`, whose plan says that it has one, from the cache folder; or compile and keep it."""
-        folder = compile_folder()
+        folder = cache_folder("compiled")
         self._model = model
         self._cached = cache_name(model) or ""
-        quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
-        self.most_rows = 1 if quantized else sys.maxsize
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        self._orders = {module.native for module in model.modules() if isinstance(module, QuantizedLinear)}
+        self.most_rows = 1 if None in self._orders else sys.maxsize
+        self._named = every = WithWholes(model)
+        named = [*every.named_parameters(remove_duplicate=False), *every.named_buffers(remove_duplicate=False)]
         once = {id(tensor): tensor for _, tensor in named}
         places = {key: place for place, key in enumerate(once)}
         self._weights = [tensor.detach() for tensor in once.values()]
@@ -163,8 +160,10 @@ class CompiledStep:
         shapes = [(tuple(weight.shape), weight.is_mkldnn) for weight in self._weights]
         told = [
             [version("lmkit"), torch.__version__, transformers.__version__, SETTINGS, TRACED],
+            [self._model.config._attn_implementation],  # noqa: SLF001 - it has no public name
             [str(input_device(self._model)), torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()],
             [type(self._model).__qualname__, self._model.config.to_dict(), described, shapes, self.most_rows],
+            sorted(map(str, self._orders)),
         ]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -237,7 +236,7 @@ class CompiledStep:
         slot = slot.clamp(max=cache[0].shape[2] - 1)
         slots: list[Any] = [_Slot(*pair, slot) for pair in zip(cache[:layers], cache[layers:], strict=True)]
         outputs: Any = torch.func.functional_call(
-            self._model,
+            self._named,
             {name: inputs[place] for name, place in self._places.items()},
             kwargs={
                 "input_ids": token_ids,

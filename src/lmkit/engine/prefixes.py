@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 SHORTEST = 32
 """How many tokens a prefix has at the least: reading fewer again is cheaper than copying them."""
 
+FEWEST = 8
+"""The same where rows of a call wait for one of them to read what all begin with."""
+
+SAVED = 64
+"""How many tokens that has to save them in all: as many take as long to read as the pass that one of them makes alone.
+With SmolLM2 on 2 cores that is 18 ms, a token in a batch of prompts 0.4."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
@@ -37,14 +44,19 @@ class PrefixStore:
         """How many bytes are held."""
         return sum(entry.nbytes for entry in self._entries)
 
-    def find(self, token_ids: Sequence[int], side: bool | None = False) -> tuple[Prefix | None, int]:  # noqa: FBT001, FBT002
+    def find(
+        self,
+        token_ids: Sequence[int],
+        side: bool | None = False,  # noqa: FBT001, FBT002
+        least: int = SHORTEST,
+    ) -> tuple[Prefix | None, int]:
         """Return the keys and values that begin like `token_ids`, and for how many tokens; one is left to read.
 
-        Only those that were kept with the same `side` are of use, and with None none are.
+        Only those that were kept with the same `side` are of use, and with None none are; nor is less than `least`.
         """
         wanted = np.asarray(token_ids[:-1])
         common = [shared(entry.token_ids, wanted) if entry.side is side else 0 for entry in self._entries]
-        if (length := max(common, default=0)) < SHORTEST:
+        if (length := max(common, default=0)) < least:
             return None, 0
         best = self._entries.pop(common.index(length))
         self._entries.append(best)

@@ -35,6 +35,7 @@ class Row:
         steering: What reshapes its scores, once built.
         matcher: What says which tokens may come next, if not all.
         shared: Whether other rows wait for what it reads first.
+        behind: How many tokens it takes over from rows of its call, at the least; 0 if that is not known.
         anew: Whether it leaves its batch, to be read from the beginning.
         width: How many answers it follows at a time.
         candidates: How many next tokens a search of several answers looks at.
@@ -57,6 +58,7 @@ class Row:
         self.steering: Steering | None = None
         self.matcher = self._new_matcher()
         self.shared = self.anew = False
+        self.behind = 0
         self._kept = 0  # how many tokens were wholly accepted
         ends = request.config.eos_token_id
         self._ends = frozenset([ends] if isinstance(ends, int) else ends or ())

@@ -133,7 +133,6 @@ def _arrow(why: str = "a Parquet file") -> Any:
         raise MissingExtraError(
             f"{why} needs a package that is not installed: pip install 'lmkit[parquet]'."
         ) from error
-    return pa
 
 
 def _parquet() -> Any:
@@ -203,7 +202,7 @@ def joined(line: Line, columns: bytes, *, as_is: bool) -> bytes:
 
 def _csv_text(stream: BinaryIO) -> io.TextIOWrapper:
     csv.field_size_limit(2**31 - 1)  # of the whole process: its own is shorter than some chats
-    return io.TextIOWrapper(stream, "utf-8-sig", "backslashreplace", newline="")
+    return io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")  # what is no UTF-8 comes out as it was
 
 
 def _header(reader: Any) -> list[str]:
@@ -235,7 +234,13 @@ def csv_lines(stream: BinaryIO) -> Iterator[Line]:
 
 def _cell(value: object) -> str:
     """Write a value for CSV: a text as it is, nothing for None, JSON for others."""
-    return value if isinstance(value, str) else "" if value is None else json_bytes(value).decode()
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:  # half of a character, as JSON can have it
+            return value.encode("utf-8", "backslashreplace").decode()
+        return value
+    return "" if value is None else json_bytes(value).decode()
 
 
 # Out --------------------------------------------------------------------------------------------
@@ -270,7 +275,7 @@ def _names(source: Table) -> list[str]:
 
 
 def _write_csv(stream: BinaryIO, names: list[str], pairs: Pairs, new: Mapping[str, str]) -> None:
-    text = io.TextIOWrapper(stream, "utf-8", "backslashreplace", newline="", write_through=True)
+    text = io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="", write_through=True)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*names, *new])
     for line, columns in pairs:
@@ -303,14 +308,16 @@ def _batches(source: Table, schema: Any) -> Iterator[Any]:
         return
     rows = (dict(line.values) for line in source.lines())
     while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        yield _arrow().RecordBatch.from_pylist(batch, schema=schema)
+        with _fitting(source):
+            made = _arrow().RecordBatch.from_pylist(batch, schema=schema)
+        yield made
 
 
 def schema_of(source: Table) -> Any:
     """Return the columns of a file as Arrow has them; those of JSONL are looked through for it.
 
     Raises:
-        JobError: A column has values of several types.
+        JobError: A column has values of several types, or a text that is no Unicode.
     """
     if source.kind == "parquet":
         return _parquet().ParquetFile(source.path).schema_arrow
@@ -318,14 +325,25 @@ def schema_of(source: Table) -> Any:
     if source.kind == "csv":
         return pa.schema([(name, "string") for name in source.columns() or ()])
     schema, rows = pa.schema([]), (dict(line.values) for line in source.lines())
-    try:
+    with _fitting(source):
         while batch := list(itertools.islice(rows, BATCH_ROWS)):
             names = dict.fromkeys(name for row in batch for name in row)
             part = pa.RecordBatch.from_pylist([dict.fromkeys(names) | row for row in batch]).schema
             schema = pa.unify_schemas([schema, part], promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise JobError(f"{source.path} fits no Parquet file: a column has one type there. {error}") from error
     return schema
+
+
+@contextlib.contextmanager
+def _fitting(source: Table) -> Iterator[None]:
+    """Say of rows that Arrow cannot hold what to do with them."""
+    pa = _arrow()
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
+        raise JobError(
+            f"{source.path} fits no Parquet file, where a column has one type and texts are Unicode: {error}. Write "
+            "JSONL; journal= says where rows are that are done."
+        ) from error
 
 
 def standard_input(kept: Path) -> Iterator[Line]:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +110,7 @@ class Job:
     """Work on a file; `run` does it."""
 
     def __init__(self, work: Work, source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
-        """Look at the files as far as that needs no reading.
+        """Look at the files: at names and columns, and for Parquet at the types of all values.
 
         Raises:
             OptionError: A format is unknown, a column is not there, or the output is the input.
@@ -155,7 +155,7 @@ class Job:
     def _begin(self, *, restart: bool) -> None:
         """Go on with the job of the journal if that is this one, else begin it if there is none."""
         mine = {"format": FORMAT, "source": self._name, **self._work.identity}
-        journal, versions = self._journal, _versions()
+        journal, versions = self._journal, {name: version(name) for name in ("lmkit", "torch", "transformers")}
         if not journal.count:
             if self._output is not None and self._output.path.exists() and not (restart or journal.header):
                 raise JobError(
@@ -316,12 +316,4 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str = 
             found += differences(old, new, f"{where}{name} ")
         elif old != new:
             found.append(f"{where}{name} was {shown(old, 60)} and is {shown(new, 60)}")
-    return found
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("lmkit", "torch", "transformers"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
     return found

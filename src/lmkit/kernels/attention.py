@@ -1,7 +1,8 @@
-"""Attention in bfloat16 on a CPU by two matrix products, where torch's own kernel is far from the processor's speed.
+"""Attention on a CPU, where torch's own kernel is far from the processor's speed.
 
-Scores are rounded to bfloat16 before the softmax, as in transformers' `eager`. What is not in bfloat16, not on a CPU,
-or too little to be worth it goes to torch's kernel.
+By kernels of lmkit's own in C++ where they are asked for. Else in bfloat16 by two matrix products, whose scores are
+rounded to bfloat16 before the softmax, as in transformers' `eager`; what is not in bfloat16, not on a CPU, or too
+little to be worth it goes to torch's kernel.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch._subclasses import FakeTensor
 
 from lmkit.kernels.packed import packs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 NAME = "lmkit"
 """What transformers knows `attend` by."""
@@ -38,6 +40,9 @@ SCORES = 2**20
 HIDDEN = -1e30
 """What hides a column, when added to its score. A token that sees nothing, as padding may, attends to all alike: with
 -inf it would be NaN, and that spreads, since the next layer multiplies hidden values too, if by nothing."""
+
+UNKNOWN = "dropout", "output_attentions", "cache"
+"""Arguments that only transformers' own function knows."""
 
 ROOMS = 4
 """How many rooms are kept, of 10 MiB each: as many calls at a time find memory that is there already."""
@@ -59,14 +64,25 @@ def fits(model: torch.nn.Module) -> bool:
     )
 
 
-def put_on(model: Any) -> None:
-    """Have a model that `fits` call `attend`."""
+def put_on(model: Any, kernels: Any = None) -> None:
+    """Have a model that `fits` call `attend`, with lmkit's own `kernels` if they are given.
+
+    Args:
+        model: The model.
+        kernels: As `kernels.native.operators` returns them.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)  # all its parts'
+    name = NAME if kernels is None else str(kernels.name)
+    AttentionInterface.register(name, attend if kernels is None else functools.partial(attend, kernels=kernels))
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)  # all its parts'
+
+
+def is_on(model: Any) -> bool:
+    """Say whether a model calls `attend`."""
+    return str(model.config._attn_implementation).startswith(NAME)  # noqa: SLF001 - it has no public name
 
 
 def attend(
@@ -78,6 +94,7 @@ def attend(
     *,
     scaling: float | None = None,
     position_bias: torch.Tensor | None = None,
+    kernels: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend as transformers' `sdpa` does.
@@ -92,6 +109,7 @@ def attend(
             `(rows, heads, tokens, columns)`.
         scaling: What the scores are multiplied with; None is one over the root of `size`.
         position_bias: Added to the scores. *Shape:* `(1 or rows, heads, tokens, columns)`.
+        kernels: lmkit's own, where they are asked for; also for what is traced.
         **kwargs: What else transformers gives to `sdpa`.
 
     Returns:
@@ -102,13 +120,18 @@ def attend(
     width = rows // sources
     scale = size**-0.5 if scaling is None else scaling
     near = key.device.type == "cpu"
-    unusual = kwargs.get("dropout") or any(kwargs.get(name) for name in ("softcap", "output_attentions", "cache"))
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if kernels is not None and near and not any(kwargs.get(name) for name in UNKNOWN):
+        added = Added(attention_mask, position_bias, causal=bool(causal) and attention_mask is None)
+        attended = _by_kernel(kernels, (query, key, value), added, scale, kwargs)
+        if attended is not None:
+            return attended, None
+    unusual = any(kwargs.get(name) for name in ("softcap", *UNKNOWN))
     half = all(state.dtype is torch.bfloat16 for state in (query, key, value))
     fast = near and half and not unusual and not torch.compiler.is_compiling() and packs()
     worth = tokens > 1 and width == 1 and rows * heads * tokens * key.shape[2] >= WORTH_SCORES
-    if fast and worth and _plain(query, key, value, attention_mask, position_bias):
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
+    if fast and worth and _given(query, key, value, attention_mask, position_bias, traced=False):
         added = Added(attention_mask, position_bias, causal=causal and attention_mask is None)
         return _in_blocks((query, key, value), added, scale), None
     products = fast and rows * groups >= WORTH
@@ -126,6 +149,38 @@ def attend(
     attended = kernel((grouped, key, value), attention_mask, bias, scale)
     apart = attended.view(sources, groups, width, -1, value.shape[-1])
     return apart.transpose(1, 2).reshape(rows, 1, heads, -1), None
+
+
+def _by_kernel(
+    kernels: Any, states: Sequence[torch.Tensor], added: Added, scale: float, options: Mapping[str, Any]
+) -> torch.Tensor | None:
+    """Attend with lmkit's own kernels; None where they do not take that. *Shape:* as in `attend`."""
+    query, key, value = states
+    rows, heads, tokens = query.shape[:3]
+    sources, groups, columns = key.shape[:3]  # not len(), which would fix a number that is traced
+    mask, bias = (None if given is None else given[(None,) * (4 - given.ndim)] for given in (added.mask, added.bias))
+    whole = rows >= sources > 0 and rows % sources == 0 and heads % groups == 0 and columns > 0
+    fits = all(given is None or given.shape[3] == columns for given in (mask, bias))
+    if not (whole and fits and _given(query, key, value, mask, bias)):
+        return None
+    dtypes = {state.dtype for state in states}
+    sinks, cap = options.get("s_aux"), options.get("softcap") or 0.0
+    if tokens == 1 and dtypes in ({torch.float32}, {torch.bfloat16}) and (mask is None or mask.shape[1] == 1):
+        one: torch.Tensor = kernels.attend_one(query, key, value, mask, bias, sinks, scale, cap)
+        return one
+    if not hasattr(kernels, "attend_many") or rows != sources or dtypes != {torch.bfloat16} or sinks is not None or cap:
+        return None
+    many: torch.Tensor = kernels.attend_many(query, key, value, mask, bias, added.causal, scale)
+    return many
+
+
+def _given(*tensors: torch.Tensor | None, traced: bool = True) -> bool:
+    """Say whether some tensors are ordinary ones, or stand in for such while they are `traced`, and none is trained."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    return not trained and all(
+        type(tensor) is torch.Tensor or (traced and isinstance(tensor, FakeTensor)) for tensor in given
+    )
 
 
 def _shared(bias: torch.Tensor, width: int, heads: tuple[int, int]) -> torch.Tensor:
@@ -161,13 +216,6 @@ def _products(
         else:
             scores += mask
     return scores.softmax(-1).to(value.dtype) @ value
-
-
-def _plain(*tensors: torch.Tensor | None) -> bool:
-    """Say whether tensors are ordinary ones, with values, and none of them is trained."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    return not trained and all(type(tensor) is torch.Tensor for tensor in given)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
+from lmkit.kernels.together import Joinable, Joint, place
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 
-class PackedLinear(torch.nn.Linear):
+class PackedLinear(Joinable):
     """A linear layer that holds its weight packed, and unpacks it for who asks for it.
 
     Attributes:
-        packed: The weight in the kernel's own layout, which only the kernel and `to_dense` can read.
+        packed: The weight in the kernel's own layout, which only the kernel and `to_dense` can read; of all layers of
+            a `Joint`, if it is one of these.
     """
 
-    def __init__(self, linear: torch.nn.Linear, *, tied: bool) -> None:
+    OUTPUTS: ClassVar[Mapping[str, int]] = {"bias": 0}
+
+    packed: torch.Tensor
+
+    def __init__(self, linear: torch.nn.Linear, *, tied: bool, packed: torch.Tensor | None = None) -> None:
         """Take the place of `linear`; a `tied` weight is another module's too, which keeps it."""
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -31,27 +38,37 @@ class PackedLinear(torch.nn.Linear):
         self.bias = linear.bias
         # In a tuple, so that it is not registered a second time.
         self._dense: tuple[Any, ...] = (linear.weight,) if tied else ()
-        self.packed = torch.nn.Buffer(pack_weight(linear.weight), persistent=False)
+        packed = pack_weight(linear.weight) if packed is None else packed
+        self.register_buffer("packed", packed, persistent=False)  # a `Buffer` would be another object for each of them
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
-        """Multiply. *Shape:* `(…, in_features)` to `(…, out_features)`."""
-        return multiply_packed(input, self.packed, self.bias)
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply by this layer alone. *Shape:* `(…, in_features)` to `(…, out_features)`."""
+        if self.joint is None:
+            return multiply_packed(rows, self.packed, self.bias)
+        span = self.joint.span(self)
+        behind = self.joint.whole.out_features - span.stop
+        bias = None if self.bias is None else torch.nn.functional.pad(self.bias, (span.start, behind))
+        return multiply_packed(rows, self.packed, bias)[..., span]
 
     @property
     def weight(self) -> torch.nn.Parameter:  # type: ignore[override]
         """The weight as it was loaded; kept from then on, since who asks once asks at every step (T5 does)."""
         if not self._dense:
-            self._dense = (torch.nn.Parameter(self.packed.to_dense(), requires_grad=False),)
+            self._dense = (torch.nn.Parameter(self._unpacked(), requires_grad=False),)
         dense: torch.nn.Parameter = self._dense[0]
         return dense
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self._dense[0].detach() if self._dense else self.packed.to_dense()
+        destination[f"{prefix}weight"] = self._dense[0].detach() if self._dense else self._unpacked()
+
+    def _unpacked(self) -> torch.Tensor:
+        dense = self.packed.to_dense()
+        return dense if self.joint is None else dense[self.joint.span(self)].clone()  # which holds no others
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the weight as a plain tensor: the packed one knows neither."""
-        return self.__dict__ | {"_buffers": {"packed": self.packed.to_dense()}}
+        return super().__getstate__() | {"_buffers": {"packed": self._unpacked()}}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Pack the weight again."""
@@ -86,26 +103,47 @@ def packs() -> bool:
     return bool(has and ops._is_mkldnn_bf16_supported())  # noqa: SLF001
 
 
-def pack(model: torch.nn.Module) -> int:
+def pack(model: torch.nn.Module, together: Iterable[Sequence[str]] = ()) -> int:
     """Pack the bfloat16 linear layers of a model that are on a CPU, one after the other; return how many.
 
     Only plain `torch.nn.Linear` modules are replaced, each in its own place; a hook of accelerate's, which moves
-    weights about, keeps a module as it is.
+    weights about, keeps a module as it is. Layers whose names are in `together` are packed as one.
     """
     shared = _shared(model)
-    count = 0
+    joints = [joint for names in together if (joint := _packed_as_one([place(model, name) for name in names], shared))]
+    count = sum(len(members) for _, members in joints)
     for parent in list(model.modules()):
-        if len(getattr(parent, "lora_magnitude_vector", ())):
-            continue  # DoRA measures the weight of its base layer in each step
         for name, child in list(parent.named_children()):
-            if type(child) is torch.nn.Linear and _fits(child):
+            if isinstance(child, torch.nn.Linear) and _packs(parent, child):
                 packed = PackedLinear(child, tied=id(child.weight) in shared)
                 parent._modules[name] = packed  # noqa: SLF001 - setattr would do the same
                 count += 1
     if count:
         for module in model.modules():
             let_go_of_file(module)
+    for whole, members in joints:
+        Joint(whole, members)
     return count
+
+
+def _packed_as_one(
+    places: Sequence[tuple[torch.nn.Module, str]], shared: set[int]
+) -> tuple[PackedLinear, list[PackedLinear]] | None:
+    """Pack layers as one, and put layers with this weight in their places; None where one of them cannot be packed."""
+    linears: list[Any] = [parent._modules[name] for parent, name in places]  # noqa: SLF001
+    if not all(_packs(parent, one) for (parent, _), one in zip(places, linears, strict=True)):
+        return None
+    if shared & {id(linear.weight) for linear in linears}:
+        return None
+    joined = torch.nn.Linear(
+        linears[0].in_features, sum(one.out_features for one in linears), bias=False, device="meta"
+    )
+    joined.weight = torch.nn.Parameter(torch.cat([one.weight.detach() for one in linears]), requires_grad=False)
+    whole = PackedLinear(joined, tied=False)
+    members = [PackedLinear(linear, tied=False, packed=whole.packed) for linear in linears]
+    for (parent, name), member in zip(places, members, strict=True):
+        parent._modules[name] = member  # noqa: SLF001
+    return whole, members
 
 
 def let_go_of_file(module: torch.nn.Module, *, integers: bool = True) -> None:
@@ -121,7 +159,9 @@ def let_go_of_file(module: torch.nn.Module, *, integers: bool = True) -> None:
             setattr(module, name, buffer.clone())  # not its data: a buffer may be a view, which holds what it views
 
 
-def _fits(linear: torch.nn.Linear) -> bool:
+def _packs(parent: torch.nn.Module, linear: torch.nn.Module | None) -> bool:
+    if type(linear) is not torch.nn.Linear or len(getattr(parent, "lora_magnitude_vector", ())):
+        return False  # DoRA measures the weight of its base layer in each step
     weight = linear.weight
     hooked = hasattr(linear, "_hf_hook") or linear._forward_hooks or linear._forward_pre_hooks  # noqa: SLF001
     return weight.dtype is torch.bfloat16 and weight.device.type == "cpu" and not hooked

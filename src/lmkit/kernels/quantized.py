@@ -1,20 +1,25 @@
-"""Linear layers and embeddings whose weights are held in 8 or 4 bits, on torch's own kernels for CPUs.
+"""Linear layers whose weights are held in 8 or 4 bits, on kernels for CPUs: lmkit's own, or torch's.
 
-Weights alone are quantized; what is multiplied with them keeps its dtype. Few rows go through torch's packed kernels.
-More rows go through matrix products on weights that are widened block by block: the kernels widen a weight anew for
-every four rows, so from `FEW` rows on doing it once is cheaper. Where torch lacks a kernel, all rows go that way.
+lmkit's own take any number of rows, and round them to 8 bits. With torch's, what is multiplied keeps its dtype. Few
+rows then go through torch's packed kernels. More rows go through matrix products on weights that are widened block by
+block: the kernels widen a weight anew for every four rows, so from `FEW` rows on doing it once is cheaper. Where torch
+lacks a kernel, all rows go that way.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import torch
 from torch._subclasses import FakeTensor
 
+from lmkit.kernels.native import linear as native
+from lmkit.kernels.ordered import DTYPES, Ordered, hold, native_linear
+from lmkit.kernels.together import Joinable
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 GROUP: Final = 32
 """How many weights of a row share a scale and an offset in 4 bits. Chosen by perplexity: docs/performance.md."""
@@ -30,13 +35,13 @@ TINY: Final = 1e-8
 """The least scale, for weights that are all zero."""
 
 
-class QuantizedLinear(torch.nn.Linear):
+class QuantizedLinear(Ordered, Joinable):
     """A linear layer whose weight is integers; a `torch.nn.Linear`, so that adapters can be put on it.
 
     Attributes:
         in_features: How many numbers a row has.
         out_features: How many numbers come out for it.
-        weight: The integers, in the order in which they are saved, or packed in that of the kernel.
+        weight: The integers, in the order in which they are saved, or in that of a kernel.
         transposed: Whether the checkpoint has the weight the other way round, as GPT-2 does.
         scales: What turns them into weights, in the dtype that is computed in.
         bias: Added to the product, or None.
@@ -45,12 +50,10 @@ class QuantizedLinear(torch.nn.Linear):
 
     FEW: ClassVar[int]
     NAME: ClassVar[str]
+    OUTPUTS: ClassVar[Mapping[str, int]] = {"weight": 0, "scales": 0, "bias": 0}
 
     transposed = False
     copies: Callable[[QuantizedLinear, torch.Tensor], torch.Tensor | None] | None = None
-
-    scales: torch.nn.Parameter
-    bias: torch.nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, *, bias: bool) -> None:
         """Make a layer without values, for weights to be loaded into."""
@@ -71,31 +74,44 @@ class QuantizedLinear(torch.nn.Linear):
 
     def pack(self) -> None:
         """Bring the weight into the kernel's order, where it has one of its own, and to where it can read it."""
-        self.weight.data = _aligned(self.weight.data)
+        self.weight.data = aligned(self.weight.data)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """Widen the weight, `BLOCK` weights at a time. *Shape:* `(in_features, some of out_features)`."""
         raise NotImplementedError
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
-        """Multiply. *Shape:* `(…, in_features)` to `(…, out_features)`."""
-        if input.dtype is not self.scales.dtype:
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply by this layer alone. *Shape:* `(…, in_features)` to `(…, out_features)`."""
+        if rows.dtype is not self.scales.dtype:
             raise RuntimeError(
-                f"the layer computes in dtype {self.scales.dtype}, and was given {input.dtype}: convert it first."
+                f"the layer computes in dtype {self.scales.dtype}, and was given {rows.dtype}: convert it first."
             )
-        rows = input.reshape(-1, self.in_features)
         trained = rows.requires_grad and torch.is_grad_enabled()  # the kernels have no derivative
+        if (isa := self.native) is not None and not trained and self._native_takes(rows):
+            return native_linear(isa)(rows, self.weight, self.scales, self.bias, self.BITS, self.out_features)
+        leading, rows = rows.shape[:-1], rows.reshape(-1, self.in_features)
         copies = None if trained or rows.shape[0] <= KERNEL_ROWS or isinstance(rows, FakeTensor) else self.copies
         if copies is not None and (wide := copies(self, rows)) is not None:
             product = self._scaled(wide)
         elif rows.shape[0] <= self.FEW and not trained and self._has_kernel(rows.dtype):
-            product = self._few(_aligned(rows.contiguous()))
+            product = self._few(aligned(rows.contiguous()))
         else:
             products = [rows @ block for block in self.factors(rows.dtype)]
             product = self._scaled(products[0] if len(products) == 1 else torch.cat(products, -1))
         if self.bias is not None:
             product = product + self.bias
-        return product.view(*input.shape[:-1], self.out_features)
+        return product.view(*leading, self.out_features)
+
+    @property
+    def order(self) -> object:
+        """What the order of the weight depends on; whole blocks of lmkit's own kernels can lie side by side alone."""
+        whole = self.native is None or self.out_features % native.BLOCK == 0
+        return self.native if whole else id(self)
+
+    def _native_takes(self, rows: torch.Tensor) -> bool:
+        """Say whether rows are such that lmkit's own kernel multiplies them: a layer may have been moved, or cast."""
+        fits = rows.dtype in DTYPES and rows.shape[-1:] == (self.in_features,)
+        return fits and self.weight.device.type == "cpu" == rows.device.type
 
     def _has_kernel(self, dtype: torch.dtype) -> bool:
         raise NotImplementedError
@@ -111,7 +127,7 @@ class QuantizedLinear(torch.nn.Linear):
         return product
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor that begins at a multiple of 16 bytes: torch's int8 kernel ends the process on any other.
 
     Memory that torch allocates does; a view into it, or a weight in a mapped file, need not.
@@ -119,12 +135,6 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, FakeTensor):  # it is traced, and has no address
         return tensor
     return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % 16 else tensor
-
-
-def hold(module: torch.nn.Module, weight: torch.Tensor, scales: torch.Tensor) -> None:
-    """Make a weight and its scales parameters, so that they are placed, moved, counted and saved as any weight is."""
-    module.weight = torch.nn.Parameter(weight, requires_grad=False)
-    module.scales = torch.nn.Parameter(scales, requires_grad=False)
 
 
 class Int8Linear(QuantizedLinear):
@@ -156,12 +166,20 @@ class Int8Linear(QuantizedLinear):
             yield (part.to(dtype) * self.scales[first : first + len(part), None].to(dtype)).T
 
     def _parts(self) -> Iterator[tuple[int, torch.Tensor]]:
-        rows = max(BLOCK // self.in_features, 1)
-        return ((first, self.weight[first : first + rows]) for first in range(0, self.out_features, rows))
+        rows = _rows(self.in_features)
+        for first in range(0, self.out_features, rows):
+            part = self.weight[first : first + rows]
+            whole = part if self.native is None else native.unpack8(part)[: self.out_features - first]
+            yield first, whole[:, : self.in_features]
 
     def _has_kernel(self, dtype: torch.dtype) -> bool:
         # Other widths are read beyond their end in half precision, and torch crashes.
-        return self.in_features % 16 == 0 and self.weight.device.type == "cpu" and _int8_kernel(dtype)
+        return (
+            self.native is None
+            and self.in_features % 16 == 0
+            and self.weight.device.type == "cpu"
+            and _int8_kernel(dtype)
+        )
 
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
         ops = torch.ops.aten  # torch has no public one
@@ -183,8 +201,10 @@ class Int4Linear(QuantizedLinear):
     depends on the processor.
     """
 
+    BITS = 4
     FEW = 40
     NAME = "int4"
+    OUTPUTS: ClassVar[Mapping[str, int]] = {"weight": 0, "scales": 1, "bias": 0}
 
     @staticmethod
     def fits(in_features: int) -> bool:
@@ -207,12 +227,22 @@ class Int4Linear(QuantizedLinear):
 
     def pack(self) -> None:
         """Bring the weight into the kernel's order, if there is a kernel for it."""
-        if self._width and self.weight.device.type == "cpu" and not self.packed:
+        if self._width and self.weight.device.type == "cpu" and not self.packed and self.native is None:
             levels = torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(1)
             self.weight = torch.nn.Parameter(_packed(levels), requires_grad=False)
             self.packed = True
 
     packed = False
+
+    @property
+    def outputs(self) -> Mapping[str, int | None]:
+        """Along which dimension of each parameter the outputs lie as it is now; None is as they lie in memory."""
+        return self.OUTPUTS if self.native is None else {**self.OUTPUTS, "scales": None}
+
+    @property
+    def order(self) -> object:
+        """What the order of the weight depends on, and whether torch's kernel has one for this layer."""
+        return super().order, self.native is not None or self._width > 0
 
     @property
     def _width(self) -> int:
@@ -225,41 +255,66 @@ class Int4Linear(QuantizedLinear):
 
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
         ops = torch.ops.aten
-        product: torch.Tensor = ops._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scales)  # noqa: SLF001
+        product: torch.Tensor = ops._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scales.contiguous())  # noqa: SLF001
         return product
 
     def blocks(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """Widen the weight. *Shape:* `(in_features, some of out_features)`."""
         width = self._width if self.packed else 1
-        count = max(BLOCK // (self.in_features * width), 1)
-        scales = self.scales.view(-1, self.out_features // width, width, 2).transpose(0, 1)
-        halves = self.weight.view(self.out_features // width, self.in_features, -1) if self.packed else self.weight
-        for first in range(0, len(halves), count):
-            part, scaled = halves[first : first + count], scales[first : first + count]
+        for part, scaled in self._parts(width):
             levels = torch.cat((part & 15, part >> 4), -1) if self.packed else torch.stack((part & 15, part >> 4), -1)
             levels = levels.view(len(part), -1, GROUP, width)
             scale, offset = scaled[:, :, None, :, 0].contiguous(), scaled[:, :, None, :, 1].contiguous()
             wide = torch.addcmul(offset, levels.to(dtype).sub_(8), scale).view(len(part), self.in_features, width)
             yield wide.transpose(0, 1).reshape(self.in_features, -1)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.packed:
-            destination[f"{prefix}weight"] = self._unpacked()
+    def _parts(self, width: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield weights, and scales of as many. *Shape:* of scales `(len(weights), groups, width, 2)`."""
+        if self.native is not None:
+            count = _rows(self.in_features)
+            for first in range(0, self.out_features, count):
+                blocks, left = slice(first // native.BLOCK, (first + count) // native.BLOCK), self.out_features - first
+                scales = native.unpack_scales(self.scales, blocks)[:, :left, None]
+                yield native.unpack4(self.weight[first : first + count])[:left], scales.transpose(0, 1)
+            return
+        count = max(BLOCK // (self.in_features * width), 1)
+        scales = self.scales.view(-1, self.out_features // width, width, 2).transpose(0, 1)
+        halves = self.weight.view(self.out_features // width, self.in_features, -1) if self.packed else self.weight
+        for first in range(0, len(halves), count):
+            yield halves[first : first + count], scales[first : first + count]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self.packed:
-            self.weight, self.packed = torch.nn.Parameter(self._unpacked(), requires_grad=False), False
-            super()._load_from_state_dict(*args, **kwargs)
-            self.pack()
-        else:
-            super()._load_from_state_dict(*args, **kwargs)
+    def saved(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weight and the scales as they are saved."""
+        return (self._unpacked(), self.scales.data.contiguous()) if self.packed else super().saved()
+
+    def to_native(self, isa: str) -> bool:
+        """Bring weight and scales into the order of lmkit's own kernels, where they have one; return whether."""
+        if there := super().to_native(isa):
+            self.packed = False
+        return there
+
+    @property
+    def reordered(self) -> bool:
+        """Whether the weight lies in a kernel's order."""
+        return self.packed or self.native is not None
+
+    def to_saved(self) -> Callable[[], object]:
+        """Bring weight and scales into the order in which they are saved; return what undoes it."""
+        if not self.packed:
+            return super().to_saved()
+        hold(self, *self.saved())
+        self.packed = False
+        return self.pack
 
     def _unpacked(self) -> torch.Tensor:
-        """Return the weight as it is saved."""
         part = self.weight.view(self.out_features // self._width, self.in_features, -1)
         levels = torch.cat((part & 15, part >> 4), -1).transpose(1, 2).reshape(self.out_features, self.in_features)
         return levels[:, ::2] | levels[:, 1::2] << 4
+
+
+def _rows(numbers: int) -> int:
+    """Return how many rows of so many numbers are widened at once, as whole blocks of lmkit's own kernels."""
+    return -(-max(BLOCK // numbers, 1) // native.BLOCK) * native.BLOCK
 
 
 def _levels(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,62 +330,6 @@ def _levels(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, tor
     offset = (least + 8 * scale.float()).to(dtype)
     levels = (groups - offset.float()).div_(scale.float()).round_().add_(8).clamp_(0, 15)
     return levels.to(torch.uint8).view(weight.shape), torch.cat((scale, offset), -1)
-
-
-class Int8Embedding(torch.nn.Module):
-    """An embedding in 8 bits, with one scale for each token.
-
-    Attributes:
-        num_embeddings: How many tokens there are.
-        embedding_dim: How many numbers a token has.
-        weight: The integers. *Shape:* `(num_embeddings, embedding_dim)`.
-        scales: *Shape:* `(num_embeddings,)`.
-        embed_scale: What a family multiplies with what it looks up.
-    """
-
-    weight: torch.nn.Parameter
-    scales: torch.nn.Parameter
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype, embed_scale: float = 1.0) -> None:
-        """Make an embedding without values."""
-        super().__init__()
-        self.num_embeddings, self.embedding_dim, self.embed_scale = num_embeddings, embedding_dim, embed_scale
-        hold(self, *Int8Linear.empty(embedding_dim, num_embeddings, dtype))
-
-    def pack(self) -> None:
-        """Bring the weight to where the kernel of a `TiedHead` can read it."""
-        self.weight.data = _aligned(self.weight.data)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name for it
-        """Look tokens up. *Shape:* any, to the same and `embedding_dim`."""
-        found = self.weight[input].to(self.scales.dtype) * self.scales[input][..., None]
-        return found if self.embed_scale == 1 else found * self.embed_scale
-
-
-class TiedHead(Int8Linear):
-    """The output layer of a model whose embedding is its weight: it has a bias of its own at most."""
-
-    def __init__(self, embedding: Int8Embedding, dtype: torch.dtype, *, bias: bool) -> None:
-        """Share the weight and the scales of `embedding`."""
-        torch.nn.Module.__init__(self)
-        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
-        self.bias = (
-            torch.nn.Parameter(torch.empty(self.out_features, dtype=dtype), requires_grad=False) if bias else None
-        )
-        self._embedding = (embedding,)  # in a tuple, so that its weight is not this module's a second time
-
-    def pack(self) -> None:
-        """Leave the weight to the embedding."""
-
-    @property
-    def weight(self) -> torch.nn.Parameter:  # type: ignore[override]
-        """The embedding's."""
-        return self._embedding[0].weight
-
-    @property
-    def scales(self) -> torch.nn.Parameter:  # type: ignore[override]
-        """The embedding's."""
-        return self._embedding[0].scales
 
 
 def _packed(levels: torch.Tensor) -> torch.Tensor:

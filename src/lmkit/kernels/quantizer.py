@@ -23,7 +23,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lmkit.kernels.packed import let_go_of_file
-from lmkit.kernels.quantized import GROUP, Int4Linear, Int8Embedding, Int8Linear, QuantizedLinear, TiedHead
+from lmkit.kernels.quantized import GROUP, Int4Linear, Int8Linear, QuantizedLinear
+from lmkit.kernels.tied import Int8Embedding, TiedHead
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -12,6 +12,7 @@ from lmkit._forks import renew, share
 from lmkit._interrupts import locked
 from lmkit.kernels.packed import multiply_packed, pack_weight, packed_bytes, packs
 from lmkit.kernels.quantized import QuantizedLinear
+from lmkit.kernels.together import wholes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +84,7 @@ def copies_bytes(model: torch.nn.Module) -> int:
 
 
 def _layers(model: torch.nn.Module) -> list[QuantizedLinear]:
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    layers = [module for module in [*model.modules(), *wholes(model)] if isinstance(module, QuantizedLinear)]
     return [layer for layer in layers if layer.scales.dtype is torch.bfloat16] if packs() else []
 
 

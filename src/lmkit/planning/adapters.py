@@ -21,7 +21,8 @@ from lmkit.checkpoint.files import VOCABULARY_FILES, read_object, reading
 from lmkit.checkpoint.find import ADAPTER_WEIGHTS, Access, find_adapter
 from lmkit.checkpoint.headers.safetensors import read_safetensors
 from lmkit.errors import OptionError, PrecisionError, WeightsError, listed
-from lmkit.kernels.quantized import Int8Embedding, QuantizedLinear, TiedHead
+from lmkit.kernels.quantized import QuantizedLinear
+from lmkit.kernels.tied import Int8Embedding, TiedHead
 from lmkit.planning.placement import main_device
 
 if TYPE_CHECKING:

@@ -37,26 +37,33 @@ class KeyValueBytes:
         return self.fixed + tokens * self.per_token + kept + source_tokens * self.per_source_token
 
 
-def key_values(model: Any) -> KeyValueBytes | None:
-    """Have a model on the meta device read a few tokens, and measure the shapes of what it keeps of them.
+def tried(model: Any, *, keeps: bool = True) -> Any:
+    """Have a model on the meta device read a few tokens; return its outputs, or None if it does not run without values.
 
     Its mixtures of experts compute with all of them from then on: which ones are chosen has no value there.
-
-    Returns:
-        None where the model keeps nothing that can be measured, or does not run without values.
     """
     token_ids = torch.ones(1, SEEN, dtype=torch.long, device="meta")
-    both = model.config.is_encoder_decoder
-    more = {"decoder_input_ids": token_ids[:, :ANSWERED]} if both else {}
+    more = {"decoder_input_ids": token_ids[:, :ANSWERED]} if model.config.is_encoder_decoder else {}
+    kept = {"use_cache": True} if keeps else {}
     for config in (model.config, model.config.get_text_config(decoder=True)):
         config._experts_implementation = "batched_mm"  # noqa: SLF001 - the one that computes all
     with torch.no_grad(), contextlib.suppress(Exception):
-        outputs = model(input_ids=token_ids, use_cache=True, **more)
+        return model(input_ids=token_ids, **kept, **more)
+    return None
+
+
+def key_values(outputs: Any, *, encodes: bool) -> KeyValueBytes | None:
+    """Measure the shapes of what a model keeps of the tokens that it was `tried` with; `encodes` if it has two stacks.
+
+    Returns:
+        None where it keeps nothing that can be measured.
+    """
+    with contextlib.suppress(Exception):
         if (cache := cache_of(outputs)) is not None:
             own = getattr(cache, "self_attention_cache", cache)
             across = getattr(cache, "cross_attention_cache", None)
             sources = 0 if across is None else sum(_states(layer) for layer in across.layers) // SEEN
-            return _measured(own.layers, ANSWERED if both else SEEN, sources)
+            return _measured(own.layers, ANSWERED if encodes else SEEN, sources)
     return None
 
 

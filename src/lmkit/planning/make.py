@@ -14,6 +14,9 @@ from lmkit.checkpoint.files import Source, check_tokenizer, read_json, reading
 from lmkit.checkpoint.gguf import end_tokens
 from lmkit.checkpoint.tasks import check_task
 from lmkit.errors import PlacementError, listed
+from lmkit.kernels.native.build import instructions
+from lmkit.kernels.native.linear import SHARE
+from lmkit.kernels.native.operators import refusal
 from lmkit.kernels.quantized import KERNEL_ROWS
 from lmkit.planning.adapters import bringing, templated
 from lmkit.planning.layout import offload, size
@@ -103,10 +106,10 @@ def _planned(trial: Trial, model_class: str, ends: Iterable[int], reasons: Mappi
         parameters=skeleton.parameters,
         precision=skeleton.precision,
         placement=trial.placed,
-        kernels="packed" if trial.packed else "torch",
+        kernels="native" if trial.native else "packed" if trial.packed else "torch",
         attention=skeleton.running.attention,
         engine=skeleton.running.engine,
-        compiled=case.wish.compile,
+        compiled=case.wish.compile is True,
         prefix_cache_bytes=case.wish.prefix_cache_bytes if skeleton.running.keeps_prefixes else 0,
         key_values=skeleton.key_values,
         context_length=case.context[0],
@@ -114,6 +117,7 @@ def _planned(trial: Trial, model_class: str, ends: Iterable[int], reasons: Mappi
         fits=reasons["fits"] is None,
         reasons={what: reason for what, reason in reasons.items() if reason},
         _layout=trial.layout,
+        _together=trial.together,
     )
 
 
@@ -176,6 +180,7 @@ def _reasons(trial: Trial) -> dict[str, str | None]:
         "quantized": _quantized(trial),
         "untied": _untied(trial),
         "kernels": _kernels(trial),
+        "together": _together(trial),
         "copies": _copies(trial),
         "adapter": _adapters(trial),
         **skeleton.running.reasons,
@@ -211,6 +216,11 @@ def _untied(trial: Trial) -> str | None:
 
 
 def _kernels(trial: Trial) -> str | None:
+    if trial.native:
+        told = f"lmkit's own, for this processor's {instructions()}, compiled once on this machine: rows are rounded to"
+        return f"{told} 8 bits, with a scale for {SHARE[8]} numbers, and for {SHARE[4]} before weights in 4 bits"
+    if trial.skeleton.native:
+        return f"torch's, although lmkit's own were asked for: {refusal()}"
     if not trial.packed:
         return None
     reason = "bfloat16 on this CPU: linear layers are reordered once for its matrix kernel"
@@ -219,9 +229,19 @@ def _kernels(trial: Trial) -> str | None:
     return f"{reason}; those whose weight is another module's too are held twice, {size(twice)} more"
 
 
+def _together(trial: Trial) -> str | None:
+    """Say how many layers become how many products."""
+    if trial.skeleton.together is None:
+        return "none: which linear layers read the same input only shows when this model runs"
+    layers = sum(map(len, trial.together))
+    return f"{layers} linear layers that read the same input are {len(trial.together)} products" if layers else None
+
+
 def _copies(trial: Trial) -> str | None:
     if not trial.case.wish.wide_copy_bytes:
         return None
+    if trial.native:
+        return "none: lmkit's own kernels need no wide copies"
     if not trial.copies:
         return "none: wide copies are for int8 and int4 on a CPU that computes bfloat16"
     return f"up to {size(trial.copies)} of bfloat16 copies, made when more than {KERNEL_ROWS} rows first come"

@@ -41,7 +41,8 @@ class LoadPlan(Result):
         parameters: How many numbers it has, tied weights counted once.
         precision: What the weights will be held in.
         placement: Which devices may hold them, and how much of each.
-        kernels: `"packed"` where linear layers are kept in the order of the processor's own kernel, else `"torch"`.
+        kernels: `"packed"` where linear layers are kept in the order of the processor's own kernel, `"native"` where
+            quantized ones are in that of lmkit's own, else `"torch"`.
         attention: `"lmkit"` for its own attention on a CPU (`reasons` says what that gains), else what transformers
             calls the one that it chooses, such as `"sdpa"`.
         engine: `"lmkit"` where its own loop runs rows, `"generate"` where each step is prepared by transformers.
@@ -55,7 +56,7 @@ class LoadPlan(Result):
             other checkpoints in chats.
         fits: Whether all of it fits its devices.
         reasons: Why, a sentence per automatic choice, such as under `"precision"`, `"engine"`, `"attention"`,
-            `"compiled"` and `"prefixes"`; under `"fits"` what does not fit, and what would.
+            `"compiled"`, `"together"` and `"prefixes"`; under `"fits"` what does not fit, and what would.
     """
 
     task: Task
@@ -65,7 +66,7 @@ class LoadPlan(Result):
     parameters: int
     precision: Precision
     placement: Placement
-    kernels: Literal["torch", "packed"]
+    kernels: Literal["torch", "packed", "native"]
     attention: str
     engine: EngineWord
     compiled: bool
@@ -76,6 +77,7 @@ class LoadPlan(Result):
     fits: bool
     reasons: Mapping[str, str]
     _layout: Layout = field(repr=False)
+    _together: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle fields by their names."""
@@ -88,7 +90,7 @@ class LoadPlan(Result):
             state = dict(zip((names + "key_values context_length fits reasons _layout").split(), state, strict=True))
             del state["device_map"], state["modules"]
             state |= {"attention": "sdpa", "engine": "lmkit", "compiled": False, "prefix_cache_bytes": 0}
-        for name, value in ({"end_token_ids": ()} | state).items():
+        for name, value in ({"end_token_ids": (), "_together": ()} | state).items():
             object.__setattr__(self, name, value)
 
     def __hash__(self) -> int:

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from lmkit._borrowed import TESTED, cache_name
 from lmkit.errors import OptionError, listed
 from lmkit.kernels import attention, rotary
+from lmkit.kernels.native.operators import refusal
 from lmkit.kernels.packed import packs
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ def pads(model: Any) -> bool:
     return bool(model.config.is_encoder_decoder or model.config.model_type not in PADDING_SENSITIVE)
 
 
-def how_rows_run(task: Task, model: Any, device_type: str, *, compiled: bool, asked: bool = False) -> Running:
+def how_rows_run(
+    task: Task, model: Any, device_type: str, *, compiled: bool, asked: bool = False, kernels: bool = False
+) -> Running:
     """Decide how rows of a model will run; on the meta device too.
 
     Args:
@@ -81,6 +84,7 @@ def how_rows_run(task: Task, model: Any, device_type: str, *, compiled: bool, as
         device_type: Where it computes.
         compiled: Whether compiled steps are asked for.
         asked: Whether the model's attention is, so that it is left alone.
+        kernels: Whether lmkit's own kernels are asked for.
 
     Raises:
         OptionError: Compiled steps are asked for, and not to be had.
@@ -103,6 +107,9 @@ def how_rows_run(task: Task, model: Any, device_type: str, *, compiled: bool, as
     gain = f"lmkit's: {_GAIN[task]}"
     if str(model.dtype) == "torch.bfloat16" and packs():
         gain += ", and products are those of this CPU's bfloat16 kernel"
+    if kernels:
+        missing = refusal()
+        gain += f"; {'one token a row by a kernel in C++' if missing is None else f'none in C++, since {missing}'}"
     reasons = {
         "engine": told,
         "compiled": "as asked: a step of all layers as one graph, kept for later loads" if compiled else None,

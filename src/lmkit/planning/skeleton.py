@@ -19,9 +19,12 @@ from lmkit.checkpoint.bounds import Bounds
 from lmkit.checkpoint.code import import_without_kernels
 from lmkit.checkpoint.tasks import auto_class
 from lmkit.errors import OptionError
+from lmkit.kernels.ordered import DTYPES
 from lmkit.kernels.packed import packs
-from lmkit.kernels.quantized import Int8Embedding, QuantizedLinear
-from lmkit.planning.keyvalues import KeyValueBytes, key_values
+from lmkit.kernels.quantized import QuantizedLinear
+from lmkit.kernels.tied import Int8Embedding
+from lmkit.kernels.together import joinable, siblings
+from lmkit.planning.keyvalues import KeyValueBytes, key_values, tried
 from lmkit.planning.placement import home
 from lmkit.planning.running import how_rows_run
 
@@ -65,6 +68,8 @@ class Skeleton:
         twice_bytes: What linear layers take whose weight is another module's too.
         shapes: Of each weight before it is quantized, tied ones once.
         buffers_bytes: What it computes once and keeps, such as masks and positions; they are in no file.
+        together: The linear layers that read the same input and will be one product, by groups, if all is on a CPU;
+            None where that was looked for, and only shows when the model runs.
     """
 
     def __init__(
@@ -100,7 +105,8 @@ class Skeleton:
                 raise
             raise OptionError(f"attn_implementation={attention!r} is not to be had: {error}") from error
         asked = attention is not None
-        self.running = how_rows_run(wish.task, self.model, placed.device_type, compiled=wish.compile, asked=asked)
+        wanted = {"compiled": wish.compile is True, "asked": asked, "kernels": bool(wish.compile)}
+        self.running = how_rows_run(wish.task, self.model, placed.device_type, **wanted)
         if not _attends_eagerly(self.model):
             self.model = self._empty(plain, precision.dtype, "eager")
         self.untied = {name: self.model.all_tied_weights_keys[name] for name in case.untied(self.model)}
@@ -118,7 +124,10 @@ class Skeleton:
         )
         saved = self.model.state_dict()
         self.buffers_bytes = sum(buffer.nbytes for name, buffer in self.model.named_buffers() if name not in saved)
-        self.key_values = None if wish.task == "masked" else known or key_values(self.model)
+        looks = placed.device_type == "cpu" and precision.name not in ("float32", "float16") and known is None
+        outputs, groups = self._tried(looks=looks) if known is None else (None, ())
+        encodes = bool(self.model.config.is_encoder_decoder)
+        self.key_values = None if wish.task == "masked" else known or key_values(outputs, encodes=encodes)
         self._wide = self._kept_wide(precision.dtype)
         # On a CPU with bfloat16 units, bitsandbytes cannot multiply all layers.
         traps = placed.device_type == "cpu" and case.machine.bfloat16("cpu")
@@ -132,8 +141,33 @@ class Skeleton:
         self.quantizer = self._quantize(quantization, placed, device_map)
         plain_half = self.quantizer is None and self.precision.dtype is torch.bfloat16
         self.packs = placed.device_type == "cpu" and plain_half and packs()
+        self.native = bool(wish.compile) and placed.device_type == "cpu" and self._is_own()
         for name in self.untied:
             self.model.all_tied_weights_keys.pop(name, None)
+        self.together = None if groups is None else tuple(group for group in groups if self._joins(group))
+
+    def _is_own(self) -> bool:
+        """Say whether lmkit's own kernels multiply by what is quantized."""
+        config = getattr(self.quantizer, "quantization_config", None)
+        return str(getattr(config, "quant_method", "")) == "lmkit" and self.precision.dtype in DTYPES
+
+    def _tried(self, *, looks: bool) -> tuple[Any, tuple[tuple[str, ...], ...] | None]:
+        """Try the model without values; where that `looks`, say which linear layers read the same input."""
+        run = functools.partial(tried, self.model, keeps=self._case.wish.task != "masked")
+        outputs, groups = siblings(self.model, run) if looks else (None, ())
+        if outputs is not None:
+            return outputs, groups
+        return run() if self._case.wish.task != "masked" else None, None if looks else ()
+
+    def _joins(self, names: Iterable[str]) -> bool:
+        """Say whether layers that read the same input are packed or quantized alike, each with a weight of its own."""
+        ties, modules = self.model.all_tied_weights_keys, {name: self.model.get_submodule(name) for name in names}
+        if not self.packs:
+            return joinable([*modules.values()])
+        weights = {f"{name}.weight": module.weight for name, module in modules.items()}
+        plain = all(type(module) is torch.nn.Linear for module in modules.values())
+        own = not weights.keys() & {*ties, *ties.values()}
+        return plain and own and all(self._held(*weight)[0] == "bfloat16" for weight in weights.items())
 
     def _without_traps(self, quantization: Any) -> Any:
         """Leave out what bitsandbytes' 4-bit kernel for bfloat16 processors cannot multiply.

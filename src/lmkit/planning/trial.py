@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lmkit.checkpoint.config import context, known_rotary, saved_quantization
 from lmkit.checkpoint.files import Source, mapped_weights, reading
 from lmkit.checkpoint.find import Access
 from lmkit.errors import PrecisionError, listed
+from lmkit.kernels.native.operators import refusal
 from lmkit.kernels.wide_copies import copies_bytes
 from lmkit.planning.adapters import Adapter, check_base, rows_of
 from lmkit.planning.layout import Layout, lay_out, longest, measured_again, on_devices, shortage, size
@@ -48,7 +49,7 @@ class Wish:
         devices: As `load` takes it.
         reserve_tokens: For how many tokens of one row keys and values have to fit beside the weights.
         context_length: How many tokens the model takes at once; what its config says if None.
-        compile: Whether the decode step is to be compiled.
+        compile: Whether the decode step and lmkit's own kernels are to be compiled, or `"kernels"` alone.
         prefix_cache_bytes: How many bytes of keys and values of recent prompts may be kept.
         attn_implementation: Which attention is asked for; None leaves it to lmkit.
         wide_copy_bytes: How many bytes quantized layers may take for wide copies.
@@ -62,7 +63,7 @@ class Wish:
     devices: Devices
     reserve_tokens: int = 0
     context_length: int | None = None
-    compile: bool = False
+    compile: bool | Literal["kernels"] = False
     prefix_cache_bytes: int = PREFIX_CACHE_BYTES
     wide_copy_bytes: int = 0
     attn_implementation: str | None = None
@@ -132,6 +133,7 @@ class Trial:
         layout: Where its parts go.
         adapters: What adapters take, in bytes.
         copies: What wide copies of quantized layers may come to, in bytes.
+        native: Whether quantized layers will be multiplied by lmkit's own kernels, unless they fail to build.
     """
 
     case: Case
@@ -140,6 +142,7 @@ class Trial:
     layout: Layout
     adapters: int
     copies: int
+    native: bool
 
     @classmethod
     def of(cls, case: Case, placed: Placement, word: str | None = None, like: Trial | None = None) -> Trial:
@@ -149,20 +152,21 @@ class Trial:
             PrecisionError: It is not accepted, or an adapter replaces what it would quantize.
         """
         wish, kind = case.wish, placed.device_type
-        native = case.machine.bfloat16(kind)
+        half = case.machine.bfloat16(kind)
         precision = resolve_precision(
-            word or wish.precision, case.dtype, kind, bfloat16=native, saved=case.saved_quantization
+            word or wish.precision, case.dtype, kind, bfloat16=half, saved=case.saved_quantization
         )
         same = like is not None and precision.dtype is like.skeleton.precision.dtype
         skeleton = _skeleton(case, placed, precision, like.skeleton.key_values if like and same else None)
         for adapter in wish.adapters:
             check_base(adapter, skeleton)
         adapters = sum(adapter.elements for adapter in wish.adapters) * skeleton.precision.dtype.itemsize
-        copied = wish.wide_copy_bytes if kind == "cpu" else 0
+        native = skeleton.native and refusal() is None
+        copied = wish.wide_copy_bytes if kind == "cpu" and not native else 0
         copies = min(copied, copies_bytes(skeleton.model)) if copied else 0
         twice = skeleton.twice_bytes if skeleton.packs else 0
         layout = lay_out(skeleton, placed, beside=adapters + copies + skeleton.buffers_bytes + twice)
-        trial = cls(case, placed, skeleton, layout, adapters, copies)
+        trial = cls(case, placed, skeleton, layout, adapters, copies, native=native)
         return trial._measured_again() if trial._left_wide else trial
 
     @property
@@ -187,6 +191,11 @@ class Trial:
     def packed(self) -> bool:
         """Whether linear layers will be kept in the order of the processor's own kernel."""
         return self.skeleton.packs and "cpu" in self.layout.bytes_per_device
+
+    @property
+    def together(self) -> tuple[tuple[str, ...], ...]:
+        """The linear layers that will be one product, by groups."""
+        return self.skeleton.together or () if self._places == {"cpu"} else ()
 
     @property
     def reserved(self) -> int:

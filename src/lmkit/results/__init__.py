@@ -5,6 +5,7 @@ notebook a result draws itself with everything escaped, because model output is 
 what fills them is in `wrappers`, and a plan, which is one of them in kind, is `planning`'s.
 """
 
+from lmkit.results.base import Results
 from lmkit.results.masks import Candidate, MaskSlot, Unmasking
 from lmkit.results.reports import JobReport
 from lmkit.results.scores import Choice, Ranking, Score
@@ -25,7 +26,7 @@ from lmkit.results.texts import (
 
 __all__ = [
     "Candidate", "Choice", "ChunkKind", "Completion", "EngineStats", "FinishReason", "Generation", "JobReport",
-    "MaskSlot",
-    "Ranking", "Score", "Segment", "SegmentNote", "TextChunk", "Timing", "TokenLogprob", "ToolCall", "Translation",
+    "MaskSlot", "Ranking", "Results",
+    "Score", "Segment", "SegmentNote", "TextChunk", "Timing", "TokenLogprob", "ToolCall", "Translation",
     "Unmasking",
 ]  # fmt: skip

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import math
 from collections.abc import Mapping
 from enum import Enum
 from functools import cache
 from types import NoneType
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from lmkit.errors import OptionError, OutputError, listed
+from lmkit.results.pictures import Block, Facts, shortened, show, table, to_html
 
 
 class Result:
-    """What all results share: `to_dict`, `from_dict` and the notebook's picture."""
+    """What all results share: `to_dict`, `from_dict` and how it is shown."""
 
     __slots__ = ()
 
@@ -59,16 +59,60 @@ class Result:
         given = {name: name.lstrip("_") for name in fields}  # what a property shows is kept behind it
         return cls(**{name: _typed(hints[name], data[key]) for name, key in given.items() if key in data})
 
-    def _repr_html_(self) -> str:
-        """Draw the result as a table for a notebook, every cell escaped."""
-        rows = "".join(
-            f"<tr><th>{html.escape(name)}</th><td><pre>{html.escape(_cell(value))}</pre></td></tr>"
-            for name, value in self._shown().items()
-        )
-        return f"<table>{rows}</table>"
+    def __repr__(self) -> str:
+        """Say what it is in a line: its text, and what of `_told` there is."""
+        facts = "".join(f", {name}={value!r}" for name, value in self._told().items())
+        return f"{type(self).__name__}({shortened(str(self), SHOWN)!r}{facts})"
 
-    def _shown(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _names(self)}
+    def _repr_html_(self) -> str:
+        """Draw the result for a notebook, every text escaped."""
+        return to_html(self._picture())
+
+    def show(self) -> None:
+        """Show the result: in a notebook as it draws itself there, else in the terminal."""
+        show(self, self._picture())
+
+    def _picture(self) -> list[Block]:
+        return [Facts({name: _cell(getattr(self, name)) for name in _names(self)})]
+
+    def _told(self) -> dict[str, object]:
+        """Return what stands beside the text where one line has to do."""
+        return {}
+
+
+ResultT = TypeVar("ResultT")
+
+
+class Results(list[ResultT]):
+    """What a call with several rows returns: a list that shows itself as a table, with a row for each."""
+
+    def __repr__(self) -> str:
+        """Write a line for each row, or for some of many."""
+        most = len(self) if len(self) <= SHOWN_ROWS else SHOWN_ROWS // 2
+        rows = (_row(number, one) for number, one in enumerate(self[:most]))
+        lines = [
+            "  ".join(
+                [f"{number:>4}", repr(shortened(text, 60)), *(f"{name}={value!r}" for name, value in told.items())]
+            )
+            for (_, number), (_, text), *others in rows
+            for told in [dict(others)]
+        ]
+        more = [f"      … {len(self) - most:,} more"] if most < len(self) else []
+        return "\n".join([f"{len(self)} results", *lines, *more])
+
+    def _repr_html_(self) -> str:
+        """Draw a table for a notebook, every text escaped."""
+        return table(_row(number, one) for number, one in enumerate(self))
+
+
+def _row(number: int, result: Any) -> list[tuple[str, Any]]:
+    if not isinstance(result, Result):
+        return [("row", number), ("text", f"{type(result).__name__}: {result}")]
+    return [("row", number), ("text", str(result)), *result._told().items()]  # noqa: SLF001
+
+
+SHOWN, SHOWN_ROWS = 200, 20
+"""How many characters and how many rows a line and a list show."""
 
 
 def _set_state(self: Any, state: list[Any]) -> None:

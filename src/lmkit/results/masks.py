@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from lmkit.results.base import Result
+from lmkit.results.pictures import Bars, Block, as_it_is
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class MaskSlot(Result):
     in_pair: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Unmasking(Result):
     """What a text's masks were filled with.
 
@@ -107,7 +107,14 @@ class Unmasking(Result):
         """Return the text filled in the best way; both of a pair, each on a line of its own."""
         return str(self.candidates[0])
 
-    def _shown(self) -> dict[str, Any]:
-        ways = {f"way {n}": f"{way.score:.3f}  {way}" for n, way in enumerate(self.candidates, start=1)}
-        pair = {} if self.text_pair is None else {"text_pair": self.text_pair}
-        return {"text": self.text} | pair | ways
+    def _told(self) -> dict[str, object]:
+        return {"score": round(self.candidates[0].score, 4)}
+
+    def _picture(self) -> list[Block]:
+        pair = [] if self.text_pair is None else [as_it_is(self.text_pair)]
+        slots = [
+            Bars(f"mask {n}", tuple((one.fills[0], one.score, f"{one.score:.3f}") for one in slot.candidates))
+            for n, slot in enumerate(self.masks, start=1)
+        ]
+        ways = Bars("ways", tuple((str(way), way.score, f"{way.score:.3f}") for way in self.candidates))
+        return [as_it_is(self.text), *pair, *slots, ways]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from lmkit.results.base import Result
+from lmkit.results.pictures import Bars, Block, Facts, Span, Text
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Score(Result):
     """How likely the model finds a text, or a continuation of one.
 
@@ -44,9 +44,17 @@ class Score(Result):
         except OverflowError:
             return math.inf
 
-    def _shown(self) -> dict[str, Any]:
-        tokens = "  ".join(f"{t!r} {p:.2f}" for t, p in zip(self.tokens, self.token_logprobs, strict=True))
-        return {"text": self.text, "logprob": self.logprob, "perplexity": self.perplexity, "tokens": tokens}
+    def __str__(self) -> str:
+        """Return the text."""
+        return self.text
+
+    def _told(self) -> dict[str, object]:
+        return {"logprob": round(self.logprob, 4), "perplexity": round(self.perplexity, 4)}
+
+    def _picture(self) -> list[Block]:
+        pairs = zip(self.tokens, map(math.exp, self.token_logprobs), strict=True)
+        spans = tuple(Span(token, 1 - share, f"{share:.4f}") for token, share in pairs)
+        return [Text((spans,)), Facts(self._told())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +90,7 @@ class Choice(Result):
         return self.text
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Ranking(Result):
     """Texts in order of what the model finds likely.
 
@@ -98,5 +106,8 @@ class Ranking(Result):
         """Return the likeliest text."""
         return self.choices[0].text
 
-    def _shown(self) -> dict[str, Any]:
-        return {f"{n}": f"{choice.probability:.3f}  {choice.text}" for n, choice in enumerate(self.choices, start=1)}
+    def _told(self) -> dict[str, object]:
+        return {"probability": round(self.choices[0].probability, 4), "choices": len(self.choices)}
+
+    def _picture(self) -> list[Block]:
+        return [Bars("", tuple((one.text, one.probability, f"{one.probability:.3f}") for one in self.choices))]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeAlias
 
 from typing_extensions import TypeVar
 
 from lmkit.errors import OutputError
-from lmkit.results.base import Result
+from lmkit.results.base import Result, plain
+from lmkit.results.pictures import Block, Facts, Fold, Span, Text, Tree, as_it_is
 
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "cancelled"]
 """Why a row ended: its end token, a stop string, its budget of tokens, or its caller."""
@@ -104,7 +106,7 @@ class ToolCall(Result):
         return hashlib.sha256(f"{self.name} {self.arguments} {self.text}".encode("utf-8", "replace")).hexdigest()[:9]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Completion(Result, Generic[ValueT_co]):
     """One continuation of a prompt.
 
@@ -140,6 +142,25 @@ class Completion(Result, Generic[ValueT_co]):
         """Return the text."""
         return self.text
 
+    def _told(self) -> dict[str, object]:
+        stop = {} if self.stop_reason is None else {"stop_reason": self.stop_reason}
+        return {"finish_reason": self.finish_reason, **stop}
+
+    def _picture(self) -> list[Block]:
+        tokens = self.logprobs or ()
+        tinted: list[Block] = [Text((tuple(map(_span, tokens)),))] if tokens else []
+        whole = tinted and "".join(one.token for one in tokens).startswith(self.text)  # but for halves of characters
+        blocks = tinted if whole else [as_it_is(self.text), *tinted]
+        if self._value_error is None:
+            blocks.insert(0, Tree(plain(self._value)))
+        if self.reasoning:
+            blocks.insert(0, Fold("reasoning", (as_it_is(self.reasoning),)))
+        calls = (
+            Fold(f"call of {one.name or '?'}", (Tree(one.arguments) if one.error is None else as_it_is(one.text),))
+            for one in self.tool_calls
+        )
+        return [*blocks, *calls, Facts(self._told())]
+
     @property
     def message(self) -> dict[str, Any]:
         """The answer as a message to append to the chat; calls that cannot be read are in its content."""
@@ -172,7 +193,7 @@ class Completion(Result, Generic[ValueT_co]):
         return self._value_error
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Generation(Result, Generic[ValueT_co]):
     """What a prompt was continued with; the fields of its first completion can be read directly.
 
@@ -260,15 +281,21 @@ class Generation(Result, Generic[ValueT_co]):
         """How many tokens the model produced for the first completion."""
         return self.completions[0].generated_tokens
 
-    def _shown(self) -> dict[str, Any]:
-        shown: dict[str, Any] = {"prompt": self.prompt}
-        for number, completion in enumerate(self.completions, start=1):
-            name = "text" if len(self.completions) == 1 else f"text {number}"
-            shown[name] = completion.text
-        shown["finish_reason"] = self.finish_reason + (f" ({self.stop_reason!r})" if self.stop_reason else "")
-        shown["tokens"] = f"{self.prompt_tokens} read, {self.generated_tokens} generated"
-        shown["speed"] = f"{self.timing.tokens_per_second:.1f} tokens/s"
-        return shown
+    def _told(self) -> dict[str, object]:
+        return self.completions[0]._told()  # noqa: SLF001 - of the same kind
+
+    def _picture(self) -> list[Block]:
+        several = len(self.completions) > 1
+        answers = [
+            block
+            for number, one in enumerate(self.completions, start=1)
+            for block in ([Facts({"text": number})] if several else []) + one._picture()  # noqa: SLF001
+        ]
+        return [Fold("prompt", (as_it_is(self.prompt),)), *answers, self._facts()]
+
+    def _facts(self) -> Facts:
+        speed = f"{self.timing.tokens_per_second:.1f} tokens/s"
+        return Facts({"tokens": f"{self.prompt_tokens} read, {self.generated_tokens} generated, {speed}"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +347,7 @@ class Segment(Result):
     notes: tuple[SegmentNote, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Translation(Generation[ValueT_co]):
     """What a text was translated to, or turned into by a preset.
 
@@ -336,11 +363,24 @@ class Translation(Generation[ValueT_co]):
     target_language: str | None
     segments: tuple[Segment, ...]
 
-    def _shown(self) -> dict[str, Any]:
-        shown = Generation._shown(self)  # noqa: SLF001 - zero-argument super() fails under slots
-        del shown["prompt"]
-        languages = f"{self.source_language or '?'} → {self.target_language or '?'}"
-        return {"source": self.source, "languages": languages, **shown}
+    def _picture(self) -> list[Block]:
+        pieces = list(enumerate(self.segments)) or [(0, Segment(0, len(self.source), 0, len(self.text)))]
+        sides = [
+            tuple(Span(text[slice(*ends(one))], bool(one.notes), ", ".join(one.notes), n) for n, one in pieces)
+            for text, ends in ((self.source, _in_source), (self.text, _in_text))
+        ]
+        others = [as_it_is(one.text) for one in self.completions[1:]]
+        languages = {"languages": f"{self.source_language or '?'} → {self.target_language or '?'}"}
+        why = {name: value for name, value in self._told().items() if value}
+        return [Text(tuple(sides)), *others, Facts({**languages, **why, **self._facts().pairs})]
+
+
+def _in_source(segment: Segment) -> tuple[int, int]:
+    return segment.source_start, segment.source_end
+
+
+def _in_text(segment: Segment) -> tuple[int, int]:
+    return segment.start, segment.end
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +417,13 @@ class TextChunk(Result):
     def __str__(self) -> str:
         """Return the piece of text."""
         return self.text
+
+
+def _span(one: TokenLogprob) -> Span:
+    """Tint a token by how unlikely it was, with what else might have come."""
+    others = "".join(f"\n{math.exp(other.logprob):7.3f}  {other.token!r}" for other in one.top)
+    share = math.exp(one.logprob)
+    return Span(one.token, 1 - share, f"{share:.3f}{others}")
 
 
 def no_value(text: str, reason: str) -> OutputError:

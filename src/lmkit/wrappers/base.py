@@ -15,7 +15,7 @@ from lmkit.errors import EngineError, LmkitError, OptionError, shown
 from lmkit.options.option import check_word, declared
 from lmkit.options.per_row import split
 from lmkit.planning.layout import ModulePlan
-from lmkit.results import ChunkKind, Generation, TextChunk
+from lmkit.results import ChunkKind, Generation, Results, TextChunk
 from lmkit.structured.grammars import Grammars
 from lmkit.structured.outputs import begun_json
 from lmkit.text.codec import Codec, checked
@@ -85,8 +85,9 @@ class Loaded:
 
 def embedded_rows(model: Any) -> int | None:
     """Return how many tokens a model has embeddings for; None where they are no plain table, as of bytes."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
-    return None if weight is None else len(weight)
+    table = model.get_input_embeddings()
+    weight = getattr(table, "weight", None)
+    return None if weight is None else getattr(table, "num_embeddings", len(weight))
 
 
 class Wrapper(FileJobs, ABC, Generic[JobT, ResultT]):
@@ -246,7 +247,7 @@ class Wrapper(FileJobs, ABC, Generic[JobT, ResultT]):
         if failed is not None:
             failed.results = results
             raise failed
-        ended_well = [result for result in results if result is not None]
+        ended_well = Results(result for result in results if result is not None)
         return ended_well[0] if single else ended_well
 
     def _map(

@@ -7,7 +7,6 @@ import inspect
 import itertools
 import json
 import re
-from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,9 +16,10 @@ from lmkit.errors import LmkitError, OutputError, UnknownOptionError, listed, ne
 from lmkit.jobs.job import Asked, Job, Taken, Work
 from lmkit.options.option import check_word, declared, is_a
 from lmkit.options.per_row import split
+from lmkit.replies.tools import definition
 from lmkit.results import Ranking, Score, Unmasking
 from lmkit.structured.outputs import is_output, output_of
-from lmkit.wrappers.ordered_map import READ_AHEAD
+from lmkit.wrappers.ordered_map import ReadAhead
 from lmkit.wrappers.progress import bar
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ class FileJobs:
         taken = self._taken(verb, column, columns)
         reads = taken.pop("")
         run = self._by_call(options, whole=not columns) if verb in CALLS else self._together(verb, options)
+        said = {"tools": [definition(tool) for tool in options["tools"]]} if options.get("tools") else {}
         new = {"answer": "double" if verb == "score" else "" if "output" in options else "string", **FACTS[verb]}
         new |= {"result": ""} if full else {}
         return Work(
@@ -148,7 +149,7 @@ class FileJobs:
                 "columns": dict(columns),
                 "prefix": prefix,
                 "full": full,
-                "options": json.loads(json.dumps(options | {"seed": None}, default=written, sort_keys=True)),
+                "options": json.loads(json.dumps({**options, **said, "seed": None}, default=written)),
                 "model": self._identity(),
             },
             seed=options.get("seed"),
@@ -181,6 +182,7 @@ class FileJobs:
         folders |= adapters if isinstance(adapters, dict) else {"adapter": adapters}
         return {
             "task": plan.task,
+            "name": Path(plan.name).name,
             "precision": plan.precision.name,
             "context_length": plan.context_length,
             "language": options.get("language"),
@@ -199,33 +201,27 @@ class FileJobs:
             self._check(known)
 
         def run(asked: Iterator[Asked]) -> Iterator[tuple[int, Any]]:
-            running: dict[int, int] = {}
-            failed: deque[tuple[int, LmkitError]] = deque()
-            numbers = itertools.count()
+            numbers: dict[int, int] = {}
 
-            def jobs() -> Iterator[Any]:
-                for one in asked:
-                    while len(running) + len(failed) >= READ_AHEAD:
-                        yield None
-                    try:
-                        (job,) = self._jobs([one.given], options | one.options, one.row)
-                    except LmkitError as error:
-                        job = error
-                    if isinstance(job, LmkitError):
-                        failed.append((one.row, job))
-                    else:
-                        running[next(numbers)] = one.row
-                        yield job
+            def prepare(one: Asked, number: int) -> Any:
+                numbers[number] = one.row
+                try:
+                    return self._jobs([one.given], options | one.options, one.row)[0]
+                except LmkitError as error:
+                    return error
 
-            news = self._run(jobs(), Caller(lazy=True))
+            rows: ReadAhead[Any, Any] = ReadAhead(asked, prepare)
+            news = self._run(rows.jobs(), Caller(lazy=True))
             try:
                 for update in itertools.chain(news, [None]):
-                    while failed:
-                        yield failed.popleft()
-                    if update is not None and (outcome := update.error or update.outcome) is not None:
-                        yield running.pop(update.index), outcome
+                    if update is not None:
+                        rows.end(update.index, update.error or update.outcome)
+                    for number, result in rows.ended_early():
+                        yield numbers.pop(number), result
             finally:
                 surely(news.close, news.close)
+            if rows.broken is not None:
+                raise rows.broken
 
         return run
 

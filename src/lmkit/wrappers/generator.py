@@ -12,7 +12,7 @@ from operator import index
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, get_args, overload
 
 from lmkit.errors import LmkitError, OptionError, shown
-from lmkit.options.generation import GeneratorCall, GeneratorOptions
+from lmkit.options.generation import DEFAULT_MAX_NEW_TOKENS, GeneratorCall, GeneratorOptions
 from lmkit.options.option import check_word, checked, declared
 from lmkit.options.signatures import spelled_out
 from lmkit.replies.asking import asked
@@ -407,6 +407,21 @@ class Generator(Writer[Generation]):
 
     arank = asynchronous(rank)
     """Do as `rank` does, for asyncio; cancelling the task ends it at its next forward pass."""
+
+    def count_tokens(self, prompt: Prompt, *, template: Mapping[str, Any] | None = None) -> int:
+        """Count the tokens that a prompt or a chat is to the model, whatever its length: what a call reads.
+
+        Compare with `plan.context_length`, or ask `fits`.
+        """
+        self._opened  # noqa: B018 - a closed wrapper refuses here
+        return len(self._prompt(prompt, {"template": template}, 0)[1])
+
+    def fits(
+        self, prompt: Prompt, max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS, *, template: Mapping[str, Any] | None = None
+    ) -> bool:
+        """Say whether a prompt or a chat leaves room for so many new tokens in the model's context."""
+        limit = self._plan.context_length
+        return limit is None or self.count_tokens(prompt, template=template) + max_new_tokens <= limit
 
     def _choices(self, prompt: Any, choices: Any, neutral: str | None, go_on: bool, row: int) -> list[Item]:  # noqa: FBT001
         """Make what is scored of a row's choices behind its prompt, and behind `neutral` if there is one."""

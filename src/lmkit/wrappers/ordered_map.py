@@ -1,4 +1,4 @@
-"""Rows that are read one by one, run out of order, and given back in order."""
+"""Rows that are read one by one, run out of order, and given back in order, or as they end."""
 
 from __future__ import annotations
 
@@ -62,3 +62,9 @@ class ReadAhead(Generic[JobT, ResultT]):
             result = self._ended.pop(self._given)
             self._given += 1
             yield result
+
+    def ended_early(self) -> Iterator[tuple[int, ResultT | LmkitError]]:
+        """Give results with their numbers in whatever order they came; in place of `ended`."""
+        while self._ended:
+            self._given += 1
+            yield self._ended.popitem()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
 from lmkit.engine import CLOSED, Reading, Scored
 from lmkit.errors import EngineError, LmkitError, OptionError, shown
 from lmkit.options.option import check_word
-from lmkit.results import Choice, Ranking, Score
+from lmkit.results import Choice, Ranking, Results, Score
 from lmkit.text.codec import alike
 from lmkit.text.windows import fit
 from lmkit.wrappers.asynchronous import cancelled
@@ -119,7 +119,7 @@ def scored(
         failed = next((one for one in own if isinstance(one, LmkitError)), None)
         return failed or make(row, [one for one in own if isinstance(one, Score)])
 
-    results = [row if isinstance(row, LmkitError) else result(row) for row in rows]
+    results = Results(row if isinstance(row, LmkitError) else result(row) for row in rows)
     return results if on_error == "return" else whole(results)
 
 
@@ -144,7 +144,7 @@ def whole(results: Sequence[T | LmkitError]) -> list[T]:
     if failed is not None:
         failed.results = [None if isinstance(result, LmkitError) else result for result in results]
         raise failed
-    return [result for result in results if not isinstance(result, LmkitError)]
+    return Results(result for result in results if not isinstance(result, LmkitError))
 
 
 def made(

@@ -6,13 +6,15 @@ import json
 import math
 import re
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lmkit.checkpoint.headers import Stream, TensorInfo, broken, named, opened, shown, too_many, unknown
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+
+_Entry: TypeAlias = "tuple[str, tuple[int, ...], tuple[int, int]]"
 
 MOST_HEADER_BYTES = 100_000_000
 """The longest header that is read: safetensors' own limit."""
@@ -98,8 +100,8 @@ def parse_safetensors(stream: Stream, size: int, file: object) -> dict[str, Tens
     return tensors
 
 
-def _entries(header: str) -> dict[str, dict[str, Any]]:
-    """Return what a header says of each tensor.
+def _entries(header: str) -> dict[str, _Entry]:
+    """Return what a header says of each tensor: its dtype, its shape, and where its data is.
 
     Without the pattern, a JSON parser would build whatever is there before anything could be checked: lists in lists
     until the stack ends, or thirty times the header's size in memory.
@@ -107,28 +109,33 @@ def _entries(header: str) -> dict[str, dict[str, Any]]:
     if _HEADER.fullmatch(header) is None:
         raise ValueError("something else than tensors and metadata")
     entries = json.loads(header, object_pairs_hook=_unique)
-    tensors = {name: entry for name, entry in entries.items() if entry and list in map(type, entry.values())}
+    tensors = {name: entry for name, entry in entries.items() if type(entry) is tuple}
     if tensors.keys() != entries.keys() - {"__metadata__"}:
         raise ValueError("metadata in the place of a tensor, or the other way round")
     return tensors
 
 
-def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(members: list[tuple[str, Any]]) -> dict[str, Any] | _Entry:
+    """Return an object; what is said of a tensor as tuples: so many lists would keep the garbage collector busy."""
     found = dict(members)
     if len(found) < len(members):
         raise ValueError("a name or a field twice")
-    return found
+    if list not in map(type, found.values()):
+        return found
+    return found["dtype"], tuple(found["shape"]), tuple(found["data_offsets"])
 
 
-def _in_a_row(file: object, entries: dict[str, dict[str, Any]]) -> tuple[dict[str, TensorInfo], int]:
+def _in_a_row(file: object, entries: dict[str, _Entry]) -> tuple[dict[str, TensorInfo], int]:
     """Check that the tensors follow each other without holes; return them, and where the last one ends."""
     tensors: dict[str, TensorInfo] = {}
+    known: dict[object, TensorInfo] = {}  # most are like another
     end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, stop = entry["data_offsets"]
+    for name, (dtype, shape, (begin, stop)) in sorted(entries.items(), key=lambda item: item[1][2]):
         if begin != end:
             raise broken(file, f"{named(name)} has bytes {begin:,} to {stop:,} of its data, where {end:,} comes next")
-        tensors[name] = _safetensor(file, name, entry["dtype"], tuple(entry["shape"]), stop - begin)
+        size = stop - begin
+        tensors[name] = known.get((dtype, shape, size)) or _safetensor(file, name, dtype, shape, size)
+        known[dtype, shape, size] = tensors[name]
         end = stop
     return tensors, end
 

@@ -44,7 +44,7 @@ class BeamDecoder(Seq2SeqDecoder):
             search.begin()
         self._beams = rows[0].width
         # Attention of another kind wants as many rows of keys as there are queries.
-        self.shares = model.config._attn_implementation == attention.NAME  # noqa: SLF001
+        self.shares = attention.is_on(model)
 
     @property
     def _searches(self) -> list[Search]:

@@ -1,0 +1,129 @@
+"""Weights in 8 and 4 bits in the order that the kernels of `linear.cpp` read, and how these are tried."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+from lmkit.kernels.native.build import NoKernelsError
+
+BLOCK: Final = 32
+"""How many outputs lie side by side."""
+
+GROUP: Final = 32
+"""How many inputs of a weight in 4 bits share a scale; rows of every weight are padded to whole groups."""
+
+SHARE: Final = {8: 32, 4: 16}
+"""How many numbers of a row share a scale when they are rounded, for weights of so many bits: by perplexity, with which
+`"int4"` has to stay within 0.3% of what it is with wide rows (docs/performance.md)."""
+
+ALL: Final = slice(None)
+
+TINY: Final = 1e-36
+"""Groups whose largest magnitude is no more than this are zeros."""
+
+TOLERANCE: Final = 1e-5
+"""How far a product may be from float64's, as a share of the largest, when it is tried in float32."""
+
+
+def pack8(numbers: torch.Tensor) -> torch.Tensor:
+    """Bring whole numbers of -128 to 127 into the kernel's order. *Shape:* `(outputs, inputs)`, padded."""
+    padded = _padded(numbers, GROUP)
+    return (padded.view(-1, BLOCK, padded.shape[1] // 4, 4).transpose(1, 2) ^ -128).reshape(padded.shape).contiguous()
+
+
+def unpack8(packed: torch.Tensor) -> torch.Tensor:
+    """Return the numbers that `pack8` was given, or those of some blocks. *Shape:* the same, still padded."""
+    return (packed.view(-1, packed.shape[1] // 4, BLOCK, 4).transpose(1, 2) ^ -128).reshape(packed.shape)
+
+
+def rows8(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return some rows of what `pack8` was given. *Shape:* that of `rows`, and `inputs`, still padded."""
+    blocks = packed.view(-1, packed.shape[1] // 4, BLOCK, 4)
+    return (blocks[rows // BLOCK, :, rows % BLOCK] ^ -128).flatten(-2)
+
+
+def pack4(levels: torch.Tensor) -> torch.Tensor:
+    """Bring levels of 0 to 15, two in a byte, into the kernel's order. *Shape:* `(outputs, inputs / 2)`, padded."""
+    padded = _padded(levels, GROUP // 2)
+    eights = torch.stack((padded & 15, padded >> 4), -1).view(-1, BLOCK, padded.shape[1] // 4, 2, 4).transpose(1, 2)
+    return (eights[:, :, :, 0] | eights[:, :, :, 1] << 4).reshape(padded.shape).contiguous()
+
+
+def unpack4(packed: torch.Tensor) -> torch.Tensor:
+    """Return what `pack4` was given, or that of some blocks. *Shape:* the same, still padded."""
+    quads = packed.view(-1, packed.shape[1] // 4, BLOCK, 4)
+    levels = torch.stack((quads & 15, quads >> 4), 3).transpose(1, 2)
+    return (levels[..., ::2] | levels[..., 1::2] << 4).reshape(packed.shape)
+
+
+def pack_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Bring scales and offsets in 4 bits into the kernel's order. *Shape:* `(groups, outputs, 2)`, padded."""
+    padded = _padded(scales.transpose(0, 1).flatten(1), 1)
+    blocks = padded.view(-1, BLOCK, len(scales), 2).transpose(1, 2)
+    return blocks.reshape(len(scales), -1, 2).contiguous()
+
+
+def unpack_scales(packed: torch.Tensor, blocks: slice = ALL) -> torch.Tensor:
+    """Return what `pack_scales` was given, or that of some blocks. *Shape:* `(groups, outputs, 2)`, still padded."""
+    return packed.view(-1, len(packed), BLOCK, 2)[blocks].transpose(0, 1).reshape(len(packed), -1, 2).contiguous()
+
+
+def _padded(rows: torch.Tensor, width: int) -> torch.Tensor:
+    """Pad rows to whole blocks, and their length to a multiple of `width`, with zeros."""
+    more = (0, -rows.shape[1] % width, 0, -len(rows) % BLOCK)
+    return torch.nn.functional.pad(rows, more) if any(more) else rows.contiguous()
+
+
+def describe(name: str) -> None:
+    """Tell torch the shape of what the operators of a library give, so that they can be traced."""
+
+    def linear(input: Any, _weight: Any, _scales: Any, _bias: Any, _bits: int, outputs: int) -> Any:  # noqa: A002
+        return input.new_empty((*input.shape[:-1], outputs))
+
+    torch.library.register_fake(f"{name}::linear", linear)
+
+
+def check(operators: Any) -> None:
+    """Compare the kernels with products in float64, on odd shapes.
+
+    Raises:
+        NoKernelsError: One is wrong.
+    """
+    draws = torch.Generator().manual_seed(0)
+    for outputs, inputs, rows in ((1, 1, 1), (33, 100, 7), (70, 64, 3), (32, 160, 13)):
+        for dtype in (torch.float32, torch.bfloat16):
+            given = torch.randn(rows, inputs, generator=draws).to(dtype)
+            bias = torch.randn(outputs, generator=draws).to(dtype)
+            numbers = torch.randint(-128, 128, (outputs, inputs), generator=draws).to(torch.int8)
+            scales = torch.rand(outputs, generator=draws).to(dtype)
+            found = operators.linear(given, pack8(numbers), scales, bias, 8, outputs)
+            _compare(found, rounded(given, 8) @ (numbers.double() * scales.double()[:, None]).T + bias.double(), 8)
+            if inputs % GROUP:
+                continue
+            levels = torch.randint(0, 16, (outputs, inputs), generator=draws).to(torch.uint8)
+            pairs = torch.randn(inputs // GROUP, outputs, 2, generator=draws).to(dtype)
+            packed = pack4(levels[:, ::2] | levels[:, 1::2] << 4)
+            found = operators.linear(given, packed, pack_scales(pairs), None, 4, outputs)
+            scale, offset = pairs.double().transpose(0, 1)[..., None].unbind(2)
+            wide = (levels.double().view(outputs, -1, GROUP) - 8) * scale + offset
+            _compare(found, rounded(given, 4) @ wide.flatten(1).T, 4)
+
+
+def rounded(rows: torch.Tensor, bits: int) -> torch.Tensor:
+    """Round rows as the kernels do, in float64: to 127 steps between 0 and the largest magnitude of each `SHARE`."""
+    padded = torch.nn.functional.pad(rows.float(), (0, -rows.shape[-1] % GROUP))
+    padded = padded.reshape(*rows.shape[:-1], -1, SHARE[bits])
+    most = padded.abs().amax(-1, keepdim=True)
+    inverse = torch.full_like(most, 127).div(most)  # 127 / most would multiply with a rounded reciprocal
+    numbers = torch.where(most > TINY, padded * inverse, 0).round()
+    wide: torch.Tensor = (numbers.double() * (most / 127).double()).flatten(-2)[..., : rows.shape[-1]]
+    return wide
+
+
+def _compare(found: torch.Tensor, expected: torch.Tensor, bits: int) -> None:
+    tolerance = TOLERANCE if found.dtype is torch.float32 else 2**-8
+    off = float((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    if not off < tolerance:
+        raise NoKernelsError(f"what was compiled multiplies wrongly: {bits} bits, off by {off:.2g}")
