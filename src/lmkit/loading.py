@@ -340,7 +340,7 @@ def _replicated(
     """Plan for all replicas, have a process load each, and take the wrapper of what they say."""
     tensors = tensors_of(source, allow_pickle=access.allow_pickle)
     wish, machine = _wish(asked, access, options), this_machine()
-    found = places(options["replicas"], asked[2], machine)
+    found = places(options.get("replicas"), asked[2], machine)
     own = shared(machine, found)
     read_tokenizer = functools.cache(lambda: _read_tokenizer(source, wish))
 
@@ -408,7 +408,7 @@ def plan(
         if options.get("replicas") is None:
             make = functools.partial(make_plan, wish, source, tensors, machine, tokenizer, absent=True)
         else:
-            found = places(options["replicas"], devices, machine)
+            found = places(options.get("replicas"), devices, machine)
             own = shared(machine, found)
             make = functools.partial(together, found, lambda one: make_plan(one, source, tensors, own, tokenizer), wish)
         return gguf_read_once(source, make)[0]

@@ -28,7 +28,6 @@ from lmkit.wrappers.replica_worker import answer, asked, error_of, work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from multiprocessing.connection import Connection
 
     from lmkit._interrupts import Flag
     from lmkit.results import EngineStats
@@ -98,7 +97,7 @@ class Replica:
 
     device: str
     process: Any
-    pipe: Connection
+    pipe: Any
     chunks: dict[int, tuple[Ticket, dict[int, Row]]] = field(default_factory=dict)
 
     @property

@@ -118,6 +118,7 @@ def work(pipe: Connection, load: Callable[[], Any], threads: int | None) -> None
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who presses Ctrl-C means the parent
     pipe.send_bytes(pickle.dumps(os.getpid()))
+    model: Any = None
     try:
         if threads is not None:
             import torch
