@@ -40,9 +40,6 @@ WINDOW = {"cpu": 64}
 
 WINDOW_ELSEWHERE = 512
 
-CHUNK = 8
-"""How many rows are sent at least, if there are as many; at most half of what would be a replica's share."""
-
 PULLING_SECONDS = 0.02
 """How long a run reads its source before it goes on with what is there, as the engine does."""
 
@@ -101,14 +98,14 @@ class Replica:
     chunks: dict[int, tuple[Ticket, dict[int, Row]]] = field(default_factory=dict)
 
     @property
-    def rows(self) -> int:
-        """How many rows it has."""
-        return sum(len(rows) for _, rows in self.chunks.values())
+    def window(self) -> int:
+        """How many it may have."""
+        return WINDOW.get(self.device, WINDOW_ELSEWHERE)
 
     @property
     def room(self) -> int:
         """How many more it may have."""
-        return WINDOW.get(self.device, WINDOW_ELSEWHERE) - self.rows
+        return self.window - sum(len(rows) for _, rows in self.chunks.values())
 
 
 class Pool:
@@ -230,23 +227,25 @@ class Pool:
                     _send(replica, number, "leave")
 
     def _feed(self) -> None:
-        """Send rows to replicas that have room, callers by turns; the fewer are left, the smaller a chunk."""
+        """Deal rows to replicas that have room for half of what they may have, or for all; callers by turns."""
         while self._waiting:
             ticket = self._waiting.popleft()
-            free = [replica for replica in self._alive if replica.room > 0]
             if not self._alive:
                 ticket.fail(ticket.waiting, EngineError("all replicas have ended: load the model again to go on."))
                 ticket.waiting.clear()
-            elif not free:
+            free = [one for one in self._alive if one.room >= min(one.window // 2, len(ticket.waiting))]
+            if not free and ticket.waiting:
                 self._waiting.appendleft(ticket)
                 return
-            elif ticket.waiting:
-                replica = max(free, key=lambda one: one.room)
-                share = max(-(-len(ticket.waiting) // (2 * len(self._alive))), CHUNK)
-                size = min(share, replica.room, len(ticket.waiting))
-                self._ask(replica, ticket, [ticket.waiting.popleft() for _ in range(size)])
-                if ticket.waiting:
+            dealt: dict[Replica, list[Row]] = {one: [] for one in free}
+            while ticket.waiting and (least := max(free, key=lambda one: one.room - len(dealt[one]))):
+                if least.room <= len(dealt[least]):
                     self._waiting.append(ticket)
+                    break
+                dealt[least].append(ticket.waiting.popleft())
+            for replica, rows in dealt.items():
+                if rows:
+                    self._ask(replica, ticket, rows)
 
     def _ask(self, replica: Replica, ticket: Ticket, rows: list[Row]) -> None:
         number = next(self._numbers)
@@ -281,7 +280,9 @@ class Pool:
         replica.process.join()
         lost = f"the replica on {replica.device} (process {replica.process.pid}) has ended with exit code "
         lost += f"{replica.process.exitcode}"
-        logger.warning("%s: its %d rows go to others, %d of which are left.", lost, replica.rows, len(self._alive))
+        logger.warning(
+            "%s: its %d rows go to others, %d of which are left.", lost, replica.window - replica.room, len(self._alive)
+        )
         for ticket, rows in replica.chunks.values():
             again = [row for row in rows.values() if self._alive and not (row.tried or row.shown or ticket.left)]
             for row in again:
