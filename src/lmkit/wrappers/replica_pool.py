@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lmkit")
 
 WINDOW = {"cpu": 64}
-"""How many rows a replica has at a time: enough for a batch, and not more than that, since answers differ in length."""
+"""How many rows a replica has at most: enough for a batch, and no more, since answers differ in length."""
 
 WINDOW_ELSEWHERE = 512
 
