@@ -238,7 +238,8 @@ class Pool:
                 self._waiting.appendleft(ticket)
                 return
             dealt: dict[Replica, list[Row]] = {one: [] for one in free}
-            while ticket.waiting and (least := max(free, key=lambda one: one.room - len(dealt[one]))):
+            while ticket.waiting:
+                least = max(free, key=lambda one: one.room - len(dealt[one]))
                 if least.room <= len(dealt[least]):
                     self._waiting.append(ticket)
                     break
