@@ -35,17 +35,20 @@ from lmkit.planning import told_language
 from lmkit.planning.adapters import AdapterArgument, bringing, find_adapters, put_on, templated
 from lmkit.planning.machine import accelerator, this_machine
 from lmkit.planning.make import check_fits, make_plan
+from lmkit.planning.replicas import places, shared, threads, together
 from lmkit.planning.running import unexpected
 from lmkit.planning.told_language import check_language
 from lmkit.planning.trial import Wish
 from lmkit.planning.weight_names import check_report
 from lmkit.wrappers.base import Loaded, embedded_rows
 from lmkit.wrappers.generator import Generator
+from lmkit.wrappers.replica_pool import Pool, check_start
+from lmkit.wrappers.replicas import LoadedReplicas, Replicated, model_of
 from lmkit.wrappers.translator import Translator
 from lmkit.wrappers.unmasker import Unmasker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
     from transformers import PreTrainedConfig
@@ -166,6 +169,9 @@ class LoadOptions(TypedDict, total=False):
             that a prompt which begins like one of them reads only the rest; 0 keeps none. 256 MiB if left out. Families
             whose keys and values cannot be kept keep none, as `LoadPlan.prefix_cache_bytes` says.
         allow_pickle: Read pickled weights where there are no safetensors. Unpickling can run any code.
+        replicas: Load the model once per device, each in a process of its own, such as `["cuda:0", "cuda:1"]`, or on a
+            CPU a number of times; rows go where there is room. A script has to do that under
+            `if __name__ == "__main__":`.
     """
 
     revision: str | None
@@ -182,6 +188,7 @@ class LoadOptions(TypedDict, total=False):
     language: str | None
     trust_remote_code: bool
     allow_pickle: bool
+    replicas: int | Sequence[str | int | torch.device] | None
 
 
 PrecisionArgument: TypeAlias = "PrecisionWord | QuantizationConfigMixin"
@@ -250,15 +257,19 @@ def load(
         MissingExtraError: The checkpoint needs a package that is not installed.
         VersionError: transformers, torch or accelerate is too old.
     """
+    if options.get("replicas") is not None:
+        check_start()
     kind, access = _asked(task, name, options)
     asked = (kind, precision, devices)
     # Who waits for a download in a terminal sees the Hub library's bars.
     looked = functools.partial(find, os.fspath(name), access)
     source = looked() if sys.stderr.isatty() else quiet(looked)
-    decided, model, tokenizer, copies = _in_turn(lambda: _loaded(asked, access, options, source))
-    hushed(lambda: _tell(decided, model, tokenizer))
     again = {name: value for name, value in options.items() if name != "token"}  # a pickle keeps no secrets
     reload = functools.partial(load, task, name, precision, devices, **again)
+    if options.get("replicas") is not None:
+        return _replicated(asked, access, options, source, reload)
+    decided, model, tokenizer, copies = _in_turn(lambda: _loaded(asked, access, options, source))
+    hushed(lambda: _tell(decided, model, tokenizer))
     with frameless:  # and silently: a compiler talks
         wrapper = _silently(lambda: _WRAPPERS[kind](Loaded(model, tokenizer, decided, reload, copies)))
     release_pool()
@@ -323,6 +334,41 @@ def _loaded(
         return plan, model, read_tokenizer(), _carry_out(plan, model, wish, kernels)
 
 
+def _replicated(
+    asked: Asked, access: Access, options: LoadOptions, source: Source, reload: functools.partial[Any]
+) -> Generator | Translator | Unmasker:
+    """Plan for all replicas, have a process load each, and take the wrapper of what they say."""
+    tensors = tensors_of(source, allow_pickle=access.allow_pickle)
+    wish, machine = _wish(asked, access, options), this_machine()
+    found = places(options.get("replicas"), asked[2], machine)
+    own = shared(machine, found)
+    read_tokenizer = functools.cache(lambda: _read_tokenizer(source, wish))
+
+    def planned() -> tuple[LoadPlan, PreTrainedConfig]:
+        plan, config = together(found, lambda one: make_plan(one, source, tensors, own, read_tokenizer), wish)
+        check_fits(plan)
+        return plan, config
+
+    decided, config = _in_turn(lambda: gguf_read_once(source, planned))
+    tokenizer = _in_turn(read_tokenizer)
+    rest = {name: value for name, value in options.items() if name != "replicas"}
+    loads = [functools.partial(load, *reload.args[:3], device, **rest) for device in found]
+    pool = Pool(found, loads, threads(found))
+    model = model_of(pool.facts[0], config)
+    hushed(lambda: _tell(decided, model, tokenizer))
+    wrapper: Generator | Translator | Unmasker = _replicated_kind(asked[0])(
+        LoadedReplicas(model, tokenizer, decided, reload, pool=pool)
+    )
+    return wrapper
+
+
+@functools.cache
+def _replicated_kind(task: Task) -> Any:
+    """Return the class of a task's replicas, which is one of its wrapper's."""
+    wrapper: Any = _WRAPPERS[task]
+    return type(f"Replicated{wrapper.__name__}", (Replicated, wrapper), {})
+
+
 @spelled_out
 def plan(
     task: TaskWord,
@@ -357,9 +403,14 @@ def plan(
     source, tensors = _silently(lambda: find_headers(os.fspath(name), access))
 
     def planned() -> LoadPlan:
-        wish = _wish((kind, precision, devices), access, options)
+        wish, machine = _wish((kind, precision, devices), access, options), this_machine()
         tokenizer = functools.partial(_read_tokenizer, source, wish)
-        make = functools.partial(make_plan, wish, source, tensors, this_machine(), tokenizer, absent=True)
+        if options.get("replicas") is None:
+            make = functools.partial(make_plan, wish, source, tensors, machine, tokenizer, absent=True)
+        else:
+            found = places(options.get("replicas"), devices, machine)
+            own = shared(machine, found)
+            make = functools.partial(together, found, lambda one: make_plan(one, source, tensors, own, tokenizer), wish)
         return gguf_read_once(source, make)[0]
 
     return _in_turn(planned)

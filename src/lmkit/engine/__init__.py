@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from lmkit.engine.failures import CLOSED
-from lmkit.engine.questions import Asking, Draw, Found, Query, parallel
+from lmkit.engine.questions import Asking, Draw, Found, Query, answered, parallel
 from lmkit.engine.request import Caller, Outcome, Reading, Request, Scored, Update
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ __all__ = [
     "Scored",
     "Scorer",
     "Update",
+    "answered",
     "drawn",
     "parallel",
 ]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from lmkit.errors import EngineError, LmkitError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from lmkit.options.generation import Sample
     from lmkit.text.codec import Typed
@@ -71,3 +73,36 @@ def parallel(askings: Iterable[Asking[T]]) -> Asking[list[T]]:
         asked = list(waiting.items())
         queries = [q for number, (asking, n) in asked for q in ask(number, asking, list(islice(found, n)))]
     return [results[number] for number in sorted(results)]
+
+
+def answered(
+    askings: Iterable[Asking[T]], answer: Callable[[Sequence[Query]], list[Found | EngineError]]
+) -> list[T | LmkitError]:
+    """Answer all who ask, round by round; one whose question fails ends with its error, and the others go on."""
+    guarded: Any = (_guarded(asking) for asking in askings)  # what these are sent may be errors
+    together: Any = parallel(guarded)
+    found: Any = None
+    while True:
+        try:
+            queries = together.send(found)
+        except StopIteration as end:
+            results: list[T | LmkitError] = end.value
+            return results
+        found = answer(queries)
+
+
+def _guarded(asking: Asking[T]) -> Generator[list[Query], list[Found | EngineError], T | LmkitError]:
+    """End with the error where an answer is one."""
+    found: Any = None
+    while True:
+        try:
+            queries = asking.send(found)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        except LmkitError as error:
+            return error
+        found = yield queries
+        if (failed := next((one for one in found if isinstance(one, EngineError)), None)) is not None:
+            asking.close()
+            return failed

@@ -10,13 +10,13 @@ import torch
 from lmkit.engine.body_and_head import Reader
 from lmkit.engine.inputs import padded
 from lmkit.engine.passes.base import Runner
-from lmkit.engine.questions import Asking, Draw, Found, Query, Want, parallel
+from lmkit.engine.questions import Asking, Draw, Found, Query, Want, answered
 from lmkit.errors import EngineError, LmkitError
 from lmkit.kernels import rotary
 from lmkit.results import EngineStats
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from lmkit._interrupts import Flag
     from lmkit.text.codec import Typed
@@ -33,23 +33,6 @@ T = TypeVar("T")
 
 Asked: TypeAlias = "tuple[tuple[Typed, ...], Mapping[int, list[int]], Sequence[Query]]"
 """A row: its tokens, per place in it the numbers of the questions that ask about it, and all questions."""
-
-
-def _guarded(asking: Asking[T]) -> Generator[list[Query], list[Found | EngineError], T | LmkitError]:
-    """End with the error where an answer is one."""
-    found: Any = None
-    while True:
-        try:
-            queries = asking.send(found)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        except LmkitError as error:
-            return error
-        found = yield queries
-        if (failed := next((one for one in found if isinstance(one, EngineError)), None)) is not None:
-            asking.close()
-            return failed
 
 
 class MaskScorer(Runner["Asked", Found]):
@@ -70,16 +53,7 @@ class MaskScorer(Runner["Asked", Found]):
 
     def run(self, askings: Iterable[Asking[T]], cancelled: Flag | None = None) -> list[T | LmkitError]:
         """Answer all who ask, round by round; one whose question fails ends with its error, and the others go on."""
-        guarded: Any = (_guarded(asking) for asking in askings)  # what these are sent may be errors
-        together: Any = parallel(guarded)
-        found: Any = None
-        while True:
-            try:
-                queries = together.send(found)
-            except StopIteration as end:
-                results: list[T | LmkitError] = end.value
-                return results
-            found = self.score(queries, cancelled)
+        return answered(askings, lambda queries: self.score(queries, cancelled))
 
     def score(self, queries: Sequence[Query], cancelled: Flag | None = None) -> list[Found | EngineError]:
         """Answer questions in batches of similar lengths; equal rows are read once, and a row that fails is its error.
