@@ -112,17 +112,17 @@ def test_a_process_forked_while_another_thread_computes_says_so(busy: str) -> No
 
 def test_a_process_forked_while_another_thread_loads_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """A load holds what loads share; torch's default dtype may be the model's at that moment."""
-    import lmkit.loading
+    from lmkit.loading import entry
 
     inside, leave = threading.Event(), threading.Event()
-    make_plan = lmkit.loading.make_plan
+    make_plan = entry.make_plan
 
     def wait(*arguments: Any, **options: Any) -> Any:
         inside.set()
         leave.wait(WAIT)
         return make_plan(*arguments, **options)
 
-    monkeypatch.setattr(lmkit.loading, "make_plan", wait)
+    monkeypatch.setattr(entry, "make_plan", wait)
     thread = threading.Thread(target=CALLS["plan"])
     thread.start()
     try:

@@ -15,9 +15,10 @@ import transformers
 import checkpoints
 import lmkit
 from checkpoints import texts, wrapper
-from lmkit import loading, wrappers
+from lmkit import wrappers
 from lmkit._tracebacks import HEADER, frameless, without_frames
 from lmkit.engine.compiled import CompiledStep
+from lmkit.loading import entry, reading
 
 SHORTAGE = torch.OutOfMemoryError("out of memory")
 
@@ -220,7 +221,8 @@ def test_an_error_in_the_middle_holds_no_keys_and_values() -> None:
     assert not any(keys() is not None for keys in caches)
 
 
-STAGES = ["check_report", "put_on", "_carry_out", "Generator"]
+STAGES = {"check_report": reading, "put_on": entry, "carry_out": entry, "Generator": wrappers.generator.Generator}
+"""Where a load can fail, by the name there; of the last its `__init__`."""
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), lmkit.WeightsError("broken"), KeyboardInterrupt()], ids=repr)
@@ -238,7 +240,7 @@ def test_a_load_that_fails_keeps_no_model(stage: str, error: BaseException, monk
     def fail(*_given: Any) -> None:
         raise error
 
-    monkeypatch.setattr(*(wrappers.generator.Generator, "__init__") if stage == "Generator" else (loading, stage), fail)
+    monkeypatch.setattr(STAGES[stage], "__init__" if stage == "Generator" else stage, fail)
     found = kept(lambda: checkpoints.fresh("llama"))
     gc.collect()
     assert found is error
@@ -258,7 +260,7 @@ def test_weights_that_cannot_be_read_keep_no_half_made_model(monkeypatch: pytest
             made.append(weakref.ref(model))
             raise ValueError("broken")
 
-    monkeypatch.setattr(loading, "auto_class", lambda *_: Half)
+    monkeypatch.setattr(reading, "auto_class", lambda *_: Half)
     found = kept(lambda: checkpoints.fresh("llama"))
     gc.collect()
     assert isinstance(found, lmkit.WeightsError)

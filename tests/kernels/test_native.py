@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 import checkpoints
 import lmkit
 from checkpoints import texts
-from lmkit import loading
 from lmkit.errors import OptionError
 from lmkit.kernels.native import build, linear
 from lmkit.kernels.native.build import INSTRUCTIONS, NoKernelsError
@@ -27,6 +26,7 @@ from lmkit.kernels.native.operators import refusal
 from lmkit.kernels.ordered import put_on
 from lmkit.kernels.quantized import Int4Linear, Int8Linear
 from lmkit.kernels.tied import Int8Embedding, TiedHead
+from lmkit.loading import reading
 from native_kernels import CACHE, HERE, NEEDED, kernels
 from quantized_layers import filled, numbers, widened
 
@@ -368,7 +368,7 @@ def test_a_build_that_fails_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     def fails(_isa: str) -> None:
         raise NoKernelsError("what was compiled multiplies wrongly")
 
-    monkeypatch.setattr(loading, "operators", fails)
+    monkeypatch.setattr(reading, "operators", fails)
     with lmkit.load("causal", str(checkpoints.folder("llama")), "int4", "cpu", compile="kernels") as generator:
         assert generator.plan.kernels == "torch"
         assert "multiplies wrongly" in generator.plan.reasons["kernels"]

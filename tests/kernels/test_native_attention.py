@@ -442,7 +442,7 @@ def test_kernels_that_fail_to_build_are_told_of(monkeypatch: pytest.MonkeyPatch)
     def fail(*_args: Any) -> Any:
         raise NoKernelsError("the compiler is broken")
 
-    monkeypatch.setattr("lmkit.loading.operators", fail)
+    monkeypatch.setattr("lmkit.loading.reading.operators", fail)
     with lmkit.load("causal", str(checkpoints.folder("llama")), "float32", "cpu", compile="kernels") as loaded:
         assert loaded.model.config._attn_implementation == attention.NAME
         assert loaded.plan.reasons["attention"].endswith("the compiler is broken")

@@ -184,7 +184,7 @@ def test_it_is_told_in_any_precision_and_no_weight_is_read(
 ) -> None:
     """A load of such a file fails before the weights are read, whatever they would be held in."""
     where = rewritten("llama", tmp_path, lambda found: {key: one for key, one in found.items() if "q_proj" not in key})
-    monkeypatch.setattr("lmkit.loading._read_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("lmkit.loading.entry.read_model", lambda *_, **__: pytest.fail("weights were read"))
     load: Any = lmkit.load
     with pytest.raises(WeightsError, match=r"lacks weights that LlamaForCausalLM needs: 'model\.layers\.0\..*q_proj"):
         load("causal", where, word, "cpu")

@@ -264,7 +264,7 @@ def test_plans_of_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = lmkit.plan("masked", folder, "float32", "cpu").weights_bytes
     real = this_machine()
     room = type(real)({"cpu": type(real.devices["cpu"])(needed * 9, needed * 2, bfloat16=False)})
-    monkeypatch.setattr("lmkit.loading.this_machine", lambda: room)
+    monkeypatch.setattr("lmkit.loading.entry.this_machine", lambda: room)
     assert lmkit.plan("masked", folder, "float32", replicas=1).fits
     assert not lmkit.plan("masked", folder, "float32", replicas=["cpu", "cpu"]).fits
     with pytest.raises(lmkit.PlacementError, match="of 2 replicas, each in its share of what is free: cpu"):
