@@ -17,6 +17,7 @@ import checkpoints
 import lmkit
 import lmkit.ray
 from lmkit.errors import OptionError, PlacementError
+from pool_work import answered
 
 pd = pytest.importorskip("pandas", reason="the extra ray is not installed")
 pa = pytest.importorskip("pyarrow", reason="the extra ray is not installed")
@@ -98,17 +99,11 @@ def test_a_plan_of_another_machine_is_refused() -> None:
         lmkit.ray.Mapper("causal", folder, "int8", "cpu", plan=made)
 
 
-def answered(folder: Path, batch: dict[str, Any]) -> list[str]:
-    """Load in a process of a pool, and answer."""
-    found: list[str] = lmkit.ray.Mapper("causal", folder, "float32", "cpu", **OPTIONS)(batch)["answer"].tolist()
-    return found
-
-
 def test_a_pool_of_processes_does_it_too(mapper: lmkit.ray.Mapper) -> None:
     """The object can be made in any process."""
     batch = {"text": ["She", "The old"]}
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        there = pool.apply(answered, (checkpoints.folder("llama"), batch))
+        there = pool.apply(answered, (checkpoints.folder("llama"), batch), OPTIONS)
     assert there == mapper(batch)["answer"].tolist()
 
 
