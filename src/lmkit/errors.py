@@ -24,8 +24,8 @@ Each message says what was given, what is accepted and what to do next.
 from __future__ import annotations
 
 import difflib
+import pathlib
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class LmkitError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """Say to IPython what a notebook shows: the message, and where the caller was, without lmkit's own frames."""
-        own = str(Path(__file__).parent)
+        own = str(pathlib.Path(__file__).parent)
         frames = [one for one in traceback.extract_tb(self.__traceback__) if not one.filename.startswith(own)]
         where = [line for one in frames if "IPython" not in one.filename for line in traceback.format_list([one])]
         return [*"".join(where).splitlines(), f"{type(self).__name__}: {self}"]

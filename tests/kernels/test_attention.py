@@ -369,7 +369,7 @@ def test_a_large_batch_in_bfloat16_scores_as_torchs_kernel_does(name: str, monke
         used = len(calls)
         monkeypatch.setattr(attention, "WORTH", 10**9)
         expected = loaded(texts, **options)
-    assert len(calls) > 2 * used > 0  # what went by products is in the second run alone
+    assert len(calls) > 2 * used  # what went by products is in the second run alone
     compared = [pair for one, other in zip(found, expected, strict=True) for pair in alike(one, other)]
     assert len(compared) > 2 * len(texts)
     assert sum(abs(mine - torchs) for mine, torchs in compared) / len(compared) < 0.05
