@@ -165,15 +165,10 @@ class Server:
         self, first: lmkit.TextChunk, chunks: AsyncIterator[lmkit.TextChunk], head: dict[str, Any], *, chat: bool
     ) -> AsyncIterator[str]:
         """Write server-sent events; leaving the loop, as when the client hangs up, ends the row."""
-
-        async def both() -> AsyncIterator[lmkit.TextChunk]:
-            yield first
-            async for chunk in chunks:
-                yield chunk
-
         head["object"] = "chat.completion.chunk" if chat else "text_completion"
         async with contextlib.aclosing(chunks):  # type: ignore[type-var]  # a generator
-            async for chunk in both():
+            chunk: lmkit.TextChunk | None = first
+            while chunk is not None:
                 text = {"content": chunk.text} if chunk.kind == "content" else {"reasoning_content": chunk.text}
                 delta: dict[str, Any] = {} if chunk.kind == "tool_call" else {**text}
                 part = {"delta": delta} if chat else {"text": chunk.text}
@@ -186,6 +181,7 @@ class Server:
                         delta["tool_calls"] = calls(chunk.result.message)
                     last = {"usage": usage(chunk.result)}
                 yield f"data: {json.dumps({**head, 'choices': [event], **last})}\n\n"
+                chunk = await anext(chunks, None)
         yield "data: [DONE]\n\n"
 
 

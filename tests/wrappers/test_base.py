@@ -2,6 +2,7 @@ import asyncio
 import itertools
 import pickle
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any
@@ -252,6 +253,50 @@ def test_leaving_an_astream_ends_its_rows() -> None:
     assert asyncio.run(leave()) < 10
     assert asyncio.run(cancel()) < 200
     assert wrapper("bloom")("She", max_new_tokens=2).generated_tokens == 2
+
+
+def test_a_cancelled_astream_does_not_wait_for_its_next_chunk() -> None:
+    """A row whose text is held back, for it may become a stop string, ends at the next step all the same."""
+    held = wrapper("bloom")("She", max_new_tokens=300, min_new_tokens=300).text + "!"
+
+    async def main() -> int:
+        with checkpoints.forwards(wrapper("bloom").model) as seen:
+            task = asyncio.create_task(anext(wrapper("bloom").astream("She", max_new_tokens=5000, stop=held)))  # type: ignore[arg-type]
+            while not seen:  # noqa: ASYNC110 - the model's hook knows no event of the loop
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            return len(seen)
+
+    assert asyncio.run(main()) < 100
+    assert wrapper("bloom")("She", max_new_tokens=2).generated_tokens == 2
+
+
+def test_who_cancels_in_each_turn_of_the_loop_leaves_the_model_its_time() -> None:
+    """Anyio cancels again until a task ends: the event loop rests in between, or the step would wait for Python."""
+    reading, cancels = threading.Event(), 0
+
+    def slow(*_given: Any) -> None:
+        reading.set()
+        time.sleep(0.3)
+
+    async def main() -> None:
+        nonlocal cancels
+        task = asyncio.create_task(wrapper("bloom").acall("She", max_new_tokens=5))
+        await asyncio.to_thread(reading.wait, 60)
+        while not task.done():
+            task.cancel()
+            cancels += 1
+            await asyncio.sleep(0)
+        assert task.cancelled()
+
+    hook = wrapper("bloom").model.register_forward_pre_hook(slow)
+    try:
+        asyncio.run(main())
+    finally:
+        hook.remove()
+    assert cancels < 300  # of two milliseconds each; tens of thousands without
 
 
 # Closing

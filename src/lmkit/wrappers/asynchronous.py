@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import functools
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -14,10 +15,13 @@ from lmkit._interrupts import Flag
 from lmkit.wrappers.letting_go import letting_go
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 
 Given = ParamSpec("Given")
 ResultT = TypeVar("ResultT")
+
+RESTING_SECONDS = 0.002
+"""How long the event loop rests between cancellations of one task that waits for the end of a step."""
 
 
 @contextlib.contextmanager
@@ -70,6 +74,23 @@ def asynchronous(verb: Callable[Given, ResultT]) -> Callable[Given, Coroutine[An
     return call
 
 
+async def alternately(items: Iterator[ResultT]) -> AsyncIterator[ResultT]:
+    """Take items one by one in a thread; leaving the loop or cancelling the task ends their rows at the next step."""
+    gone = Flag()
+
+    def take(items: Iterator[ResultT]) -> ResultT | None:
+        _CANCELLED.set(gone)  # in a context of its own
+        return next(items, None)
+
+    with a_thread() as run:
+        try:
+            while (item := await finished(run(take, items), gone.set)) is not None:
+                yield item
+        finally:
+            items.close()  # type: ignore[attr-defined]  # a generator
+            del items, run, take  # for an error that is kept
+
+
 async def finished(work: Any, cancel: Callable[[], None]) -> Any:
     """Await work in a thread; if the task is cancelled, call `cancel` and still wait for the thread.
 
@@ -82,6 +103,8 @@ async def finished(work: Any, cancel: Callable[[], None]) -> Any:
         try:
             await asyncio.wait({task})
         except asyncio.CancelledError:
+            if interrupted:  # again in each turn of the loop, as anyio does: the thread needs Python's lock
+                time.sleep(RESTING_SECONDS)  # noqa: ASYNC251
             interrupted = True
             cancel()
     if interrupted:

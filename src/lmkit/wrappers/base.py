@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeAlias, TypeVar, get_args
 
@@ -19,7 +19,7 @@ from lmkit.results import ChunkKind, Generation, Results, TextChunk
 from lmkit.structured.grammars import Grammars
 from lmkit.structured.outputs import begun_json
 from lmkit.text.codec import Codec, checked
-from lmkit.wrappers.asynchronous import a_thread, cancelled, finished
+from lmkit.wrappers.asynchronous import cancelled
 from lmkit.wrappers.file_jobs import FileJobs
 from lmkit.wrappers.letting_go import let_go, letting_go
 from lmkit.wrappers.ordered_map import ReadAhead
@@ -301,7 +301,7 @@ class Wrapper(FileJobs, ABC, Generic[JobT, ResultT]):
 
     def _streamed(self, jobs: list[JobT]) -> Iterator[TextChunk]:
         failed: LmkitError | None = None
-        run = self._run(jobs, Caller(stream=True))
+        run = self._run(jobs, Caller(stream=True, cancelled=cancelled()))
         try:
             for news in filter(None, run):
                 failed = failed or news.error
@@ -317,16 +317,6 @@ class Wrapper(FileJobs, ABC, Generic[JobT, ResultT]):
             surely(run.close, run.close)  # type: ignore[attr-defined]  # a generator
         if failed is not None:
             raise failed
-
-    async def _alternate(self, items: Iterator[ItemT]) -> AsyncIterator[ItemT]:
-        """Take items one by one in a thread; leaving the loop or cancelling the task ends the rows."""
-        with a_thread() as run:
-            try:
-                while (item := await finished(run(next, items, None), lambda: None)) is not None:
-                    yield item
-            finally:
-                items.close()  # type: ignore[attr-defined]
-                del self, items, run  # for an error that is kept
 
 
 Wrapper.run_job = letting_go(Wrapper.run_job)  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ from lmkit.replies.asking import asked
 from lmkit.results import Generation, Ranking, Score, TextChunk, Timing
 from lmkit.text.chats import Chats
 from lmkit.text.windows import fit
-from lmkit.wrappers.asynchronous import asynchronous
+from lmkit.wrappers.asynchronous import alternately, asynchronous
 from lmkit.wrappers.base import Loaded, OnError, Rows, rows_of, text_of
 from lmkit.wrappers.scoring import (
     Item,
@@ -249,7 +249,7 @@ class Generator(Writer[Generation]):
         **options: Unpack[GeneratorOptions],
     ) -> AsyncIterator[TextChunk]:
         """Do as `stream` does, for asyncio."""
-        return self._alternate(self.stream(prompts, output=output, partial=partial, **options))
+        return alternately(self.stream(prompts, output=output, partial=partial, **options))
 
     @overload
     def score(self, prompt: str | TokenIds, continuation: None = None, *, progress: bool | None = None) -> Score: ...

@@ -19,7 +19,7 @@ from lmkit.options.signatures import spelled_out
 from lmkit.options.tasks import PairOptions, TranslationCall, TranslationOptions
 from lmkit.results import Ranking, Score, TextChunk, Timing, Translation
 from lmkit.text.windows import fit
-from lmkit.wrappers.asynchronous import asynchronous
+from lmkit.wrappers.asynchronous import alternately, asynchronous
 from lmkit.wrappers.base import Loaded, OnError, rows_of, text_of
 from lmkit.wrappers.scoring import (
     Item,
@@ -212,7 +212,7 @@ class Translator(Writer[Translation]):
         **options: Unpack[TranslationOptions],
     ) -> AsyncIterator[TextChunk]:
         """Do as `stream` does, for asyncio."""
-        return self._alternate(self.stream(texts, output=output, partial=partial, **options))
+        return alternately(self.stream(texts, output=output, partial=partial, **options))
 
     def _check(self, options: dict[str, Any]) -> None:
         handling(options)

@@ -18,7 +18,7 @@ from lmkit.options.option import check_word, declared
 from lmkit.options.signatures import spelled_out
 from lmkit.options.tasks import UnmaskOptions
 from lmkit.results import EngineStats, Ranking, Score, Unmasking
-from lmkit.wrappers.asynchronous import asynchronous, cancelled
+from lmkit.wrappers.asynchronous import alternately, asynchronous, cancelled
 from lmkit.wrappers.base import Loaded, OnError, Wrapper, rows_of, text_of
 from lmkit.wrappers.scoring import Length, choices_of, first_score, prepared, ranked, scored, texts_of
 
@@ -130,7 +130,7 @@ class Unmasker(Wrapper[MaskedText, Unmasking]):
 
     def astream(self, texts: str | Iterable[str], **options: Unpack[UnmaskOptions]) -> AsyncIterator[Unmasking]:
         """Do as `stream` does, for asyncio."""
-        return self._alternate(self.stream(texts, **options))
+        return alternately(self.stream(texts, **options))
 
     @overload
     def score(self, texts: str, *, metric: Metric = "original", progress: bool | None = None) -> Score: ...
