@@ -175,6 +175,15 @@ def test_a_bad_row_has_its_error_and_the_others_their_answers(tmp_path: Path) ->
     assert "7 FAILED, see their errors" in str(report)
 
 
+def test_a_row_that_goes_too_deep_takes_no_other_down(tmp_path: Path) -> None:
+    """It is an error before the output is made of all, in each format."""
+    deep = f'{{"text": "a", "x": {"[" * 900}{"]" * 900}}}'
+    for name in ("out.jsonl", "out.csv"):
+        report = echo().run_job(write(tmp_path / "in.jsonl", [deep, {"text": "b", "x": [[1]] * 999}]), tmp_path / name)
+        assert (report.rows, report.failed) == (2, 1)
+    assert read(tmp_path / "out.jsonl")[0]["error"]["line"] == deep
+
+
 # What goes on -------------------------------------------------------------------------------------
 
 
@@ -561,6 +570,16 @@ def test_whole_numbers_with_a_point_are_whole_numbers(tmp_path: Path) -> None:
     fake.run_job(tmp_path / "in.csv", tmp_path / "out.jsonl", columns={"max_new_tokens": "limit"})
     assert [call.options.get("max_new_tokens") for call in fake.calls] == [2, None]
     assert "max_new_tokens=2.5 is not accepted" in read(tmp_path / "out.jsonl")[2]["error"]["message"]
+
+
+def test_a_list_in_a_cell_is_a_list_where_a_text_would_do_too(tmp_path: Path) -> None:
+    """As in the column of `stop`; what is no JSON of a list is the text that it is."""
+    cells = [["text", "ends"], ["a", '["x", "\\n"]'], ["b", "["], ["c", "5"]]
+    with (tmp_path / "in.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows(cells)
+    fake = echo()
+    fake.run_job(tmp_path / "in.csv", tmp_path / "out.jsonl", columns={"stop": "ends"})
+    assert [call.options["stop"] for call in fake.calls] == [["x", "\n"], "[", "5"]
 
 
 def test_options_that_are_objects_are_told_apart(tmp_path: Path) -> None:

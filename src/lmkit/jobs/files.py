@@ -97,10 +97,8 @@ class Table:
     def lines(self) -> Iterator[Line]:
         """Read the rows, one by one."""
         if self.kind == "parquet":
-            return (Line(row) for batch in parquet_batches(self.path) for row in _python_rows(batch))
-        return self._text_lines()
-
-    def _text_lines(self) -> Iterator[Line]:
+            yield from (Line(row) for batch in parquet_batches(self.path) for row in _python_rows(batch))
+            return
         with self.open("rb") as stream:
             yield from json_lines(stream) if self.kind == "jsonl" else csv_lines(stream)
 
@@ -191,6 +189,9 @@ def _refuse(word: str) -> float:
     raise ValueError(f"{word} is no number of JSON's")
 
 
+NESTED = 300
+"""From how many brackets on a line is looked at, whether it can be written: Python bounds how deep they may go."""
+
 _JSON = json.JSONDecoder(parse_constant=_refuse)
 
 
@@ -205,6 +206,8 @@ def _json_line(line: bytes, number: int) -> Line:
     try:
         text = line.decode()
         values = _JSON.decode(text)
+        if text.count("[") + text.count("{") > NESTED:
+            plain(values)  # rather now than when the output is made
     except (ValueError, RecursionError) as error:
         told = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         return Line(text=line.decode(errors="backslashreplace"), problem=f"line {number} is no JSON: {told}")

@@ -59,11 +59,13 @@ class Taken:
         column: Its name.
         test: Whether a value is one; a text that is none is read as JSON.
         needed: Whether each row has to have it.
+        many: Whether a text that is the JSON of a list is that list, although a text alone would be accepted too.
     """
 
     column: str
     test: Callable[[Any], bool]
     needed: bool = False
+    many: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,9 +304,10 @@ def _value(taken: Taken, line: Line, row: int) -> Any:
                 f"row {row} has nothing in the column {taken.column!r}: its columns are {listed(line.values)}."
             )
         return None
-    if isinstance(value, str) and not taken.test(value):
+    if isinstance(value, str) and (taken.many or not taken.test(value)):
         with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(value)
+            read = json.loads(value)
+            value = read if isinstance(read, list) or not taken.many else value
     if isinstance(value, float) and value.is_integer() and not taken.test(value):
         value = int(value)  # pandas makes whole numbers floats where one is missing
     if taken.needed and not taken.test(value):

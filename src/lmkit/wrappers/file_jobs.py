@@ -160,7 +160,8 @@ class FileJobs:
     def _taken(self, verb: str, column: str | None, columns: Mapping[str, str]) -> dict[str, Taken]:
         """Say which columns are read, by the names of what they are; the model's own by an empty one."""
         word = self._verbs[verb]
-        tests = {name: option.test for name, option in declared(self._accepted).items() if not option.call}
+        options = declared(self._accepted)
+        tests = {name: option.test for name, option in options.items() if not option.call}
         if verb not in CALLS:
             tests = {name: tests[name] for name in self._pair}
             tests |= {word: is_a(list if verb == "rank" else str)} if word else {}
@@ -171,7 +172,8 @@ class FileJobs:
         kinds: Any = (str, list) if "generate" in self._verbs else str
         given = is_a(list if verb == "chat" or (verb == "rank" and not word) else kinds)
         found = {"": Taken(column or ("messages" if verb == "chat" else "text"), given, needed=True)}
-        return found | {name: Taken(one, tests[name], needed=name == word) for name, one in columns.items()}
+        many = {name for name, option in options.items() if option.many}
+        return found | {name: Taken(one, tests[name], name == word, name in many) for name, one in columns.items()}
 
     def _identity(self) -> dict[str, Any]:
         """Say which model it is: what a job that goes on must find again."""
