@@ -68,7 +68,7 @@ def test_cells_that_are_arrays_and_missing_numbers_are_read(kind: str) -> None:
         "choices": np.array([np.array(["old", "cold"], object), np.array(["sailor"], object)], object),
         "text": np.array(["She", np.nan], object),
     }
-    options = {"verb": "rank", "columns": {"choices": "choices"}}
+    options: Any = {"verb": "rank", "columns": {"choices": "choices"}}
     ranks = lmkit.ray.Mapper("causal", checkpoints.folder("llama"), "float32", "cpu", **options)
     found = ranks(pd.DataFrame(batch) if kind == "frame" else batch)
     assert found["answer"][0] == str(checkpoints.wrapper("llama").rank("She", ["old", "cold"]))
