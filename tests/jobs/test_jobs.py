@@ -563,6 +563,15 @@ def test_what_is_scored_is_of_all_rows_or_in_a_column(tmp_path: Path, options: A
     assert not (tmp_path / "out.jsonl.lmkit").exists()
 
 
+def test_errors_of_scores_name_the_row_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its place is among those that are scored together."""
+    monkeypatch.setattr("lmkit.wrappers.file_jobs.WINDOW", 2)
+    source = write(tmp_path / "in.jsonl", [{"text": "a b"}, {"other": 1}, {"text": "c d"}, {"text": "e"}, {"text": ""}])
+    assert echo().run_job(source, tmp_path / "out.jsonl", verb="score").failed == 2
+    told = [row["error"] and row["error"]["message"][:6] for row in read(tmp_path / "out.jsonl")]
+    assert told == [None, "row 1 ", None, None, "row 4,"]
+
+
 def test_whole_numbers_with_a_point_are_whole_numbers(tmp_path: Path) -> None:
     """A column in which one is missing has such numbers from pandas."""
     fake = echo()

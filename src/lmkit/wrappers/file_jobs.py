@@ -250,7 +250,10 @@ class FileJobs:
                 own = {name for one in window for name in one.options}
                 lists = {name: [one.options.get(name, options.get(name)) for one in window] for name in own}
                 results = method([one.given for one in window], **(options | lists), on_error="return", progress=False)
-                yield from zip((one.row for one in window), results, strict=True)
+                for number, (one, result) in enumerate(zip(window, results, strict=True)):
+                    if isinstance(result, LmkitError):  # it counts from the window's first
+                        result.args = (re.sub(rf"\brow {number}\b", f"row {one.row}", str(result), count=1),)
+                    yield one.row, result
 
         return run
 
