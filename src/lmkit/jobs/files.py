@@ -321,7 +321,8 @@ def _write_csv(stream: BinaryIO, names: list[str], pairs: Pairs, new: Mapping[st
     def put(row: str) -> None:
         stream.write(row.removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n")
 
-    writer = csv.writer(SimpleNamespace(write=put), lineterminator="\r\n")  # for Python quotes only what ends lines
+    sink: Any = SimpleNamespace(write=put)
+    writer = csv.writer(sink, lineterminator="\r\n")  # for Python quotes only what ends lines
     writer.writerow([*names, *new])
     for line, columns in pairs:
         more = json.loads(columns)

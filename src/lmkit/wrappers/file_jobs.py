@@ -238,7 +238,7 @@ class FileJobs:
             raise UnknownOptionError(f"unknown option {unknown[0]!r}.{nearest(unknown[0], known)}")
         if word and parameters[word].default is inspect.Parameter.empty and word not in {*options, *columns}:
             raise OptionError(f"{verb} needs {word}=, or in columns= the name of the column that has each row's.")
-        for name in {word, *self._pair} & options.keys():
+        for name in options.keys() & {word, *self._pair}:
             given, several = options[name], verb == "rank" and name == word
             texts = given if several else [given]
             if (several and not isinstance(given, (list, tuple))) or not all(isinstance(one, str) for one in texts):
