@@ -61,6 +61,27 @@ def test_answers_come_beside_the_columns_of_a_batch(mapper: lmkit.ray.Mapper, ki
     assert "OptionError: row 7 has " in columns["error"][7]
 
 
+@pytest.mark.parametrize("kind", ["frame", "arrays"])
+def test_cells_that_are_arrays_and_missing_numbers_are_read(kind: str) -> None:
+    """Lists come as arrays from Ray and Spark, and None among numbers as NaN."""
+    batch: Any = {
+        "choices": np.array([np.array(["old", "cold"], object), np.array(["sailor"], object)], object),
+        "text": np.array(["She", np.nan], object),
+    }
+    options: Any = {"verb": "rank", "columns": {"choices": "choices"}}
+    ranks = lmkit.ray.Mapper("causal", checkpoints.folder("llama"), "float32", "cpu", **options)
+    found = ranks(pd.DataFrame(batch) if kind == "frame" else batch)
+    assert found["answer"][0] == str(checkpoints.wrapper("llama").rank("She", ["old", "cold"]))
+    assert "row 1 has nothing in the column 'text'" in found["error"][1]
+    made = lmkit.ray.Mapper(
+        "causal", checkpoints.folder("llama"), "float32", "cpu", columns={"max_new_tokens": "limit"}
+    )
+    limits: Any = {"text": ["She", "The"], "limit": np.array([3, np.nan])}
+    found = made(pd.DataFrame(limits) if kind == "frame" else limits)
+    assert found["answer"][0] == checkpoints.wrapper("llama")("She", max_new_tokens=3).text
+    assert found["answer"][1] == checkpoints.wrapper("llama")("The").text
+
+
 @pytest.mark.parametrize("task, name, options, kinds", [
     ("causal", "llama", {"verb": "score"}, ["double", "double", "string"]),
     ("causal", "llama", {"verb": "rank", "columns": {"choices": "them"}}, ["string", "double", "string"]),

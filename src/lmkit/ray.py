@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -133,13 +134,23 @@ def _rows(batch: Any) -> list[dict[str, Any]]:
     if hasattr(batch, "to_pylist"):
         return list(batch.to_pylist())
     if hasattr(batch, "assign"):
-        return list(batch.to_dict("records"))
+        batch = batch.astype(object).where(batch.notna(), None).to_dict("list")
     if not isinstance(batch, Mapping):
         raise OptionError(f"{shown(batch)} is no batch: pass an Arrow table, a DataFrame or a dict of columns.")
-    columns = [values.tolist() if hasattr(values, "tolist") else list(values) for values in batch.values()]
+    columns = [_own(list(values)) for values in batch.values()]
     if len({*map(len, columns)}) > 1:
         raise OptionError(f"the columns {listed(batch)} are not equally long.")
     return [dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _own(value: Any) -> Any:
+    """Turn arrays into lists, also in each other, and numbers of numpy's into Python's; NaN is a missing value."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {name: _own(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_own(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _beside(batch: Any, new: Mapping[str, list[Any]], kinds: Mapping[str, str]) -> Any:

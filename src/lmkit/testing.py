@@ -22,7 +22,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
-from lmkit.engine import CLOSED, Caller, Found, Outcome, Query, Reading, Request, Scored, Update
+from lmkit.engine import CLOSED, Caller, Found, Outcome, Query, Reading, Request, Scored, Update, answered
 from lmkit.engine.failures import step_failed
 from lmkit.engine.row import Row
 from lmkit.errors import EngineError, LmkitError, OptionError, listed, nearest
@@ -196,22 +196,12 @@ class _MaskEngine(_Engine):
     def run(self, requests: Any, caller: Any) -> Any:
         """Answer all who ask, round by round."""
         del caller
-        return [self._told(asking) for asking in requests]
+        return answered(requests, lambda queries: [self._found(query) for query in queries])
 
-    def _told(self, asking: Any) -> Any:
-        found = None
-        try:
-            while True:
-                found = [self._found(query) for query in asking.send(found)]
-        except StopIteration as end:
-            return end.value
-        except LmkitError as error:
-            return error
-
-    def _found(self, query: Query) -> Found:
+    def _found(self, query: Query) -> Found | EngineError:
         words: Any = query.tokens[query.place][1] or ()
         if isinstance(words, Exception):
-            raise _failure(words)
+            return _failure(words)
         odds = {word: n * math.log(0.5) for n, word in enumerate(words, start=1)}
         if isinstance(query.want, tuple):
             least = min([UNLIKELY, *odds.values()])
@@ -347,7 +337,7 @@ class _Fake:
         return not isinstance(answer, Exception) and text.strip() in map(str.strip, answer)
 
 
-def _failure(error: Exception) -> LmkitError:
+def _failure(error: Exception) -> EngineError:
     return error if isinstance(error, EngineError) else step_failed(error)
 
 

@@ -15,7 +15,7 @@ CACHE = Path(tempfile.gettempdir()) / f"lmkit-tests-{os.getuid() if hasattr(os, 
 NEEDED = pytest.mark.skipif(refusal() is not None, reason=f"no kernels of lmkit's own: {refusal()}")
 HERE = [
     isa
-    for isa, (needed, _) in INSTRUCTIONS.items()
+    for isa, needed in INSTRUCTIONS.items()
     if refusal() is None and all(torch.cpu.get_capabilities().get(one) for one in needed)
 ]
 """The sets of instructions that this processor has."""

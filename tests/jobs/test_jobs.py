@@ -4,10 +4,13 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +175,15 @@ def test_a_bad_row_has_its_error_and_the_others_their_answers(tmp_path: Path) ->
     assert "7 FAILED, see their errors" in str(report)
 
 
+def test_a_row_that_goes_too_deep_takes_no_other_down(tmp_path: Path) -> None:
+    """It is an error before the output is made of all, in each format."""
+    deep = f'{{"text": "a", "x": {"[" * 900}{"]" * 900}}}'
+    for name in ("out.jsonl", "out.csv"):
+        report = echo().run_job(write(tmp_path / "in.jsonl", [deep, {"text": "b", "x": [[1]] * 999}]), tmp_path / name)
+        assert (report.rows, report.failed) == (2, 1)
+    assert read(tmp_path / "out.jsonl")[0]["error"]["line"] == deep
+
+
 # What goes on -------------------------------------------------------------------------------------
 
 
@@ -323,8 +335,74 @@ def test_csv_comes_out_as_csv(tmp_path: Path) -> None:
     with pytest.raises(lmkit.OptionError, match=r"in\.csv has no column 'texts': it has 'id', 'text'"):
         echo().run_job(source, out, column="texts", restart=True)
     source.write_text("text,text\n1,2\n")
-    with pytest.raises(lmkit.OptionError, match="names its columns, each once"):
+    with pytest.raises(lmkit.OptionError, match="must name columns, each once"):
         echo().run_job(source, out, restart=True)
+
+
+def test_texts_with_any_line_end_come_out_of_csv_as_they_went_in(tmp_path: Path) -> None:
+    """A return alone ends a line for who reads it, so it is quoted; numbers and dates are as one writes them."""
+    given = ["a\rb", "a\r\nb", 'a\n"b"', "a,b\r"]
+    lines = [json.dumps({"text": text, "x": 0.5}) for text in given] + ['{"text": "c", "x": 1e999}']
+    echo().run_job(write(tmp_path / "in.jsonl", lines), tmp_path / "out.csv")
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as stream:
+        found = list(csv.DictReader(stream, strict=True))
+    assert [(row["text"], row["answer"]) for row in found] == [(text, f"{text}!") for text in [*given, "c"]]
+    assert [row["x"] for row in found] == ["0.5"] * 4 + ["inf"]
+
+
+def test_what_cannot_be_read_of_csv_is_in_its_error(tmp_path: Path) -> None:
+    """Cells too many, text behind a quote, a quote that never ends: the lines are kept as they stand."""
+    (tmp_path / "in.csv").write_text('text,b\n1,2,three\n"x"y,5\nok,6\nq,"open\nfoo,1\n')
+    assert echo().run_job(tmp_path / "in.csv", tmp_path / "out.jsonl").failed == 3
+    told = [row["error"] and row["error"]["line"] for row in read(tmp_path / "out.jsonl")]
+    assert told == ["1,2,three\n", '"x"y,5\n', None, 'q,"open\nfoo,1\n']
+
+
+@pytest.mark.parametrize("name", ["in.jsonl.gz", "in.csv.gz", "in.parquet"])
+def test_a_file_that_is_cut_short_is_told(tmp_path: Path, name: str) -> None:
+    """The error is a job's, with the file's name, and what was there of the output stays."""
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow", reason="the extra parquet")
+    source = texts(tmp_path / "in.jsonl", [str(n) for n in range(999)])
+    echo().run_job(source, tmp_path / "whole.csv")
+    whole = (source if "jsonl" in name else tmp_path / "whole.csv").read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(whole)[:-30])
+    with pytest.raises(lmkit.JobError, match=rf"{re.escape(name)} cannot be read: .* what is done is kept"):
+        echo().run_job(tmp_path / name, tmp_path / "out.jsonl", prefix="p_")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_output_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
+    """A folder is no file, and a column without a type or beyond its numbers no Parquet's: no row is asked."""
+    (tmp_path / "folder.jsonl").mkdir()
+    source, fake = texts(tmp_path / "in.jsonl"), echo()
+    with pytest.raises(lmkit.OptionError, match="is a folder: name a file to write to"):
+        fake.run_job(source, tmp_path / "folder.jsonl", restart=True)
+    with pytest.raises(lmkit.OptionError, match="there is no file"):
+        fake.run_job(tmp_path / "folder.jsonl", tmp_path / "out.jsonl")
+    pytest.importorskip("pyarrow", reason="the extra parquet")
+    for number, value in enumerate((10**30, {})):
+        write(tmp_path / f"{number}.jsonl", [{"text": "a", "x": value}])
+        with pytest.raises(lmkit.JobError, match="fits no Parquet file"):
+            fake.run_job(tmp_path / f"{number}.jsonl", tmp_path / f"{number}.parquet")
+    assert fake.calls == []
+
+
+def test_the_journal_may_be_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output is made beside its own place, for nothing can be renamed from one disk to another."""
+    rename = Path.replace
+
+    def replace(self: Path, target: Any) -> Path:
+        if self.parent != Path(target).parent:
+            raise OSError(18, "Invalid cross-device link")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    (tmp_path / "there").mkdir()
+    out = tmp_path / "there" / "out.jsonl"
+    echo().run_job(texts(tmp_path / "in.jsonl"), out, journal=tmp_path / "journal")
+    assert column(out) == [f"{text}!" for text in TEXTS]
+    assert [one.name for one in out.parent.iterdir()] == ["out.jsonl"]
 
 
 def test_gzip_has_the_same_rows_and_the_same_bytes_each_time(tmp_path: Path) -> None:
@@ -359,6 +437,18 @@ def test_parquet_keeps_types(tmp_path: Path) -> None:
     assert (report.rows, report.failed) == (3, 1)
     echo().run_job(tmp_path / "in.parquet", tmp_path / "chats.jsonl", verb="chat", column="chat")
     assert column(tmp_path / "chats.jsonl") == ["Hi!", None, "Ho!"]
+
+
+def test_parquet_becomes_text_with_every_column(tmp_path: Path) -> None:
+    """Dates and decimals are texts without quotes; of two columns with one name none is dropped: they are refused."""
+    pa, pq = pytest.importorskip("pyarrow", reason="the extra parquet"), pytest.importorskip("pyarrow.parquet")
+    columns = [pa.array(["a"]), pa.array([date(2026, 1, 2)]), pa.array([Decimal("1.50")]), pa.array([float("nan")])]
+    pq.write_table(pa.Table.from_arrays(columns, ["text", "day", "price", "x"]), tmp_path / "in.parquet")
+    echo().run_job(tmp_path / "in.parquet", tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text().splitlines()[1] == "a,2026-01-02,1.50,nan,a!,eos,"
+    pq.write_table(pa.Table.from_arrays(columns, ["text", "day", "day", "x"]), tmp_path / "twice.parquet")
+    with pytest.raises(lmkit.OptionError, match=r"twice\.parquet must name columns, each once"):
+        echo().run_job(tmp_path / "twice.parquet", tmp_path / "twice.jsonl")
 
 
 def test_jsonl_becomes_parquet_where_columns_have_a_type(tmp_path: Path) -> None:
@@ -458,6 +548,47 @@ def test_arguments_that_are_wrong_say_so(tmp_path: Path) -> None:
         with pytest.raises(lmkit.OptionError, match=told):
             echo().run_job(source, out, **options)  # type: ignore[arg-type]
     assert not out.with_name("out.jsonl.lmkit").exists()
+
+
+@pytest.mark.parametrize("options, told", [
+    ({"verb": "rank"}, r"rank needs choices=, or in columns= the name of the column"),
+    ({"verb": "rank", "choices": [["a"]] * 4}, r"choices=.* is not accepted: pass a list of texts for all rows"),
+    ({"verb": "rank", "choices": "ab"}, r"choices='ab' is not accepted: pass a list of texts for all rows"),
+    ({"verb": "score", "continuation": ["a"] * 4}, r"continuation=.* is not accepted: pass a text for all rows"),
+])  # fmt: skip
+def test_what_is_scored_is_of_all_rows_or_in_a_column(tmp_path: Path, options: Any, told: str) -> None:
+    """A list with one for each row of a window would be taken for the rows of the next window too."""
+    with pytest.raises(lmkit.OptionError, match=told):
+        echo().run_job(texts(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", **options)
+    assert not (tmp_path / "out.jsonl.lmkit").exists()
+
+
+def test_errors_of_scores_name_the_row_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its place is among those that are scored together."""
+    monkeypatch.setattr("lmkit.wrappers.file_jobs.WINDOW", 2)
+    source = write(tmp_path / "in.jsonl", [{"text": "a b"}, {"other": 1}, {"text": "c d"}, {"text": "e"}, {"text": ""}])
+    assert echo().run_job(source, tmp_path / "out.jsonl", verb="score").failed == 2
+    told = [row["error"] and row["error"]["message"][:6] for row in read(tmp_path / "out.jsonl")]
+    assert told == [None, "row 1 ", None, None, "row 4,"]
+
+
+def test_whole_numbers_with_a_point_are_whole_numbers(tmp_path: Path) -> None:
+    """A column in which one is missing has such numbers from pandas."""
+    fake = echo()
+    (tmp_path / "in.csv").write_text("text,limit\na,2.0\nb,\nc,2.5\n")
+    fake.run_job(tmp_path / "in.csv", tmp_path / "out.jsonl", columns={"max_new_tokens": "limit"})
+    assert [call.options.get("max_new_tokens") for call in fake.calls] == [2, None]
+    assert "max_new_tokens=2.5 is not accepted" in read(tmp_path / "out.jsonl")[2]["error"]["message"]
+
+
+def test_a_list_in_a_cell_is_a_list_where_a_text_would_do_too(tmp_path: Path) -> None:
+    """As in the column of `stop`; what is no JSON of a list is the text that it is."""
+    cells = [["text", "ends"], ["a", '["x", "\\n"]'], ["b", "["], ["c", "5"]]
+    with (tmp_path / "in.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows(cells)
+    fake = echo()
+    fake.run_job(tmp_path / "in.csv", tmp_path / "out.jsonl", columns={"stop": "ends"})
+    assert [call.options["stop"] for call in fake.calls] == [["x", "\n"], "[", "5"]
 
 
 def test_options_that_are_objects_are_told_apart(tmp_path: Path) -> None:

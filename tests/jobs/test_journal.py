@@ -84,6 +84,17 @@ def test_a_damaged_journal_gives_all_whole_rows_or_is_refused(
             assert told(journal, [*kept, (99, 5, "", False)]) == last_of(kept) | {99: (5, (b"{}", False))}
 
 
+def test_a_loss_of_power_leaves_the_names_of_a_journal_that_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is asked to hold the file, its name in its folder, and that folder's name in the one above."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    with Journal(tmp_path / "out.lmkit") as journal:
+        journal.begin(HEADER)
+        assert set(synced) == {path.stat().st_ino for path in (journal.path, journal.path.parent, tmp_path)}
+
+
 def test_another_process_is_kept_out_until_the_first_is_gone(tmp_path: Path) -> None:
     """A journal that is open in a process is refused in another; one that is killed has let go of it."""
     reading, writing = os.pipe()

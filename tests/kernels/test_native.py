@@ -219,6 +219,7 @@ def test_wrong_tensors_are_refused() -> None:
         torch.ones(40),
     )
     for arguments in (
+        (torch.tensor(1.0), weight, scales, None, 8, 40),
         (rows[:, :32], weight, scales, None, 8, 40),
         (rows, weight, scales[:39], None, 8, 40),
         (rows, weight, scales, torch.ones(39), 8, 40),
@@ -316,8 +317,7 @@ def test_a_model_is_put_on_kernels_and_saved_without(name: str, word: Any, tmp_p
         if task == "masked":
             return
         prompts = texts(name)[:3]
-        close = [fast.score(prompt, " and").logprob if task == "causal" else 0 for prompt in prompts]
-        exact = [plain.score(prompt, " and").logprob if task == "causal" else 0 for prompt in prompts]
+        close, exact = ([one.score(prompt, " and").logprob for prompt in prompts] for one in (fast, plain))
         assert close == pytest.approx(exact, rel=0.05)
     with load(task, str(tmp_path), devices="cpu", compile="kernels") as again:
         assert again.plan.kernels == "native"
@@ -411,6 +411,18 @@ def test_a_compiler_that_fails_is_named(compiler: str, told: str, tmp_path: Path
     assert told in built(tmp_path, compiler)
     assert not list(tmp_path.rglob("*.so"))
     assert all(not list(folder.iterdir()) for folder in tmp_path.glob("lmkit/kernels"))
+
+
+def test_without_a_home_there_is_no_place_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs with the number of a user whom it does not know: torch's kernels compute."""
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(NoKernelsError, match=r"there is no home folder .*: set XDG_CACHE_HOME"):
+        build.library("avx2", "lmkit_nowhere", lambda _path: None)
 
 
 def test_a_wrong_kernel_is_not_used() -> None:

@@ -229,6 +229,20 @@ def test_masks_and_an_object_that_is_dropped() -> None:
     assert ended(left)
 
 
+def test_a_load_that_fails_late_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is wrong once the processes have loaded, they end."""
+    before = {child.pid for child in psutil.Process().children()}
+
+    def fails(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lmkit.loading.entry.model_of", fails)
+    with pytest.raises(KeyboardInterrupt):
+        replicated("bert", 1)
+    left = [child for child in psutil.Process().children() if child.pid not in before]
+    assert not [child for child in left if "multiprocessing.spawn" in " ".join(child.cmdline())]
+
+
 SCRIPT = """
 import multiprocessing, os, sys
 import lmkit

@@ -12,9 +12,10 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias
 
-from lmkit.errors import JobError, MissingExtraError, OptionError, listed
+from lmkit.errors import JobError, LmkitError, MissingExtraError, OptionError, listed
 from lmkit.results.base import plain
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Line:
 
     Attributes:
         values: Its columns; empty where it cannot be read.
-        text: The line as it stands in a JSONL file; of a row that cannot be read, what there is of it.
+        text: The line as it stands in a JSONL file, and in a CSV file if it cannot be read.
         problem: Why it cannot be read, if so.
     """
 
@@ -77,8 +78,14 @@ class Table:
 
     @contextlib.contextmanager
     def open(self, mode: Literal["rb", "wb"]) -> Iterator[BinaryIO]:
-        """Open the file; what is written compressed has no date in it, so that equal rows are equal bytes."""
+        """Open the file; what is written compressed has no date in it, so that equal rows are equal bytes.
+
+        Raises:
+            JobError: It is to be read, and is damaged or cut short, at any time until it is closed.
+        """
         with contextlib.ExitStack() as opened:
+            if mode == "rb":
+                opened.enter_context(_reading(self.path))
             if self.compressed == ".zst":
                 stream: Any = opened.enter_context(_zstd(self.path, mode))
             else:
@@ -90,17 +97,16 @@ class Table:
     def lines(self) -> Iterator[Line]:
         """Read the rows, one by one."""
         if self.kind == "parquet":
-            return (Line(row) for batch in parquet_batches(self.path) for row in _python_rows(batch))
-        return self._text_lines()
-
-    def _text_lines(self) -> Iterator[Line]:
+            yield from (Line(row) for batch in parquet_batches(self.path) for row in _python_rows(batch))
+            return
         with self.open("rb") as stream:
             yield from json_lines(stream) if self.kind == "jsonl" else csv_lines(stream)
 
     def columns(self) -> list[str] | None:
         """Return the names of the columns, as far as the beginning of the file says them."""
         if self.kind == "parquet":
-            return list(_parquet().ParquetFile(self.path).schema_arrow.names)
+            with _parquet_file(self.path) as file:
+                return list(file.schema_arrow.names)
         if self.kind == "csv":
             with self.open("rb") as stream, _csv_text(stream) as text:
                 return _header(csv.reader(text, strict=True))
@@ -109,7 +115,8 @@ class Table:
     def count(self) -> int:
         """Return how many rows there are; those of text are looked through for it."""
         if self.kind == "parquet":
-            return int(_parquet().ParquetFile(self.path).metadata.num_rows)
+            with _parquet_file(self.path) as file:
+                return int(file.metadata.num_rows)
         if self.kind == "csv":
             return sum(1 for _ in self.lines())
         with self.open("rb") as stream:
@@ -140,9 +147,27 @@ def _parquet() -> Any:
     return importlib.import_module("pyarrow.parquet")
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say of a file that it cannot be read, whatever its format's reader raises."""
+    try:
+        yield
+    except LmkitError:
+        raise
+    except Exception as error:
+        raise JobError(f"{path} cannot be read: {error}. Mend it; what is done is kept.") from error
+
+
+@contextlib.contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
+    with _reading(path), _parquet().ParquetFile(path) as file:
+        _check_names(file.schema_arrow.names, f"the columns of {path}")
+        yield file
+
+
 def parquet_batches(path: Path) -> Iterator[Any]:
     """Read a Parquet file in parts."""
-    with _parquet().ParquetFile(path) as file:
+    with _parquet_file(path) as file:
         yield from file.iter_batches(batch_size=BATCH_ROWS)
 
 
@@ -164,6 +189,9 @@ def _refuse(word: str) -> float:
     raise ValueError(f"{word} is no number of JSON's")
 
 
+NESTED = 300
+"""From how many brackets on a line is looked at, whether it can be written: Python bounds how deep they may go."""
+
 _JSON = json.JSONDecoder(parse_constant=_refuse)
 
 
@@ -178,6 +206,8 @@ def _json_line(line: bytes, number: int) -> Line:
     try:
         text = line.decode()
         values = _JSON.decode(text)
+        if text.count("[") + text.count("{") > NESTED:
+            plain(values)  # rather now than when the output is made
     except (ValueError, RecursionError) as error:
         told = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         return Line(text=line.decode(errors="backslashreplace"), problem=f"line {number} is no JSON: {told}")
@@ -207,33 +237,46 @@ def _csv_text(stream: BinaryIO) -> io.TextIOWrapper:
 
 def _header(reader: Any) -> list[str]:
     names: list[str] = next(reader, [])
-    if not names or len(set(names)) != len(names):
-        raise OptionError(f"the first line of a CSV file names its columns, each once, and this is {names!r}.")
+    _check_names(names, "the first line of a CSV file")
     return names
+
+
+def _check_names(names: list[str], where: str) -> None:
+    if not names or len(set(names)) != len(names):
+        raise OptionError(f"{where} must name columns, each once, and there is {names!r}.")
+
+
+def _noted(lines: Iterable[str], read: list[str]) -> Iterator[str]:
+    for line in lines:
+        read.append(line)
+        yield line
 
 
 def csv_lines(stream: BinaryIO) -> Iterator[Line]:
     """Read CSV whose first line names the columns; each cell is a text."""
     with _csv_text(stream) as text:
-        reader = csv.reader(text, strict=True)
+        read: list[str] = []  # of a row
+        reader = csv.reader(_noted(text, read), strict=True)
         names = _header(reader)
         while True:
+            read.clear()
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Line(problem=f"line {reader.line_num} is no CSV: {error}")
+                yield Line(text="".join(read), problem=f"line {reader.line_num} is no CSV: {error}")
                 continue
             if len(cells) == len(names):
                 yield Line(dict(zip(names, cells, strict=True)))
             elif cells:
                 told = f"line {reader.line_num} has {len(cells)} cells, and there are {len(names)} columns"
-                yield Line(dict(zip(names, cells, strict=False)), problem=told)
+                yield Line(dict(zip(names, cells, strict=False)), "".join(read), told)
 
 
 def _cell(value: object) -> str:
-    """Write a value for CSV: a text as it is, nothing for None, JSON for others."""
+    """Write a value for CSV: a text as it is, nothing for None, JSON for others but numbers that JSON does not have."""
+    value = repr(value) if isinstance(value, float) else plain(value)
     if isinstance(value, str):
         try:
             value.encode("utf-8", "surrogateescape")
@@ -275,14 +318,16 @@ def _names(source: Table) -> list[str]:
 
 
 def _write_csv(stream: BinaryIO, names: list[str], pairs: Pairs, new: Mapping[str, str]) -> None:
-    text = io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="", write_through=True)
-    writer = csv.writer(text, lineterminator="\n")
+    def put(row: str) -> None:
+        stream.write(row.removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n")
+
+    sink: Any = SimpleNamespace(write=put)
+    writer = csv.writer(sink, lineterminator="\r\n")  # for Python quotes only what ends lines
     writer.writerow([*names, *new])
     for line, columns in pairs:
         more = json.loads(columns)
         cells = [*(line.values.get(name) for name in names), *(more.get(name) for name in new)]
         writer.writerow(map(_cell, cells))
-    text.detach()
 
 
 def _write_parquet(path: Path, source: Table, pairs: Pairs, new: Mapping[str, str]) -> None:
@@ -320,7 +365,8 @@ def schema_of(source: Table) -> Any:
         JobError: A column has values of several types, or a text that is no Unicode.
     """
     if source.kind == "parquet":
-        return _parquet().ParquetFile(source.path).schema_arrow
+        with _parquet_file(source.path) as file:
+            return file.schema_arrow
     pa = _arrow()
     if source.kind == "csv":
         return pa.schema([(name, "string") for name in source.columns() or ()])
@@ -330,6 +376,7 @@ def schema_of(source: Table) -> Any:
             names = dict.fromkeys(name for row in batch for name in row)
             part = pa.RecordBatch.from_pylist([dict.fromkeys(names) | row for row in batch]).schema
             schema = pa.unify_schemas([schema, part], promote_options="permissive")
+        _parquet().ParquetWriter(pa.BufferOutputStream(), schema).close()
     return schema
 
 
@@ -339,7 +386,7 @@ def _fitting(source: Table) -> Iterator[None]:
     pa = _arrow()
     try:
         yield
-    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
         raise JobError(
             f"{source.path} fits no Parquet file, where a column has one type and texts are Unicode: {error}. Write "
             "JSONL; journal= says where rows are that are done."

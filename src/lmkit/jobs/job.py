@@ -16,6 +16,7 @@ from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from lmkit.errors import JobError, LmkitError, OptionError, listed, shown
 from lmkit.jobs.files import STANDARD, Line, Table, joined, json_bytes, schema_of, standard_input, write
@@ -58,11 +59,13 @@ class Taken:
         column: Its name.
         test: Whether a value is one; a text that is none is read as JSON.
         needed: Whether each row has to have it.
+        many: Whether a text that is the JSON of a list is that list, although a text alone would be accepted too.
     """
 
     column: str
     test: Callable[[Any], bool]
     needed: bool = False
+    many: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ class Job:
             self._answer(pairs)
             self._journal.sync()
             if self._output is not None:
-                self._compose(folder / "output", pairs)
+                self._compose(folder, pairs)
         told = str(self._output.path) if self._output else "standard output"
         counts = (self._seen, self._done, self._kept, self._changed, self._failed, self._tokens)
         return JobReport(told, *counts, seconds=time.perf_counter() - started)
@@ -247,9 +250,10 @@ class Job:
             self._failed += failed
             yield line, columns
 
-    def _compose(self, made: Path, pairs: Iterator[tuple[Line, bytes]]) -> None:
-        """Write the output beside the journal, and give it its name when it is whole."""
+    def _compose(self, journal: Path, pairs: Iterator[tuple[Line, bytes]]) -> None:
+        """Write the output beside its place, since the journal may be on another disk, and name it when it is whole."""
         assert self._output is not None  # noqa: S101 - of a file alone
+        made = Path(f"{self._output.path}.{crc32(os.fsencode(journal.resolve())):08x}")
         write(replace(self._output, path=made), self._again, pairs, self._new)
         with made.open("rb+") as written:
             os.fsync(written.fileno())
@@ -261,15 +265,18 @@ def check_files(source: str | os.PathLike[str], output: str | os.PathLike[str]) 
     """Tell what files are, links followed; None for standard input or output.
 
     Raises:
-        OptionError: By its name the format of one is not known, the input is not there, or is the output.
+        OptionError: By its name the format of one is not known, the input is not there or is the output, or the output
+            is a folder.
     """
     first, last = (
         None if os.fspath(name) == STANDARD else Table.named(Path(os.path.realpath(name))) for name in (source, output)
     )
-    if first is not None and not first.path.exists():
+    if first is not None and not first.path.is_file():
         raise OptionError(f"there is no file {str(first.path)!r} to read rows from.")
     if first is not None and last is not None and first.path == last.path:
         raise OptionError(f"the input and the output are both {str(last.path)!r}: write to another file.")
+    if last is not None and last.path.is_dir():
+        raise OptionError(f"{str(last.path)!r} is a folder: name a file to write to.")
     return first, last
 
 
@@ -297,9 +304,12 @@ def _value(taken: Taken, line: Line, row: int) -> Any:
                 f"row {row} has nothing in the column {taken.column!r}: its columns are {listed(line.values)}."
             )
         return None
-    if isinstance(value, str) and not taken.test(value):
+    if isinstance(value, str) and (taken.many or not taken.test(value)):
         with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(value)
+            read = json.loads(value)
+            value = read if isinstance(read, list) or not taken.many else value
+    if isinstance(value, float) and value.is_integer() and not taken.test(value):
+        value = int(value)  # pandas makes whole numbers floats where one is missing
     if taken.needed and not taken.test(value):
         raise OptionError(
             f"row {row} has {shown(value, 60)} in the column {taken.column!r}, which is not accepted there."

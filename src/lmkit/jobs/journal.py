@@ -73,7 +73,8 @@ class Journal:
         self._places, self._keys, self.count, self._end = array("q"), array("Q"), 0, 0
         self._write(_summed(json.dumps(header).encode()))
         self.sync()
-        sync_folder(self.path.parent)
+        for folder in self.path.parents[:2]:  # the name of the journal, and that of its folder
+            sync_folder(folder)
         self.header = header
 
     def append(self, row: int, key: int, columns: bytes, *, failed: bool) -> None:

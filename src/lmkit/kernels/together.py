@@ -94,7 +94,8 @@ class Joint:
                 return None
         made = self, id(rows), torch.is_inference_mode_enabled(), -1 if rows.is_inference() else rows._version  # noqa: SLF001
         kept: _Kept | None = vars(rows).get(KEPT)
-        part = None if kept is None or kept[0] != made or _differs(kept[1], rows) else kept[2].pop(id(member), None)
+        same = kept is not None and kept[0] == made and (kept[1] is None or torch.equal(kept[1], rows))
+        part = kept[2].pop(id(member), None) if kept is not None and same else None
         if kept is None or part is None:
             # Writes in inference mode are not counted.
             copied = rows.clone() if rows.is_inference() else None
@@ -118,10 +119,6 @@ class Joint:
 
 _Kept: TypeAlias = "tuple[tuple[object, ...], torch.Tensor | None, dict[int, torch.Tensor]]"
 """For which input a product was computed, a copy of it where it may change unseen, and the parts that are left."""
-
-
-def _differs(copied: torch.Tensor | None, rows: torch.Tensor) -> bool:
-    return copied is not None and not torch.equal(copied, rows)
 
 
 def _joined(parts: Sequence[torch.Tensor], dim: int | None) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:

@@ -211,11 +211,15 @@ def _replicated(
     rest = {name: value for name, value in options.items() if name != "replicas"}
     loads = [functools.partial(load, *reload.args[:3], device, **rest) for device in found]
     pool = Pool(found, loads, threads(found))
-    model = model_of(pool.facts[0], config)
-    hushed(lambda: tell(decided, model, tokenizer))
-    wrapper: Generator | Translator | Unmasker = _replicated_kind(asked[0])(
-        LoadedReplicas(model, tokenizer, decided, reload, pool=pool)
-    )
+    try:
+        model = model_of(pool.facts[0], config)
+        hushed(lambda: tell(decided, model, tokenizer))
+        wrapper: Generator | Translator | Unmasker = _replicated_kind(asked[0])(
+            LoadedReplicas(model, tokenizer, decided, reload, pool=pool)
+        )
+    except BaseException:
+        pool.close()  # its threads hold it
+        raise
     return wrapper
 
 

@@ -29,14 +29,14 @@ def spelled_out(told: CallableT) -> CallableT:
         rest = own.popitem()[1] if own else None
         if rest is not None and rest.kind is rest.VAR_KEYWORD and (named := _UNPACKED.fullmatch(str(rest.annotation))):
             options: type = inspect.unwrap(verb).__globals__[named[1]]
-            more = [_parameter(name, kind) for name, kind in _types(options).items() if name not in own]
+            more = [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+                for name, kind in _types(options).items()
+                if name not in own
+            ]
             verb.__signature__ = signature.replace(parameters=[*own.values(), *more])
             verb.__doc__ = f"{inspect.getdoc(verb)}\n\nOptions:\n{textwrap.indent(_listed(options), '    ')}"
     return told
-
-
-def _parameter(name: str, kind: str) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
 def _types(options: type) -> Mapping[str, str]:

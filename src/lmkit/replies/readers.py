@@ -43,7 +43,10 @@ def as_json(text: str, _: Mapping[str, str]) -> list[tuple[str, Any]]:
 
 def behind_name(text: str, _: Mapping[str, str]) -> list[tuple[str, Any]]:
     """Read a name, something between, and arguments as JSON, such as `f[ARGS]{…}`."""
-    found = re.fullmatch(r"\s*(?:function<｜tool▁sep｜>|functions\.)?([\w.:/-]+)([^{]*)(\{.*\})[\s`]*", text, re.DOTALL)
+    # Nothing is given back: a long text without arguments would be tried at every length of its name.
+    found = re.fullmatch(
+        r"\s*(?:function<｜tool▁sep｜>|functions\.)?([\w.:/-]++)([^{]*+)(\{.*\})[\s`]*", text, re.DOTALL
+    )
     if not found:
         raise ValueError("it is no name with arguments")
     return [(found[1], json.loads(found[3]))]
@@ -62,7 +65,7 @@ def tagged(whole: str, pair: str) -> Reader:
 
 
 as_xml = tagged(
-    r"\s*<function=([^>\n]+)>(.*)</function>\s*", r"<parameter=([^>\n]+)>\n?((?:(?!<parameter=).)*?)\n?</parameter>"
+    r"\s*<function=([^>\n]+)>(.*)</function>\s*", r"<parameter=([^<>\n]+)>\n?((?:(?!<parameter=).)*?)\n?</parameter>"
 )
 as_pairs = tagged(
     r"\s*([^\n<]+)(.*)", r"<arg_key>((?:(?!<arg_key>).)*?)</arg_key>\s*<arg_value>((?:(?!<arg_key>).)*?)</arg_value>"

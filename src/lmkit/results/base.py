@@ -91,11 +91,8 @@ class Results(list[ResultT]):
         most = len(self) if len(self) <= SHOWN_ROWS else SHOWN_ROWS // 2
         rows = (_row(number, one) for number, one in enumerate(self[:most]))
         lines = [
-            "  ".join(
-                [f"{number:>4}", repr(shortened(text, 60)), *(f"{name}={value!r}" for name, value in told.items())]
-            )
-            for (_, number), (_, text), *others in rows
-            for told in [dict(others)]
+            "  ".join([f"{number:>4}", repr(shortened(text, 60)), *(f"{name}={value!r}" for name, value in told)])
+            for (_, number), (_, text), *told in rows
         ]
         more = [f"      … {len(self) - most:,} more"] if most < len(self) else []
         head = f"{len(self):,} result{'' if len(self) == 1 else 's'}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Generic, Literal, TypeAlias
 
 from typing_extensions import TypeVar
@@ -365,22 +366,15 @@ class Translation(Generation[ValueT_co]):
 
     def _picture(self) -> list[Block]:
         pieces = list(enumerate(self.segments)) or [(0, Segment(0, len(self.source), 0, len(self.text)))]
+        there, here = attrgetter("source_start", "source_end"), attrgetter("start", "end")
         sides = [
             tuple(Span(text[slice(*ends(one))], bool(one.notes), ", ".join(one.notes), n) for n, one in pieces)
-            for text, ends in ((self.source, _in_source), (self.text, _in_text))
+            for text, ends in ((self.source, there), (self.text, here))
         ]
         others = [as_it_is(one.text) for one in self.completions[1:]]
         languages = {"languages": f"{self.source_language or '?'} → {self.target_language or '?'}"}
         why = {name: value for name, value in self._told().items() if value}
         return [Text(tuple(sides)), *others, Facts({**languages, **why, **self._facts().pairs})]
-
-
-def _in_source(segment: Segment) -> tuple[int, int]:
-    return segment.source_start, segment.source_end
-
-
-def _in_text(segment: Segment) -> tuple[int, int]:
-    return segment.start, segment.end
 
 
 @dataclass(frozen=True, slots=True)

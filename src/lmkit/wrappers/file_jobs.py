@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmkit._interrupts import surely
 from lmkit.engine import Caller
-from lmkit.errors import LmkitError, OutputError, UnknownOptionError, listed, nearest
+from lmkit.errors import LmkitError, OptionError, OutputError, UnknownOptionError, listed, nearest, shown
 from lmkit.jobs.job import Asked, Job, Taken, Work
 from lmkit.options.option import check_word, declared, is_a
 from lmkit.options.per_row import split
@@ -132,7 +132,7 @@ class FileJobs:
         check_word("verb", verb, list(self._verbs))
         taken = self._taken(verb, column, columns)
         reads = taken.pop("")
-        run = self._by_call(options, whole=not columns) if verb in CALLS else self._together(verb, options)
+        run = self._by_call(options, whole=not columns) if verb in CALLS else self._together(verb, options, columns)
         said = {"tools": [definition(tool) for tool in options["tools"]]} if options.get("tools") else {}
         new = {"answer": "double" if verb == "score" else "" if "output" in options else "string", **FACTS[verb]}
         new |= {"result": ""} if full else {}
@@ -160,7 +160,8 @@ class FileJobs:
     def _taken(self, verb: str, column: str | None, columns: Mapping[str, str]) -> dict[str, Taken]:
         """Say which columns are read, by the names of what they are; the model's own by an empty one."""
         word = self._verbs[verb]
-        tests = {name: option.test for name, option in declared(self._accepted).items() if not option.call}
+        options = declared(self._accepted)
+        tests = {name: option.test for name, option in options.items() if not option.call}
         if verb not in CALLS:
             tests = {name: tests[name] for name in self._pair}
             tests |= {word: is_a(list if verb == "rank" else str)} if word else {}
@@ -171,7 +172,8 @@ class FileJobs:
         kinds: Any = (str, list) if "generate" in self._verbs else str
         given = is_a(list if verb == "chat" or (verb == "rank" and not word) else kinds)
         found = {"": Taken(column or ("messages" if verb == "chat" else "text"), given, needed=True)}
-        return found | {name: Taken(one, tests[name], needed=name == word) for name, one in columns.items()}
+        many = {name for name, option in options.items() if option.many}
+        return found | {name: Taken(one, tests[name], name == word, name in many) for name, one in columns.items()}
 
     def _identity(self) -> dict[str, Any]:
         """Say which model it is: what a job that goes on must find again."""
@@ -225,19 +227,33 @@ class FileJobs:
 
         return run
 
-    def _together(self, verb: str, options: dict[str, Any]) -> Callable[[Iterator[Asked]], Iterator[tuple[int, Any]]]:
-        """Return what scores or ranks rows, a window of them at a time."""
-        method = getattr(self, verb)
-        known = [*inspect.signature(method).parameters, *self._pair]
+    def _together(
+        self, verb: str, options: dict[str, Any], columns: Mapping[str, str]
+    ) -> Callable[[Iterator[Asked]], Iterator[tuple[int, Any]]]:
+        """Check the options, and return what scores or ranks rows, a window of them at a time."""
+        method, word = getattr(self, verb), self._verbs[verb]
+        parameters = inspect.signature(method).parameters
+        known = [*parameters, *self._pair]
         if unknown := [name for name in options if name not in known or name in ("on_error", "told")]:
             raise UnknownOptionError(f"unknown option {unknown[0]!r}.{nearest(unknown[0], known)}")
+        if word and parameters[word].default is inspect.Parameter.empty and word not in {*options, *columns}:
+            raise OptionError(f"{verb} needs {word}=, or in columns= the name of the column that has each row's.")
+        for name in options.keys() & {word, *self._pair}:
+            given, several = options[name], verb == "rank" and name == word
+            texts = given if several else [given]
+            if (several and not isinstance(given, (list, tuple))) or not all(isinstance(one, str) for one in texts):
+                what = f"pass {'a list of texts' if several else 'a text'} for all rows"
+                raise OptionError(f"{name}={shown(given)} is not accepted: {what}, or a column's name in columns=.")
 
         def run(asked: Iterator[Asked]) -> Iterator[tuple[int, Any]]:
             while window := list(itertools.islice(asked, WINDOW)):
                 own = {name for one in window for name in one.options}
                 lists = {name: [one.options.get(name, options.get(name)) for one in window] for name in own}
                 results = method([one.given for one in window], **(options | lists), on_error="return", progress=False)
-                yield from zip((one.row for one in window), results, strict=True)
+                for number, (one, result) in enumerate(zip(window, results, strict=True)):
+                    if isinstance(result, LmkitError):  # it counts from the window's first
+                        result.args = (re.sub(rf"\brow {number}\b", f"row {one.row}", str(result), count=1),)
+                    yield one.row, result
 
         return run
 

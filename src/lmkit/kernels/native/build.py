@@ -22,20 +22,15 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-INSTRUCTIONS: Final[Mapping[str, tuple[Sequence[str], Sequence[str]]]] = {
-    "avx512bf16": (
-        ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni", "avx512_bf16", "fma3"),
-        ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512bf16", "-mfma"),
-    ),
-    "avx512vnni": (
-        ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni", "fma3"),
-        ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"),
-    ),
-    "avxvnni": (("avx2", "avx_vnni", "fma3"), ("-mavx2", "-mavxvnni", "-mfma")),
-    "avx2": (("avx2", "fma3"), ("-mavx2", "-mfma")),
+_AVX512: Final = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni")
+
+INSTRUCTIONS: Final[Mapping[str, Sequence[str]]] = {
+    "avx512bf16": (*_AVX512, "avx512_bf16", "fma3"),
+    "avx512vnni": (*_AVX512, "fma3"),
+    "avxvnni": ("avx2", "avx_vnni", "fma3"),
+    "avx2": ("avx2", "fma3"),
 }
-"""The sets of instructions that kernels are written for, the best first: what torch must say of the processor, and what
-the compiler is told."""
+"""The sets of instructions that kernels are written for, the best first, and what torch must say of the processor."""
 
 FLAGS: Final = (
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"),
@@ -58,8 +53,15 @@ class NoKernelsError(Exception):
 
 
 def cache_folder(kind: str) -> Path:
-    """Return where compiled code is kept: in the user's cache, where nobody else should be able to write."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmkit" / kind
+    """Return where compiled code is kept: in the user's cache, where nobody else should be able to write.
+
+    Raises:
+        NoKernelsError: There is no home, as in a container with another user's number.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmkit" / kind
+    except RuntimeError as error:
+        raise NoKernelsError("there is no home folder to keep compiled code in: set XDG_CACHE_HOME") from error
 
 
 def instructions() -> str:
@@ -69,7 +71,7 @@ def instructions() -> str:
         NoKernelsError: It has none of them.
     """
     has = torch.cpu.get_capabilities()
-    for name, (needed, _) in INSTRUCTIONS.items():
+    for name, needed in INSTRUCTIONS.items():
         if all(has.get(one) for one in needed):
             return name
     raise NoKernelsError("this processor has neither AVX2 nor AVX512-VNNI")
@@ -99,7 +101,10 @@ def library(isa: str, name: str, accept: Callable[[Path], None]) -> None:
     Raises:
         NoKernelsError: There is no compiler, it fails, or what it made cannot be loaded.
     """
-    command = [*compiler(), *FLAGS, *INSTRUCTIONS[isa][1], f"-DLMKIT_OPERATORS={name}", *_torch_flags()]
+    allowed = [f"-m{one.replace('_', '').removesuffix('3')}" for one in INSTRUCTIONS[isa]]  # gcc says fma, torch fma3
+    command = [*compiler(), *FLAGS, *allowed, f"-DLMKIT_OPERATORS={name}"]
+    there = Path(torch.__file__).parent
+    command += [f"-I{there / 'include'}", f"-L{there / 'lib'}"]
     folder = cache_folder("kernels") / _key(command)
     with contextlib.suppress(OSError):  # absent or damaged
         read(folder / LIBRARY)
@@ -128,11 +133,6 @@ def read(path: Path) -> None:
 def sources() -> list[Path]:
     """Return the kernels' source files, headers among them."""
     return sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".h", ".cpp"))
-
-
-def _torch_flags() -> list[str]:
-    folder = Path(torch.__file__).parent
-    return [f"-I{folder / 'include'}", f"-L{folder / 'lib'}"]
 
 
 def _compile(command: Sequence[str], target: Path) -> None:

@@ -263,6 +263,7 @@ Tensor quantized_linear(const Tensor& given, const Tensor& weight, const Tensor&
   const Tensor input = given.is_contiguous() ? given : torch::stable::contiguous(given);
   const ScalarType dtype = input.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "rows are float32 or bfloat16");
+  STD_TORCH_CHECK(input.dim() > 0, "rows have a length");
   STD_TORCH_CHECK(bits == 8 || bits == 4, "weights have 8 or 4 bits");
   STD_TORCH_CHECK(scales.scalar_type() == dtype, "rows and scales have two dtypes");
   STD_TORCH_CHECK(weight.is_contiguous() && scales.is_contiguous(), "weights and scales are contiguous");
