@@ -1,16 +1,11 @@
-import contextlib
 import io
 import json
-import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +23,7 @@ from lmkit.cli.screen import visible, write, write_json
 from lmkit.options.generation import GeneratorOptions
 from lmkit.options.option import declared
 from lmkit.options.tasks import TranslationOptions, UnmaskOptions
+from terminals import Screen
 
 FAMILIES = {family.name: family for family in (*families.CAUSAL, *families.SEQ2SEQ, *families.MASKED)}
 SAILOR = "The old sailor"
@@ -65,6 +61,7 @@ class Terminal(io.StringIO):
 def run_in_terminal(monkeypatch: pytest.MonkeyPatch, *arguments: str, keys: str = "") -> tuple[Any, Terminal, str]:
     """Run a command in this process as in a terminal; return its exit code, its screen and its errors."""
     screen, errors = Terminal(), Terminal()
+    monkeypatch.setenv("TERM", "dumb")
     for name, stream in (("stdin", Terminal(keys)), ("stdout", screen), ("stderr", errors)):
         monkeypatch.setattr(sys, name, stream)
     with pytest.raises(SystemExit) as ended:
@@ -694,52 +691,6 @@ def test_a_reader_that_goes_away_ends_it_quietly(saved: dict[str, str]) -> None:
         feeder.kill()
     assert first["prompt"] == "She"
     assert (code, errors) == (0, "")
-
-
-class Screen:
-    """A process in a real pseudo-terminal, and what its screen has shown so far."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.master, terminal = pty.openpty()
-        self.shown = ""
-        environment = {**os.environ, "TERM": "dumb", "PYTHONUTF8": "1"}
-        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "lmkit", *arguments], stdin=terminal, stdout=terminal, stderr=terminal,
-            env=environment, start_new_session=True, preexec_fn=heed,  # noqa: PLW1509 - it does nothing else
-        )  # fmt: skip
-        os.close(terminal)
-
-    def wait_for(self, text: str = "", *, length: int = 0, seconds: float = 90) -> None:
-        """Read until the screen shows the text and as many characters."""
-        end = time.monotonic() + seconds
-        while text not in self.shown or len(self.shown) < length:
-            assert time.monotonic() < end, f"not seen: {text!r} in {self.shown!r}"
-            if select.select([self.master], [], [], 1)[0]:
-                self.shown += os.read(self.master, 4096).decode("utf-8", "replace")
-
-    def press(self, keys: str) -> None:
-        """Type, and forget what was shown before."""
-        self.shown = ""
-        os.write(self.master, keys.encode())
-
-    def close(self) -> int:
-        """Wait for the end and return the exit code."""
-        try:
-            self._drain(60)
-            return self.process.wait(1)
-        finally:
-            self.process.kill()
-            self.process.wait()
-            os.close(self.master)
-
-    def _drain(self, seconds: float) -> None:
-        """Read until the process ends: one whose screen nobody reads waits for ever."""
-        end = time.monotonic() + seconds
-        while self.process.poll() is None and time.monotonic() < end:
-            if select.select([self.master], [], [], 0.1)[0]:
-                with contextlib.suppress(OSError):
-                    self.shown += os.read(self.master, 4096).decode("utf-8", "replace")
 
 
 @pytest.mark.slow
