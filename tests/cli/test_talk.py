@@ -53,7 +53,7 @@ def test_a_talk_as_people_have_it(tmp_path: Path) -> None:
     """Answers are the library's; the arrow keys bring back a message; the last line has the speed and the context."""
     with started("--max-new-tokens", "5") as screen:
         first = answer("Hello")
-        shown = screen.press("Hello" + ENTER, STATUS) + screen.wait_for("\r\n\x1b[0m")
+        shown = screen.press("Hello" + ENTER, "\n\x1b[?2004h> ")
         used = first.prompt_tokens + first.generated_tokens
         assert on_screen(first.text) in shown
         assert f"{first.generated_tokens} tokens, " in shown
@@ -89,7 +89,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk(tmp_path: Path) -> None:
         screen.press(f"/options min_new_tokens=900000{ENTER}", "> ")
         screen.press("Hello" + ENTER)
         screen.wait_for(length=100)
-        assert "stopped; what it said is kept." in screen.interrupt("\r\n\x1b[0m")
+        assert "stopped; what it said is kept." in screen.interrupt("> ")
         screen.press("forget this", "forget this")
         screen.interrupt("Ctrl-D ends the talk.")
         user, assistant = saved(screen, tmp_path / "talk.jsonl")
@@ -131,7 +131,7 @@ def test_a_model_cannot_steer_the_terminal() -> None:
         assert "\x1b\x1b" not in shown
 
 
-def test_what_no_answer_can_come_of_is_refused_at_once(tmp_path: Path) -> None:
+def test_what_no_answer_can_come_of_is_refused_at_once() -> None:
     """A checkpoint without a chat template, or an option that is not accepted, ends the command before it asks."""
     for name, option, message in (("gpt2", (), "chat template"), ("qwen3", ("--top-p", "7"), "--top-p 7")):
         screen = Screen("chat", str(checkpoints.folder(name)), *option)
