@@ -90,9 +90,13 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk(tmp_path: Path) -> None:
         screen.press("Hello" + ENTER)
         screen.wait_for(length=100)
         assert "stopped; what it said is kept." in screen.interrupt("> ")
+        screen.press("Again" + ENTER)
+        screen.wait_for(length=100)
+        screen.interrupt()
+        screen.interrupt("> ")
         screen.press("forget this", "forget this")
         screen.interrupt("Ctrl-D ends the talk.")
-        user, assistant = saved(screen, tmp_path / "talk.jsonl")
+        user, assistant, *_ = saved(screen, tmp_path / "talk.jsonl")
         assert user["content"] == "Hello"
         assert len(assistant["content"]) > 50
 

@@ -16,7 +16,7 @@ from lmkit.errors import InputTooLongError, LmkitError, OptionError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lmkit.results import TextChunk
+    from lmkit.results import Generation, TextChunk
 
 HELP = '''\
 /system [TEXT]         what the model is told before all else
@@ -54,7 +54,9 @@ class Talk:
                     self._do(*line[1:].split(maxsplit=1))
                 else:
                     self._answer(line.strip())
-            except (LmkitError, OSError) as error:
+            except KeyboardInterrupt:  # pressed once more
+                aside("stopped.")
+            except LmkitError as error:
                 advice = " /reset forgets what was said." if isinstance(error, InputTooLongError) else ""
                 note(f"error: {as_said(str(error), 'the talk')}{advice}")
 
@@ -76,10 +78,12 @@ class Talk:
             if said:
                 self._messages = [*asked, {"role": "assistant", "content": said}]
             return
-        result = heard[-1].result
-        if result is None:
-            return
-        self._messages = [*asked, result.message]
+        for result in [chunk.result for chunk in heard if chunk.result is not None]:
+            self._messages = [*asked, result.message]
+            self._tell(result)
+
+    def _tell(self, result: Generation) -> None:
+        """Say how fast an answer came, and how much of the context the talk fills."""
         used = result.prompt_tokens + result.generated_tokens
         of = "" if self._context is None else f" of {self._context:,}"
         cut = ", stopped at the limit" if result.finish_reason == "length" else ""
@@ -117,8 +121,11 @@ class Talk:
     def _save(self, file: str) -> None:
         if not file:
             raise OptionError("/save needs the name of a file.")
-        with Path(file).expanduser().open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"messages": self._messages}, ensure_ascii=False) + "\n")
+        try:
+            with Path(file).expanduser().open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"messages": self._messages}, ensure_ascii=False) + "\n")
+        except (OSError, RuntimeError) as error:
+            raise OptionError(f"{file} cannot be written: {error}") from error
         aside(f"{len(self._messages)} messages saved.")
 
     def _set(self, written: str) -> None:
