@@ -386,7 +386,7 @@ def test_a_message_too_long_for_a_chat_does_not_end_it(saved: dict[str, str], mo
     code, screen, errors = run_in_terminal(monkeypatch, "chat", saved["qwen3"], "--max-new-tokens", "5", keys=keys)
     _, alone, _ = run_in_terminal(monkeypatch, "chat", saved["qwen3"], "--max-new-tokens", "5", keys="Hello\n")
     assert "lmkit: error: the talk has " in errors
-    assert errors.endswith("leave out its oldest messages. /reset forgets what was said.\n")
+    assert "leave out its oldest messages. /reset forgets what was said.\n" in errors
     assert screen.getvalue() == f"> \n{alone.getvalue()}"
     assert code == 0
 
@@ -782,7 +782,7 @@ def test_a_chat_in_a_real_terminal_ends_with_ctrl_d(saved: dict[str, str]) -> No
     with lmkit.load("causal", saved["qwen3"]) as generator:
         answer = generator.chat([{"role": "user", "content": "Hello"}], max_new_tokens=5).text
     terminal.wait_for(visible(answer).replace("\n", "\r\n"))
-    terminal.wait_for("\n> ")
+    assert "\x1b" not in terminal.wait_for("\n> ")
     terminal.press("\x04")
     assert terminal.close() == 0
 

@@ -60,7 +60,7 @@ def aside(text: str) -> None:
 @contextlib.contextmanager
 def busy(doing: str) -> Iterator[None]:
     """Say in a terminal what takes a while, until it is done."""
-    if not _steered(sys.stderr):
+    if not steered(sys.stderr):
         yield
         return
     sys.stderr.write(f"\x1b[?7l{visible(doing)} …\x1b[?7h")  # on one line, whatever the width
@@ -73,10 +73,10 @@ def busy(doing: str) -> Iterator[None]:
 
 
 def _dim(text: str, stream: TextIO) -> str:
-    return f"\x1b[2m{text}\x1b[0m" if text and _steered(stream) else text
+    return f"\x1b[2m{text}\x1b[0m" if text and steered(stream) else text
 
 
-def _steered(stream: TextIO) -> bool:
+def steered(stream: TextIO) -> bool:
     """Whether a stream is a terminal that takes escape sequences."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmkit.cli.answers import spell
 from lmkit.cli.options import value_of
-from lmkit.cli.screen import as_said, aside, note, write
+from lmkit.cli.screen import as_said, aside, note, steered, write
 from lmkit.errors import InputTooLongError, LmkitError, OptionError
 
 if TYPE_CHECKING:
@@ -150,7 +150,8 @@ def typed() -> Iterator[str]:
     with contextlib.suppress(ImportError):
         import readline  # gives input() its arrow keys
 
-        readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off
+        if steered(sys.stdout):
+            readline.parse_and_bind("set enable-bracketed-paste on")  # which Python turns off
         readline.parse_and_bind(r'"\e\C-m": "\C-v\C-j"')
     shown = sys.stdout.isatty()
     while True:
