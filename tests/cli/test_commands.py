@@ -16,6 +16,7 @@ import checkpoints
 import families
 import lmkit
 from lmkit.checkpoint.files import Source
+from lmkit.cli.answers import spell
 from lmkit.cli.commands import app, main
 from lmkit.cli.facts import describe
 from lmkit.cli.options import Checkpoint
@@ -459,6 +460,17 @@ def test_typed_lines_are_answered_one_by_one(saved: dict[str, str], monkeypatch:
 def test_control_characters_are_made_visible(text: str, shown: str) -> None:
     """Nothing but text, line feeds and tabs reaches a terminal; control characters are spelled out."""
     assert visible(text) == shown
+
+
+@pytest.mark.parametrize("term, shown", [("xterm", "\x1b[2m\\u001b[0mhm\x1b[0mYes\n"), ("dumb", "\\u001b[0mhmYes\n")])
+def test_reasoning_is_dimmed_and_cannot_undo_it(monkeypatch: pytest.MonkeyPatch, term: str, shown: str) -> None:
+    """Reasoning is dimmed where the terminal can do so, and the model's own escape characters stay visible."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", term)
+    reason = spell([lmkit.TextChunk("\x1b[0mhm", 0, kind="reasoning"), lmkit.TextChunk("Yes", 0, "eos")])
+    monkeypatch.undo()
+    assert (terminal.getvalue(), reason) == (shown, "eos")
 
 
 def test_only_a_terminal_is_protected(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
