@@ -34,9 +34,17 @@ def started(*arguments: str, folder: Path | None = None, term: str = "xterm") ->
     return screen
 
 
+def entered(screen: Screen, line: str) -> str:
+    """Type a line, wait for the next prompt, and return what came between."""
+    screen.press(line + ENTER)
+    while "> " not in (behind := screen.shown.partition("\x1b[?2004l")[2]):
+        screen.wait_for(length=len(screen.shown) + 1)
+    return behind
+
+
 def saved(screen: Screen, path: Path) -> list[dict[str, str]]:
     """Save the talk and read it."""
-    screen.press(f"/save {path}{ENTER}", " saved.")
+    assert " saved." in entered(screen, f"/save {path}")
     messages: list[dict[str, str]] = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])["messages"]
     return messages
 
@@ -59,8 +67,7 @@ def test_a_talk_as_people_have_it(tmp_path: Path) -> None:
         assert f"{first.generated_tokens} tokens, " in shown
         assert f"; context {used} of 128" in shown
         second = answer("Hello", first.text, "Hello!")
-        screen.press(UP + "!" + ENTER, STATUS)
-        screen.wait_for("> ")
+        assert STATUS in entered(screen, UP + "!")
         turns = [(one["role"], one["content"]) for one in saved(screen, tmp_path / "talk.jsonl")]
         assert turns == [
             ("user", "Hello"), ("assistant", first.content), ("user", "Hello!"), ("assistant", second.content),
@@ -79,14 +86,15 @@ PASTED = "\x1b[200~one\n\ttwo\x1b[201~"
 def test_a_message_may_have_several_lines(keys: str, message: str, tmp_path: Path) -> None:
     """What is pasted is one message, and so is what Alt-Enter or three quotes hold together."""
     with started("--max-new-tokens", "5") as screen:
-        screen.press(keys + ENTER, STATUS)
+        screen.press(keys)
+        assert STATUS in entered(screen, "")
         assert saved(screen, tmp_path / "talk.jsonl")[0]["content"] == message
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_talk(tmp_path: Path) -> None:
     """During an answer Ctrl-C ends it, and keeps what was read; where nobody answers it forgets the line."""
     with started(folder=long_winded(tmp_path / "model")) as screen:
-        screen.press(f"/options min_new_tokens=900000{ENTER}", "> ")
+        entered(screen, "/options min_new_tokens=900000")
         screen.press("Hello" + ENTER)
         screen.wait_for(length=100)
         assert "stopped; what it said is kept." in screen.interrupt("> ")
@@ -104,24 +112,23 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk(tmp_path: Path) -> None:
 def test_commands(tmp_path: Path) -> None:
     """/system, /options and /reset do what /help says; what is written wrongly is an error line and changes nothing."""
     with started("--max-new-tokens", "5", "--system", "Be kind.") as screen:
-        assert "/save FILE" in screen.press(f"/help{ENTER}", "before it.")
-        screen.press("Hello" + ENTER, STATUS)
-        assert "error: temperature=-1 is not accepted" in screen.press(f"/options temperature=-1{ENTER}", "at least 0.")
-        assert "Did you mean 'temperature'?" in screen.press(f"/options tempratur=1{ENTER}", "Accepted")
-        assert "not written as NAME=VALUE" in screen.press(f"/options seed{ENTER}", "VALUE.")
-        screen.press(f'/options stop=["a"]{ENTER}', "> ")
-        screen.press(f"/options max_new_tokens={ENTER}", "> ")
-        shown = screen.press(f"/options{ENTER}", 'stop=["a"]')
-        assert "max_new_tokens" not in shown
-        assert "temperature" not in shown
-        screen.press(f"/system Be brief.{ENTER}", "> ")
+        assert "/save FILE" in entered(screen, "/help")
+        assert STATUS in entered(screen, "Hello")
+        assert "error: temperature=-1 is not accepted" in entered(screen, "/options temperature=-1")
+        assert "Did you mean 'temperature'?" in entered(screen, "/options tempratur=1")
+        assert "not written as NAME=VALUE" in entered(screen, "/options seed")
+        entered(screen, '/options stop=["a"]')
+        entered(screen, "/options max_new_tokens=")
+        assert entered(screen, "/options").startswith('\r\x1b[2mstop=["a"]\x1b[0m')
+        entered(screen, "/system Be brief.")
         assert [one["role"] for one in saved(screen, tmp_path / "talk")] == ["system", "user", "assistant"]
-        screen.press(f"/reset{ENTER}", "forgotten.")
+        assert "forgotten." in entered(screen, "/reset")
         assert saved(screen, tmp_path / "talk") == [{"role": "system", "content": "Be brief."}]
-        assert "there is no /nothing" in screen.press(f"/nothing{ENTER}", "before it.")
-        assert "No such file" in screen.press(f"/save {tmp_path}/no/where{ENTER}", "where'")
-        assert f"{'word ' * 3}" in screen.press("word " * 200 + ENTER, "/reset forgets what was said.")
-        assert "the talk has " in screen.shown
+        assert "there is no /nothing" in entered(screen, "/nothing")
+        assert "No such file" in entered(screen, f"/save {tmp_path}/no/where")
+        shown = entered(screen, "word " * 200)
+        assert "the talk has " in shown
+        assert "/reset forgets what was said." in shown
         screen.press(f"/exit{ENTER}")
         assert screen.close() == 0
 
