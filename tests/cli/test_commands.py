@@ -1,16 +1,11 @@
-import contextlib
 import io
 import json
-import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +16,7 @@ import checkpoints
 import families
 import lmkit
 from lmkit.checkpoint.files import Source
+from lmkit.cli.answers import spell
 from lmkit.cli.commands import app, main
 from lmkit.cli.facts import describe
 from lmkit.cli.options import Checkpoint
@@ -28,6 +24,7 @@ from lmkit.cli.screen import visible, write, write_json
 from lmkit.options.generation import GeneratorOptions
 from lmkit.options.option import declared
 from lmkit.options.tasks import TranslationOptions, UnmaskOptions
+from terminals import Screen
 
 FAMILIES = {family.name: family for family in (*families.CAUSAL, *families.SEQ2SEQ, *families.MASKED)}
 SAILOR = "The old sailor"
@@ -65,6 +62,7 @@ class Terminal(io.StringIO):
 def run_in_terminal(monkeypatch: pytest.MonkeyPatch, *arguments: str, keys: str = "") -> tuple[Any, Terminal, str]:
     """Run a command in this process as in a terminal; return its exit code, its screen and its errors."""
     screen, errors = Terminal(), Terminal()
+    monkeypatch.setenv("TERM", "dumb")
     for name, stream in (("stdin", Terminal(keys)), ("stdout", screen), ("stderr", errors)):
         monkeypatch.setattr(sys, name, stream)
     with pytest.raises(SystemExit) as ended:
@@ -286,6 +284,60 @@ def test_chat_with_lines_answers_each_on_its_own(saved: dict[str, str]) -> None:
     assert ["Bye" in prompt for prompt in prompts] == [False, True]
 
 
+def test_score_writes_log_probability_and_perplexity(saved: dict[str, str]) -> None:
+    """Of a text, a continuation or each line; --json has all of the score; a masked model scores texts."""
+    with lmkit.load("causal", saved["gpt2"]) as generator:
+        whole, behind = generator.score(SAILOR), generator.score("The old", " sailor")
+    with lmkit.load("masked", saved["bert"]) as unmasker:
+        hidden = unmasker.score("Birds fly.")
+    expected = f"{whole.logprob:.4f}\t{whole.perplexity:.4f}\n"
+    assert run("score", saved["gpt2"], SAILOR).stdout == expected
+    assert run("score", saved["gpt2"], "--lines", given=f"{SAILOR}\n" * 200).stdout == expected * 200
+    found = json.loads(run("score", saved["gpt2"], "The old", "--continuation", " sailor", "--json").stdout)
+    assert found["tokens"] == list(behind.tokens)
+    assert run("score", saved["bert"], "Birds fly.").stdout == f"{hidden.logprob:.4f}\t{hidden.perplexity:.4f}\n"
+
+
+def test_rank_writes_the_likeliest_first(saved: dict[str, str]) -> None:
+    """A line per choice with its share; translations take languages; each line of a file has the same choices."""
+    words = ["old", "sailor"]
+    choices = ("--choice", "old", "--choice", "sailor")
+    with lmkit.load("seq2seq", saved["nllb"]) as translator:
+        ranking = translator.rank("Birds", words, source="eng_Latn", target="deu_Latn", normalize="tokens")
+    expected = "".join(f"{choice.probability:.4f}\t{choice.text}\n" for choice in ranking.choices)
+    assert run("rank", saved["nllb"], "Birds", *choices, *GERMAN, "--normalize", "tokens").stdout == expected
+    with lmkit.load("causal", saved["gpt2"]) as generator:
+        both = generator.rank([SAILOR, "She"], words, normalize="prior", neutral="The")
+    done = run(
+        "rank", saved["gpt2"], *choices, "--normalize", "prior", "--neutral", "The", "--lines", given=f"{SAILOR}\nShe\n"
+    )
+    assert done.stdout.splitlines() == [f"{one.probability:.4f}\t{one.text}" for found in both for one in found.choices]
+
+
+@pytest.mark.parametrize(
+    "name, arguments, code, message",
+    [
+        ("gpt2", ("score", "--source", "en"), 2, "a causal model takes no --source."),
+        ("nllb", ("score", *GERMAN), 2, "pass --continuation."),
+        ("nllb", ("rank", "--choice", "a", "--neutral", "b"), 2, "a seq2seq model takes no --neutral."),
+        ("bert", ("rank", "--choice", "a"), 2, "a masked model takes no --choice."),
+        ("bert", ("score", "--continuation", "a"), 2, "a masked model takes no --continuation."),
+        ("gpt2", ("rank",), 2, "Missing option '--choice'"),
+        ("nllb", ("score", "--continuation", "a"), 1, "this checkpoint needs --source"),
+        ("gpt2", ("rank", "--choice", "a", "--normalize", "length"), 1, "--normalize 'length' is not accepted."),
+        ("gpt2", ("score", "--continuation", "word " * 200), 1, "lmkit: error: the text has "),
+    ],
+)
+def test_what_is_not_scored_says_why(
+    saved: dict[str, str], name: str, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    """An option that a task has no use for, or lacks, is named as it is written here."""
+    command, *others = arguments
+    done = run(command, saved[name], "a text", *others)
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert message in done.stderr
+
+
 # In a terminal ------------------------------------------------------------------------------------
 
 
@@ -304,6 +356,14 @@ def test_a_terminal_shows_what_has_no_pieces_whole(saved: dict[str, str], monkey
     assert (code, screen.getvalue()) == (0, run("unmask", saved["bert"], "Birds [MASK].").stdout)
     code, screen, _ = run_in_terminal(monkeypatch, "generate", saved["gpt2"], SAILOR, "--json")
     assert json.loads(screen.getvalue())["prompt"] == SAILOR
+
+
+def test_a_terminal_shows_pictures_of_scores(saved: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a terminal a score is its tokens and facts by name, and a ranking is bars."""
+    code, screen, _ = run_in_terminal(monkeypatch, "score", saved["gpt2"], SAILOR)
+    assert (code, "perplexity  " in screen.getvalue()) == (0, True)
+    code, screen, _ = run_in_terminal(monkeypatch, "rank", saved["gpt2"], SAILOR, "--choice", "a", "--choice", "b")
+    assert (code, "█" in screen.getvalue()) == (0, True)
 
 
 def test_a_chat_in_a_terminal_remembers(saved: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,13 +386,14 @@ def test_a_message_too_long_for_a_chat_does_not_end_it(saved: dict[str, str], mo
     keys = f"{'word ' * 200}\nHello\n"
     code, screen, errors = run_in_terminal(monkeypatch, "chat", saved["qwen3"], "--max-new-tokens", "5", keys=keys)
     _, alone, _ = run_in_terminal(monkeypatch, "chat", saved["qwen3"], "--max-new-tokens", "5", keys="Hello\n")
-    assert errors.startswith("lmkit: error: row 0 has ")
+    assert "lmkit: error: the talk has " in errors
+    assert "leave out its oldest messages. /reset forgets what was said.\n" in errors
     assert screen.getvalue() == f"> \n{alone.getvalue()}"
     assert code == 0
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(saved: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C during an answer forgets its message, and at the prompt ends the chat with 130."""
+    """Ctrl-C during an answer keeps what was read of it, and at the prompt forgets the line; the chat goes on."""
     calls: list[list[str]] = []
 
     def interrupted(_self: object, messages: list[dict[str, str]], **_options: object) -> Iterator[lmkit.TextChunk]:
@@ -344,16 +405,18 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(saved: dict[str, str], monkeypa
 
     monkeypatch.setattr(lmkit.Generator, "stream", interrupted)
     code, screen, _ = run_in_terminal(monkeypatch, "chat", saved["qwen3"], keys="one\ntwo\n")
-    assert calls == [["one"], ["two"]]
+    assert calls == [["one"], ["one", "An", "two"]]
     assert screen.getvalue() == "> An\n> Answer\n> \n"
     assert code == 0
 
     def interrupt(_prompt: str) -> str:
-        raise KeyboardInterrupt
+        raise endings.pop(0)
 
+    endings: list[BaseException] = [KeyboardInterrupt(), EOFError()]
     monkeypatch.setattr("builtins.input", interrupt)
     code, screen, errors = run_in_terminal(monkeypatch, "chat", saved["qwen3"])
-    assert (code, screen.getvalue(), errors) == (130, "", "")
+    assert (code, screen.getvalue(), endings) == (0, "\n", [])
+    assert errors.endswith("\n/exit or Ctrl-D ends the talk.\n")
 
 
 @pytest.mark.parametrize("arguments", [(), ("--lines",)])
@@ -397,6 +460,17 @@ def test_typed_lines_are_answered_one_by_one(saved: dict[str, str], monkeypatch:
 def test_control_characters_are_made_visible(text: str, shown: str) -> None:
     """Nothing but text, line feeds and tabs reaches a terminal; control characters are spelled out."""
     assert visible(text) == shown
+
+
+@pytest.mark.parametrize("term, shown", [("xterm", "\x1b[2m\\u001b[0mhm\x1b[0mYes\n"), ("dumb", "\\u001b[0mhmYes\n")])
+def test_reasoning_is_dimmed_and_cannot_undo_it(monkeypatch: pytest.MonkeyPatch, term: str, shown: str) -> None:
+    """Reasoning is dimmed where the terminal can do so, and the model's own escape characters stay visible."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", term)
+    reason = spell([lmkit.TextChunk("\x1b[0mhm", 0, kind="reasoning"), lmkit.TextChunk("Yes", 0, "eos")])
+    monkeypatch.undo()
+    assert (terminal.getvalue(), reason) == (shown, "eos")
 
 
 def test_only_a_terminal_is_protected(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -696,52 +770,6 @@ def test_a_reader_that_goes_away_ends_it_quietly(saved: dict[str, str]) -> None:
     assert (code, errors) == (0, "")
 
 
-class Screen:
-    """A process in a real pseudo-terminal, and what its screen has shown so far."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.master, terminal = pty.openpty()
-        self.shown = ""
-        environment = {**os.environ, "TERM": "dumb", "PYTHONUTF8": "1"}
-        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "lmkit", *arguments], stdin=terminal, stdout=terminal, stderr=terminal,
-            env=environment, start_new_session=True, preexec_fn=heed,  # noqa: PLW1509 - it does nothing else
-        )  # fmt: skip
-        os.close(terminal)
-
-    def wait_for(self, text: str = "", *, length: int = 0, seconds: float = 90) -> None:
-        """Read until the screen shows the text and as many characters."""
-        end = time.monotonic() + seconds
-        while text not in self.shown or len(self.shown) < length:
-            assert time.monotonic() < end, f"not seen: {text!r} in {self.shown!r}"
-            if select.select([self.master], [], [], 1)[0]:
-                self.shown += os.read(self.master, 4096).decode("utf-8", "replace")
-
-    def press(self, keys: str) -> None:
-        """Type, and forget what was shown before."""
-        self.shown = ""
-        os.write(self.master, keys.encode())
-
-    def close(self) -> int:
-        """Wait for the end and return the exit code."""
-        try:
-            self._drain(60)
-            return self.process.wait(1)
-        finally:
-            self.process.kill()
-            self.process.wait()
-            os.close(self.master)
-
-    def _drain(self, seconds: float) -> None:
-        """Read until the process ends: one whose screen nobody reads waits for ever."""
-        end = time.monotonic() + seconds
-        while self.process.poll() is None and time.monotonic() < end:
-            if select.select([self.master], [], [], 0.1)[0]:
-                with contextlib.suppress(OSError):
-                    self.shown += os.read(self.master, 4096).decode("utf-8", "replace")
-
-
 @pytest.mark.slow
 def test_tokens_stream_into_a_real_terminal_until_ctrl_c(saved: dict[str, str]) -> None:
     """A text that would take an hour shows at once in a pseudo-terminal, and Ctrl-C ends it with 130."""
@@ -766,9 +794,20 @@ def test_a_chat_in_a_real_terminal_ends_with_ctrl_d(saved: dict[str, str]) -> No
     with lmkit.load("causal", saved["qwen3"]) as generator:
         answer = generator.chat([{"role": "user", "content": "Hello"}], max_new_tokens=5).text
     terminal.wait_for(visible(answer).replace("\n", "\r\n"))
-    terminal.wait_for("\n> ")
+    assert "\x1b" not in terminal.wait_for("\n> ")
     terminal.press("\x04")
     assert terminal.close() == 0
+
+
+@pytest.mark.slow
+def test_a_shell_completes_commands_options_and_their_words() -> None:
+    """In bash, Tab writes the rest of a command and of an option's value."""
+    with Screen("--norc", "--noprofile", "-i", program="bash", term="dumb") as shell:
+        found = f'export PATH="{Path(sys.executable).parent}:$PATH"; eval "$(_LMKIT_COMPLETE=source_bash lmkit)"'
+        shell.press(f"{found}; echo rea''dy\n", "ready")
+        shell.press("lmkit trans\t", "translate ")
+        shell.press("\x15lmkit unmask --order m\t", "most_certain ")
+        shell.press("\x15lmkit rank --ch\t", "--choice ")
 
 
 def test_a_forced_end_is_remarked_on(tmp_path: Path) -> None:

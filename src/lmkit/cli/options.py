@@ -18,11 +18,11 @@ from typing import Annotated, Any, TextIO, get_args, get_type_hints
 import typer
 from typer.models import OptionInfo
 
-from lmkit.cli.screen import FLAGS, reported
+from lmkit.cli.screen import FLAGS, busy, reported
 from lmkit.errors import OptionError
 from lmkit.options.generation import GeneratorOptions
 from lmkit.options.option import declared
-from lmkit.options.tasks import TranslationOptions, UnmaskOptions
+from lmkit.options.tasks import PairOptions, TranslationOptions, UnmaskOptions
 from lmkit.structured.outputs import JSONSchema
 
 
@@ -56,9 +56,10 @@ class Loading(Checkpoint):
 
     def load(self, task: Any) -> Any:
         """Load the checkpoint for a task."""
-        from lmkit.loading import load
+        with busy(f"loading {self.name}"):
+            from lmkit.loading import load
 
-        return load(task, **self._arguments())
+            return load(task, **self._arguments())
 
     def _arguments(self) -> dict[str, Any]:
         options = asdict(self)
@@ -67,12 +68,30 @@ class Loading(Checkpoint):
 
 
 @dataclass(frozen=True)
-class Planning(Loading):
-    """How a checkpoint would be loaded, on devices that need not be here."""
+class Tasked(Loading):
+    """The same, for any task."""
 
     task: Annotated[str | None, typer.Option(help="causal, seq2seq or masked; what it was made for if left out.")] = (
         None
     )
+
+    def chosen_task(self) -> Any:
+        """Return the task; the first of those that the checkpoint was made for if none is given."""
+        from lmkit.checkpoint.tasks import resolve_task
+        from lmkit.cli.facts import describe
+
+        return resolve_task(self.task) if self.task else next(iter(describe(self)["tasks"]), "causal")
+
+    def _arguments(self) -> dict[str, Any]:
+        options = super()._arguments()
+        del options["task"]
+        return options
+
+
+@dataclass(frozen=True)
+class Planning(Tasked):
+    """How a checkpoint would be loaded, on devices that need not be here."""
+
     budget: Annotated[
         list[str] | None, typer.Option(help="Such as cuda:0=24GiB or disk=offload/; repeat it for several.")
     ] = None
@@ -86,17 +105,9 @@ class Planning(Loading):
         budgets = dict(_budget(written) for written in options.pop("budget") or ())
         if budgets and self.device:
             raise typer.BadParameter("pass --device or --budget, not both.")
-        task: Any = options.pop("task") or self._made_for()
         if budgets:
             options["devices"] = budgets
-        return plan(task, **options)
-
-    def _made_for(self) -> str:
-        """Return the task that the checkpoint was made for; the first of several."""
-        from lmkit.cli.facts import describe
-
-        tasks: list[str] = describe(self)["tasks"]
-        return tasks[0] if tasks else "causal"
+        return plan(self.chosen_task(), **options)
 
 
 def _budget(written: str) -> tuple[str, str | int | float]:
@@ -219,6 +230,29 @@ class Filling(LibraryOptions, declared_in=UnmaskOptions, names="top_k targets or
     """The options of `UnmaskOptions` that a command line needs most."""
 
 
+PAIR = tuple(declared(PairOptions))
+
+
+@dataclass(frozen=True)
+class Scoring(LibraryOptions, declared_in=PairOptions, names=" ".join(PAIR)):
+    """What is scored behind a text."""
+
+    continuation: Annotated[
+        str | None, typer.Option(help="What is scored behind the text: of a translator, its translation.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Ranking(LibraryOptions, declared_in=PairOptions, names=" ".join(PAIR)):
+    """What is ranked behind a text, and how."""
+
+    choices: Annotated[list[str], typer.Option("--choice", help="A continuation, or a translation; repeat it.")]
+    normalize: Annotated[
+        str | None, typer.Option(help="Compare them by none, tokens, bytes or prior. [default: none]")
+    ] = None
+    neutral: Annotated[str | None, typer.Option(help="What stands in the text's place for --normalize prior.")] = None
+
+
 @dataclass(frozen=True)
 class Doing:
     """What a checkpoint is loaded for."""
@@ -265,7 +299,7 @@ class Filing:
         if self.schema is not None:
             given["output"] = JSONSchema(self.schema.read_text(encoding="utf-8"))
         others = (_named(one, "--option") for one in self.option or ())
-        return given | {name: _value(value) for name, value in others}
+        return given | {name: value_of(value) for name, value in others}
 
 
 def _named(written: str, flag: str) -> tuple[str, str]:
@@ -276,7 +310,7 @@ def _named(written: str, flag: str) -> tuple[str, str]:
     return name, value
 
 
-def _value(written: str) -> Any:
+def value_of(written: str) -> Any:
     """Read a value that is JSON, or else a text."""
     try:
         return json.loads(written)

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -21,6 +21,11 @@ FLAGS = {"devices": "--device"}
 """How the commands call what the library takes by a keyword; filled where their options are declared."""
 
 
+def as_said(message: str, what: str = "the text") -> str:
+    """Write a message about a row as one about the only one there is: `row 0 has` is `the text has`."""
+    return re.sub(r"^row \d+(: )?", lambda found: "" if found[1] else what, message)
+
+
 def as_flags(message: str) -> str:
     """Write the options in a message as they are written here: `source='xx'` is `--source 'xx'`."""
 
@@ -29,6 +34,7 @@ def as_flags(message: str) -> str:
         written = FLAGS[name].replace("--", "--no-") if value == "False" else FLAGS[name]
         return written if value or behind in ("", *" .,:;)") else f"{written} "
 
+    message = as_said(message)
     names, words = "|".join(FLAGS), "|".join(name for name in FLAGS if "_" in name)
     message = re.sub(rf"(?<![\w'\"-])({names})=(True\b|False\b)?(?=(.?))", flag, message)
     # Without a value it is one for sure where it is no English word, or stands where options do.
@@ -38,10 +44,41 @@ def as_flags(message: str) -> str:
     return re.sub(rf"(?<![\w'\"-])(?:{words})(?![\w'\"])|{said}", lambda found: FLAGS[found[0]], message)
 
 
-def write(text: str, end: str = "\n") -> None:
+def write(text: str, end: str = "\n", *, dimmed: bool = False) -> None:
     """Write to standard output at once; exactly the text, unless it is a terminal."""
-    sys.stdout.write((visible(text) if sys.stdout.isatty() else text) + end)
+    text = visible(text) if sys.stdout.isatty() else text
+    sys.stdout.write((_dim(text, sys.stdout) if dimmed else text) + end)
     sys.stdout.flush()
+
+
+def aside(text: str) -> None:
+    """Write what is no answer and no error to standard error, dimmed."""
+    sys.stderr.write(_dim(visible(text), sys.stderr) + "\n")
+    sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def busy(doing: str) -> Iterator[None]:
+    """Say in a terminal what takes a while, until it is done."""
+    if not steered(sys.stderr):
+        yield
+        return
+    sys.stderr.write(f"\x1b[?7l{visible(doing)} …\x1b[?7h")  # on one line, whatever the width
+    sys.stderr.flush()
+    try:
+        yield
+    finally:
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
+
+
+def _dim(text: str, stream: TextIO) -> str:
+    return f"\x1b[2m{text}\x1b[0m" if text and steered(stream) else text
+
+
+def steered(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that takes escape sequences."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def write_json(content: Mapping[str, Any]) -> None:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 T = TypeVar("T")
+SHORTEN = "shorten or split the text, or pass truncate='left' or truncate='right' to cut that end of it"
+"""What to do where an input is too long."""
 
 
 def window(length: int, start: int, end: int, limit: int | None, around: tuple[int, int]) -> tuple[int, int]:
@@ -50,7 +52,7 @@ def fit(
     around: tuple[int, int] = (0, 0),
     truncate: Literal["left", "right"] | None = None,
     row: int = 0,
-    advice: str = "shorten or split the text, or pass truncate='left' or truncate='right' to cut that end of it",
+    advice: str = SHORTEN,
 ) -> tuple[list[int], bool]:
     """Check that an input fits the model, or cut it where the caller said so.
 

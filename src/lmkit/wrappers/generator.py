@@ -18,7 +18,7 @@ from lmkit.options.signatures import spelled_out
 from lmkit.replies.asking import asked
 from lmkit.results import Generation, Ranking, Score, TextChunk, Timing
 from lmkit.text.chats import Chats
-from lmkit.text.windows import fit
+from lmkit.text.windows import SHORTEN, fit
 from lmkit.wrappers.asynchronous import alternately, asynchronous
 from lmkit.wrappers.base import Loaded, OnError, Rows, rows_of, text_of
 from lmkit.wrappers.scoring import (
@@ -464,9 +464,7 @@ class Generator(Writer[Generation]):
         answer = asked(self._chats, self._codec, options) if chat else None
         prompt, token_ids, around = self._prompt(given, options | ({"template": answer.values} if answer else {}), row)
         if chosen.truncate is not None and around is None:
-            raise OptionError(
-                f"row {row} is a chat, and truncate= would cut its template: leave out its oldest messages."
-            )
+            raise OptionError(f"row {row} is a chat, and truncate= would cut its template: {_OLDEST}.")
         ends = self._plan.end_token_ids if around is None or chosen.output is not None else ()
         token_ids = token_ids or self._beginning(row)
         context = self._plan.context_length
@@ -474,8 +472,10 @@ class Generator(Writer[Generation]):
         limit = None if context is None else context - 1
         # A prompt that is cut leaves room for the answer, but never more than half the context.
         keep = None if context is None else max(context - chosen.max_new_tokens, context // 2)
-        around = around or (0, 0)
-        token_ids, cut = fit(token_ids, limit, keep=keep, around=around, truncate=chosen.truncate, row=row)
+        advice, around = _OLDEST if around is None else SHORTEN, around or (0, 0)
+        token_ids, cut = fit(
+            token_ids, limit, keep=keep, around=around, truncate=chosen.truncate, row=row, advice=advice
+        )
         room = chosen.max_new_tokens if context is None else context - len(token_ids)
         if answer is None:
             requests = (self._request(chosen, token_ids, room=room, ends=ends),)
@@ -551,6 +551,7 @@ def parts_of(completion: Completion, marks: Marks, scanner: Scanner, reasoning_n
     )
 
 
+_OLDEST = "leave out its oldest messages"
 _MESSAGE = "a list of messages like {'role': 'user', 'content': 'Hello!'}"
 
 

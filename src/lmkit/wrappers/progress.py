@@ -45,7 +45,7 @@ def bar(wanted: object, total: int | None, done: int = 0, *, logs: bool = False)
     delay = 0 if wanted else DELAY_SECONDS
     # A notebook without widgets gets a plain bar, and a warning.
     shown: Any = without_warnings(
-        lambda: tqdm(total=total, initial=done, unit=" rows", delay=delay, leave=bool(wanted))
+        lambda: tqdm(total=total, initial=done, unit=" rows", delay=delay, leave=bool(wanted), dynamic_ncols=True)
     )
     started, tokens = time.perf_counter(), 0
 
