@@ -26,10 +26,10 @@ class Candidate(Result):
 
     text: str
     fills: tuple[str, ...]
-    tokens: tuple[str, ...]
-    token_ids: tuple[int, ...]
-    token_logprobs: tuple[float, ...]
-    order: tuple[int, ...]
+    tokens: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    token_logprobs: tuple[float, ...] = ()
+    order: tuple[int, ...] = ()
     text_pair: str | None = None
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class Candidate(Result):
     @property
     def logprob_per_token(self) -> float:
         """The mean of `token_logprobs`, which does not favour fills of few tokens."""
-        return self.logprob / len(self.token_logprobs)
+        return self.logprob / (len(self.token_logprobs) or 1)
 
     @property
     def score(self) -> float:
@@ -117,4 +117,4 @@ class Unmasking(Result):
             for n, slot in enumerate(self.masks, start=1)
         ]
         ways = Bars("ways", tuple((str(way), way.score, f"{way.score:.3f}") for way in self.candidates))
-        return [as_it_is(self.text), *pair, *slots, ways]
+        return [as_it_is(self.text), *pair, *slots, *([ways] if len(slots) > 1 else [])]
