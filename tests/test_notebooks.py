@@ -1,10 +1,12 @@
 """A real kernel of Jupyter: completion, help, errors, lists and bars, and the tour in examples/."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from jupyter_client.manager import start_new_kernel
 
+import hub_stub
 import kernels
 from lmkit.loading import LoadOptions
 from lmkit.options.generation import GeneratorOptions
@@ -121,6 +123,22 @@ def test_a_load_has_a_bar_that_goes(notebook: kernels.Notebook) -> None:
     text = "".join(content["text"] for _, content in outputs)
     assert "Loading weights:" in text
     assert kernels.lines(text) == [""]
+
+
+HUB = """from huggingface_hub import constants
+constants.ENDPOINT, constants.HF_HUB_OFFLINE = {endpoint!r}, False
+constants.HUGGINGFACE_CO_URL_TEMPLATE = {endpoint!r} + "/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+lmkit.load("masked", "nobody/world", cache_dir={cache!r}).close()
+"""
+
+
+def test_a_download_has_a_bar(notebook: kernels.Notebook, tmp_path: Path) -> None:
+    """What is fetched is shown as it comes; of what is here already there is nothing to show."""
+    with hub_stub.serving() as hub:
+        hub.repositories["nobody/world"] = {"main": kernels.EXAMPLES / "checkpoints" / "world-bert"}
+        code = HUB.format(endpoint=hub.endpoint, cache=str(tmp_path))
+        assert any("Fetching" in line and "100%" in line for line in notebook.screen(code))
+        assert notebook.run(code) == []
 
 
 def test_the_tour_runs() -> None:

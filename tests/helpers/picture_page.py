@@ -76,7 +76,8 @@ def ranking() -> results.Ranking:
 def plan(room: str) -> lmkit.LoadPlan:
     """Plan a model that is here, divided over devices that need not be."""
     model = Path(__file__).parents[2] / "examples" / "checkpoints" / "numbers-m2m100"
-    return lmkit.plan("seq2seq", model, "float32", {"cuda:0": room, "cpu": room})
+    made = lmkit.plan("seq2seq", model, "float32", {"cuda:0": room, "cpu": room})
+    return dataclasses.replace(made, name=model.name)
 
 
 def pictures() -> dict[str, Any]:
