@@ -103,7 +103,7 @@ def test_results_are_made_by_hand() -> None:
     made = results.Generation("Go on?", (results.Completion("Yes."),))
     assert repr(made) == "Generation('Yes.', finish_reason='eos')"
     assert results.Generation.from_dict(made.to_dict()) == made
-    way = results.Candidate("The sea.", ("sea",))
+    way = results.Candidate("The sea.", ("sea",), ("sea",), (7,), (-0.5,))
     slot = results.MaskSlot(4, 10, (way,), 0, 11)
     score = results.Score("Yes.")
     for one in (

@@ -37,7 +37,7 @@ def by_hand() -> None:
         lmkit.Translation("Hi.", (lmkit.Completion("Hallo."),), source="Hi.", target_language="de").seed, int | None
     )
     assert_type(lmkit.Ranking((lmkit.Choice("a", 0, -1.0, 1.0, lmkit.Score("a")),)).normalize, str)
-    way = lmkit.Candidate("The sea.", ("sea",), token_logprobs=(-0.5,))
+    way = lmkit.Candidate("The sea.", ("sea",), ("sea",), (7,), (-0.5,))
     assert_type(lmkit.Unmasking("The [MASK].", (lmkit.MaskSlot(4, 10, (way,), 0, 11),), (way,)), lmkit.Unmasking)
     assert_type(lmkit.Results([lmkit.ToolCall("f", {}), lmkit.ToolCall("g", None)]), lmkit.Results[lmkit.ToolCall])
     assert_type(lmkit.TextChunk("Yes").index, int)

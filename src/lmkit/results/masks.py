@@ -26,9 +26,9 @@ class Candidate(Result):
 
     text: str
     fills: tuple[str, ...]
-    tokens: tuple[str, ...] = ()
-    token_ids: tuple[int, ...] = ()
-    token_logprobs: tuple[float, ...] = ()
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    token_logprobs: tuple[float, ...]
     order: tuple[int, ...] = ()
     text_pair: str | None = None
 
@@ -54,7 +54,7 @@ class Candidate(Result):
     @property
     def logprob_per_token(self) -> float:
         """The mean of `token_logprobs`, which does not favour fills of few tokens."""
-        return self.logprob / (len(self.token_logprobs) or 1)
+        return self.logprob / len(self.token_logprobs)
 
     @property
     def score(self) -> float:
