@@ -178,11 +178,16 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["env"])
 def pictures(session: nox.Session) -> None:
-    """Lay results out in a real browser, Debian's chromium, which is installed where that is possible."""
+    """Lay results and the tour out in a real browser, Debian's chromium, which is installed where that is possible.
+
+    What it shows, wide and narrow, light and dark, lies in .nox/reports/pictures afterwards.
+    """
     if not shutil.which("chromium") and shutil.which("apt-get"):
         for command in (("update", "-qq"), ("install", "-qq", "--yes", "--no-install-recommends", "chromium")):
             session.run("apt-get", *command, external=True, silent=True, success_codes=[0, 100])
-    run_shared(session, "pytest", "tests/results/test_browser.py", counted("pictures"))
+    (folder := REPORTS / "pictures").mkdir(parents=True, exist_ok=True)
+    env = {"LMKIT_PICTURES": str(folder)}
+    run_shared(session, "pytest", "tests/results/test_browser.py", counted("pictures"), env=env)
 
 
 @nox.session(venv_backend="none", requires=["env"])

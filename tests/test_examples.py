@@ -1,12 +1,10 @@
-"""The scripts and the notebook in examples/ run from any folder; what needs the large model is slow."""
+"""The scripts in examples/ run from any folder; what needs the large model is slow, and a kernel runs the notebook."""
 
-import ast
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -54,29 +52,7 @@ def test_map_loses_no_line(tmp_path: Path) -> None:
     assert printed[1] == "2  twenty-two → veintidós"
 
 
-def cells(kind: str) -> list[dict[str, Any]]:
-    """Return the cells of the notebook that are of a kind."""
-    notebook = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))
-    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
-
-
-def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its cells run in order, and what the last line of each shows draws itself."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "checkpoints").symlink_to(EXAMPLES / "checkpoints", target_is_directory=True)
-    names: dict[str, Any] = {}
-    drawn = []
-    for number, cell in enumerate(cells("code")):
-        tree = ast.parse("".join(cell["source"]))
-        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, f"cell {number}", "exec"), names)  # noqa: S102 - the notebook's own code
-        if isinstance(last, ast.Expr):
-            shown = eval(compile(ast.Expression(last.value), f"cell {number}", "eval"), names)  # noqa: S307
-            drawn += [shown._repr_html_()] if hasattr(shown, "_repr_html_") else []
-    assert drawn
-    assert all(html.startswith(("<div", "<table")) for html in drawn)
-
-
 def test_the_notebook_is_saved_without_outputs() -> None:
     """A diff of the notebook shows what was written, not what a machine answered."""
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells("code"))
+    cells = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells if "outputs" in cell)

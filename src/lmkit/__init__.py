@@ -119,9 +119,11 @@ def __getattr__(name: str) -> object:
         return version("lmkit")
     if name not in _HOMES:
         raise AttributeError(f"module 'lmkit' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"lmkit.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+    from lmkit._quiet import without_warnings  # tqdm's, of a notebook without widgets
+
+    home = without_warnings(lambda: importlib.import_module(f"lmkit.{_HOMES[name]}"))
+    globals()[name] = getattr(home, name)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

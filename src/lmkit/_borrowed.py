@@ -121,6 +121,7 @@ BORROWED: Final = tuple(
         ),
         ("jinja2.utils:_PassArg.from_obj", "text.sandbox", "no chats"),
         ("transformers.utils.logging:is_progress_bar_enabled", "_quiet", _FAILS),
+        ("transformers.utils.logging:set_tqdm_hook", "wrappers.progress", _FAILS),
         ("huggingface_hub.utils._headers:build_hf_headers", "checkpoint.find", _NOT_FOUND),
         ("huggingface_hub.utils._http:get_session", "checkpoint.find", _NOT_FOUND),
         ("huggingface_hub.utils._http:hf_raise_for_status", "checkpoint.find", _NOT_FOUND),

@@ -24,6 +24,7 @@ Each message says what was given, what is accepted and what to do next.
 from __future__ import annotations
 
 import difflib
+import itertools
 import pathlib
 import traceback
 from typing import TYPE_CHECKING
@@ -45,8 +46,10 @@ class LmkitError(Exception):
     def _render_traceback_(self) -> list[str]:
         """Say to IPython what a notebook shows: the message, and where the caller was, without lmkit's own frames."""
         own = str(pathlib.Path(__file__).parent)
-        frames = [one for one in traceback.extract_tb(self.__traceback__) if not one.filename.startswith(own)]
-        where = [line for one in frames if "IPython" not in one.filename for line in traceback.format_list([one])]
+        frames = itertools.takewhile(
+            lambda one: not one.filename.startswith(own), traceback.extract_tb(self.__traceback__)
+        )
+        where = traceback.format_list([one for one in frames if "IPython" not in one.filename])
         return [*"".join(where).splitlines(), f"{type(self).__name__}: {self}"]
 
 
@@ -114,6 +117,10 @@ class JobError(LmkitError, RuntimeError):
 
 class EngineError(LmkitError, RuntimeError):
     """A run that could not go on: a closed model, or a step that failed."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Say what led to it as well, and where: it may be the caller's own code."""
+        return [*"\n".join(getattr(self.__cause__, "__notes__", ())).splitlines(), *super()._render_traceback_()]
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

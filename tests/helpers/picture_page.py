@@ -2,35 +2,14 @@
 
 import dataclasses
 import math
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import lmkit
+from browser import Browser
 from lmkit import results
-
-CHECK = """<script>
-const all = [...document.querySelectorAll("body *")];
-const beyond = one => one.getBoundingClientRect().right > innerWidth + 1;
-const out = all.filter(beyond).map(one => one.outerHTML.slice(0, 99));
-const numbers = colour => (colour.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
-const light = part => (part /= 255) <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
-const luminance = ([r, g, b]) => 0.2126 * light(r) + 0.7152 * light(g) + 0.0722 * light(b);
-const page = numbers(getComputedStyle(document.body).backgroundColor);
-const over = (top, below, alpha) => below.map((part, n) => top[n] * alpha + part * (1 - alpha)).slice(0, 3);
-const contrast = one => {
-  const style = getComputedStyle(one), back = numbers(style.backgroundColor), alpha = back.length < 4 ? 1 : back[3];
-  const behind = over(back, page, alpha), front = over(numbers(style.color), behind, Number(style.opacity));
-  const [a, b] = [luminance(front), luminance(behind)];
-  return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-};
-const texts = all.filter(one => [...one.childNodes].some(node => node.nodeType === 3 && node.data.trim()));
-const shown = {out, contrast: Math.min(...texts.filter(one => one.tagName !== "STYLE").map(contrast))};
-shown.hovers = CSS.supports("selector(:has(a))");
-document.title = JSON.stringify(shown);
-</script>"""
-"""Says in the page's title what reaches out of the window, and the least contrast of a text with what is behind it."""
 
 THEMES = {"light": "background:#fff;color:#111", "dark": "background:#111;color:#ddd"}
 
@@ -94,6 +73,13 @@ def ranking() -> results.Ranking:
     )
 
 
+def plan(room: str) -> lmkit.LoadPlan:
+    """Plan a model that is here, divided over devices that need not be."""
+    model = Path(__file__).parents[2] / "examples" / "checkpoints" / "numbers-m2m100"
+    made = lmkit.plan("seq2seq", model, "float32", {"cuda:0": room, "cpu": room})
+    return dataclasses.replace(made, name=model.name)
+
+
 def pictures() -> dict[str, Any]:
     """Make one of each, hostile ones among them."""
     call = results.ToolCall("weather", {"place": "Lisbon", "days": [1, 2]}, "weather(…)")
@@ -120,6 +106,8 @@ def pictures() -> dict[str, Any]:
         "Masks": unmasking(),
         "A score": score(),
         "A ranking": ranking(),
+        "A plan": plan("3MB"),
+        "A plan that does not fit": plan("1MB"),
         "Several": results.Results([generation(completion(text)) for text in ("Yes.", "No, it would not. " * 20)]),
         "Hostile": results.Results([generation(completion(text)) for text in hostile]),
         "10,000 tokens": generation(completion("word " * 10_000)),
@@ -132,16 +120,13 @@ def page(theme: str, most: int | None = None) -> str:
     shown = list(pictures().items())[:most]
     parts = "".join(f"<h3>{name}</h3>{one._repr_html_()}" for name, one in shown)
     style = f"font:15px system-ui,sans-serif;margin:1em;{THEMES[theme]}"
-    return f'<!doctype html><meta charset="utf-8"><body style="{style}">{parts}{CHECK}'
+    return f'<!doctype html><meta charset="utf-8"><body style="{style}">{parts}'
 
-
-CHROMIUM = "chromium --headless --no-sandbox --disable-gpu --disable-background-networking --hide-scrollbars".split()
 
 if __name__ == "__main__":
-    for theme in THEMES:
-        with tempfile.NamedTemporaryFile("w", suffix=".html", encoding="utf-8") as file:
-            file.write(page(theme, most=7))
-            file.flush()
-            photo = Path(sys.argv[1]) / f"results-{theme}.png"
-            options = ["--window-size=900,1340", f"--screenshot={photo}", Path(file.name).as_uri()]
-            subprocess.run([*CHROMIUM, *options], check=True)
+    with Browser() as browser, tempfile.TemporaryDirectory() as folder:
+        for theme in THEMES:
+            file = Path(folder) / "page.html"
+            file.write_text(page(theme, most=10), encoding="utf-8")
+            browser.open(file, 900)
+            browser.photograph(Path(sys.argv[1]) / f"results-{theme}.png")

@@ -94,6 +94,26 @@ def test_a_line_says_the_text_and_why_it_ended() -> None:
     ]
     assert "… 90 more" in repr(results.Results([result] * 100))
     assert [tag for tag in Page(rows._repr_html_()).tags if tag == "tr"] == ["tr"] * 4
+    many = Page(results.Results([result] * 1000)._repr_html_())
+    assert (many.tags.count("tr"), "… 800 more" in many.texts) == (202, True)
+
+
+def test_results_are_made_by_hand() -> None:
+    """With what matters to a test of what is built on lmkit; all else has a default, and what is made shows itself."""
+    made = results.Generation("Go on?", (results.Completion("Yes."),))
+    assert repr(made) == "Generation('Yes.', finish_reason='eos')"
+    assert results.Generation.from_dict(made.to_dict()) == made
+    way = results.Candidate("The sea.", ("sea",), ("sea",), (7,), (-0.5,))
+    slot = results.MaskSlot(4, 10, (way,), 0, 11)
+    score = results.Score("Yes.")
+    for one in (
+        *(made, way, score, results.ToolCall("f", {}), results.TextChunk("Yes.")),
+        results.Translation("Hi.", made.completions),
+        results.Unmasking("The [MASK].", (slot,), (way,)),
+        results.Ranking((results.Choice("Yes.", 0, 0.0, 1.0, score),)),
+    ):
+        assert type(one).from_dict(one.to_dict()) == one
+        assert Page(one._repr_html_()).open == []
 
 
 def test_errors_have_their_place_in_a_list() -> None:

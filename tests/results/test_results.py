@@ -109,7 +109,8 @@ def test_generated_text_is_escaped() -> None:
     assert "a &lt;b&gt;" in GENERATION._repr_html_()
     assert "&lt;script&gt;" in GENERATION._repr_html_()
     assert "a &lt;b&gt;" in TRANSLATION._repr_html_()
-    assert "a &amp; b" in UNMASKING._repr_html_()
+    assert "[MASK] &lt;b&gt;" in UNMASKING._repr_html_()
+    assert "a &amp; b" in dataclasses.replace(UNMASKING, masks=UNMASKING.masks * 2)._repr_html_()
 
 
 @pytest.mark.parametrize(

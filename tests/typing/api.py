@@ -19,6 +19,30 @@ assert_type(lmkit.load("text2text-generation", "any/name", devices={"cuda:0": "2
 assert_type(lmkit.load("masked", "any/name", devices=torch.device("cpu")), lmkit.Unmasker)
 assert_type(lmkit.load("fill-mask", "any/name", "fp32", 0, local_files_only=True), lmkit.Unmasker)
 
+
+def by_word(word: str, known: lmkit.TaskWord) -> None:
+    assert_type(lmkit.load(word, "any/name"), lmkit.Generator | lmkit.Translator | lmkit.Unmasker)
+    assert_type(lmkit.load(known, "any/name"), lmkit.Generator | lmkit.Translator | lmkit.Unmasker)
+    assert_type(lmkit.plan(word, "any/name"), lmkit.LoadPlan)
+    assert_type(lmkit.run_job(word, "any/name", "in.jsonl", "out.jsonl"), lmkit.JobReport)
+
+
+def annotated(devices: lmkit.Devices, precision: lmkit.PrecisionWord) -> lmkit.FinishReason:
+    return lmkit.load("causal", "any/name", precision, devices)("Level up!").finish_reason
+
+
+def by_hand() -> None:
+    assert_type(lmkit.Generation("Level up!", (lmkit.Completion("Yes."),)).text, str)
+    assert_type(
+        lmkit.Translation("Hi.", (lmkit.Completion("Hallo."),), source="Hi.", target_language="de").seed, int | None
+    )
+    assert_type(lmkit.Ranking((lmkit.Choice("a", 0, -1.0, 1.0, lmkit.Score("a")),)).normalize, str)
+    way = lmkit.Candidate("The sea.", ("sea",), ("sea",), (7,), (-0.5,))
+    assert_type(lmkit.Unmasking("The [MASK].", (lmkit.MaskSlot(4, 10, (way,), 0, 11),), (way,)), lmkit.Unmasking)
+    assert_type(lmkit.Results([lmkit.ToolCall("f", {}), lmkit.ToolCall("g", None)]), lmkit.Results[lmkit.ToolCall])
+    assert_type(lmkit.TextChunk("Yes").index, int)
+
+
 # plan: the arguments of load, and one class for all tasks.
 
 assert_type(lmkit.plan("causal", "any/name"), lmkit.LoadPlan)
@@ -237,10 +261,8 @@ def catch() -> None:
 
 
 def refused() -> None:
-    lmkit.plan("masekd", "any/name")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     lmkit.plan("causal", "any/name", load_in_8bit=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     lmkit.plan("causal", "any/name", devices={"cpu": None})  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]
-    lmkit.load("masekd", "any/name")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
     generator("Level up!", max_new_token=5)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     generator("Level up!", temperature="hot")  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]
     translator("a", truncate="middle")  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]

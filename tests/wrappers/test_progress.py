@@ -1,9 +1,20 @@
+import contextlib
+import fcntl
 import logging
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
 
 import pytest
 
 import lmkit
 from checkpoints import texts, wrapper
+from kernels import lines
 from lmkit.wrappers import progress
 
 
@@ -51,3 +62,54 @@ def test_progress_is_true_or_false() -> None:
         wrapper("llama")("She", progress="yes")
     with pytest.raises(lmkit.OptionError, match="unknown option 'progress'"):
         wrapper("llama").stream("She", progress=True)
+
+
+SCRIPT = """
+import sys, time
+sys.path[:0] = {paths!r}
+import lmkit
+from lmkit.testing import FakeGenerator
+from lmkit.wrappers import progress
+
+progress.DELAY_SECONDS = -1
+model = lmkit.load("masked", {model!r})
+print("loaded", file=sys.stderr)
+FakeGenerator(lambda prompt, options: time.sleep(0.01) or "Yes.")(["Is it?"] * 50, progress={progress})
+"""
+
+
+def shown_by(columns: int | None, wanted: object) -> str:
+    """Return what a script that loads and calls writes to its terminal of so many columns, or to a pipe."""
+    model = Path(__file__).parents[2] / "examples" / "checkpoints" / "world-bert"
+    script = SCRIPT.format(paths=sys.path, model=str(model), progress=wanted)
+    ours, theirs = os.pipe() if columns is None else pty.openpty()
+    if columns is not None:
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with subprocess.Popen([sys.executable, "-c", script], stderr=theirs) as child:
+        os.close(theirs)
+        told = b""
+        with contextlib.suppress(OSError):  # how a terminal ends
+            while more := os.read(ours, 4096):
+                told += more
+    os.close(ours)
+    assert child.returncode == 0, told
+    return told.decode()
+
+
+@pytest.mark.parametrize("columns", [40, 100])
+def test_a_bar_fits_its_terminal(columns: int) -> None:
+    """Of a load and of a call: no line is wider than the terminal, so that it is drawn over and not below the last."""
+    told = shown_by(columns, wanted=True).replace("\r\n", "\n")
+    assert all(len(line) <= columns for line in re.split("[\r\n]", told))
+    assert "Loading weights:" in told
+    loaded, bar, *rest = lines(told)
+    assert (loaded, rest) == ("loaded", [""])
+    assert "50/50" in bar
+
+
+def test_a_pipe_has_no_bar_unless_it_is_wanted() -> None:
+    """A log has nothing of loads and calls; with `progress=True` it has the bar of the call."""
+    assert shown_by(None, wanted=None) == "loaded\n"
+    told = shown_by(None, wanted=True)
+    assert told.startswith("loaded\n\r")
+    assert "50/50" in lines(told)[1]

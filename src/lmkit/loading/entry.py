@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from lmkit._borrowed import check_versions
 from lmkit._forks import check_fork
-from lmkit._quiet import hushed, quiet
+from lmkit._quiet import hushed, without_warnings
 from lmkit._tracebacks import frameless
 from lmkit.checkpoint.files import Source, tensors_of
 from lmkit.checkpoint.find import Access, find, find_headers
@@ -32,6 +31,7 @@ from lmkit.planning.told_language import check_language
 from lmkit.planning.trial import Wish
 from lmkit.wrappers.base import Loaded
 from lmkit.wrappers.generator import Generator
+from lmkit.wrappers.progress import watched
 from lmkit.wrappers.replica_pool import Pool, check_start
 from lmkit.wrappers.replicas import LoadedReplicas, Replicated, model_of
 from lmkit.wrappers.translator import Translator
@@ -76,9 +76,17 @@ def load(
     devices: Devices = "auto",
     **options: Unpack[LoadOptions],
 ) -> Unmasker: ...
+@overload
+def load(
+    task: str,
+    name: str | os.PathLike[str],
+    precision: PrecisionArgument = "auto",
+    devices: Devices = "auto",
+    **options: Unpack[LoadOptions],
+) -> Generator | Translator | Unmasker: ...
 @spelled_out
 def load(
-    task: TaskWord,
+    task: TaskWord | str,
     name: str | os.PathLike[str],
     precision: PrecisionArgument = "auto",
     devices: Devices = "auto",
@@ -118,9 +126,9 @@ def load(
         check_start()
     kind, access = _asked(task, name, options)
     asked = (kind, precision, devices)
-    # Who waits for a download in a terminal sees the Hub library's bars.
+    # Who waits for a download in a terminal or a notebook sees the Hub library's bars.
     looked = functools.partial(find, os.fspath(name), access)
-    source = looked() if sys.stderr.isatty() else quiet(looked)
+    source = without_warnings(looked) if watched() else silently(looked)
     again = {name: value for name, value in options.items() if name != "token"}  # a pickle keeps no secrets
     reload = functools.partial(load, task, name, precision, devices, **again)
     if options.get("replicas") is not None:
@@ -134,7 +142,7 @@ def load(
 
 
 def run_job(
-    task: TaskWord,
+    task: TaskWord | str,
     name: str | os.PathLike[str],
     in_file: str | os.PathLike[str],
     out_file: str | os.PathLike[str],
@@ -232,7 +240,7 @@ def _replicated_kind(task: Task) -> Any:
 
 @spelled_out
 def plan(
-    task: TaskWord,
+    task: TaskWord | str,
     name: str | os.PathLike[str],
     precision: PrecisionArgument = "auto",
     devices: Devices = "auto",
@@ -277,7 +285,7 @@ def plan(
     return in_turn(planned)
 
 
-def _asked(task: TaskWord, name: object, options: LoadOptions) -> tuple[Task, Access]:
+def _asked(task: str, name: object, options: LoadOptions) -> tuple[Task, Access]:
     """Check the libraries, and the words and options of a call."""
     check_fork()
     check_versions()

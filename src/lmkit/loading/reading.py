@@ -24,6 +24,7 @@ from lmkit.planning.adapters import bringing, templated
 from lmkit.planning.running import unexpected
 from lmkit.planning.weight_names import check_report
 from lmkit.wrappers.base import embedded_rows
+from lmkit.wrappers.progress import loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -82,7 +83,7 @@ def read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, wish: W
         arguments["attn_implementation"] = wish.attn_implementation
     read = functools.partial(auto_class(plan.task, config).from_pretrained, source.folder, **arguments)
     with reading_weights(source):
-        model, report = without_pool(read) if placed.device_type == "cpu" else read()
+        model, report = loading(lambda: without_pool(read) if placed.device_type == "cpu" else read())
     check_report(report, plan.name, plan.model_class)
     if source.gguf_file is not None and plan.end_token_ids:
         model.generation_config.eos_token_id = list(plan.end_token_ids)

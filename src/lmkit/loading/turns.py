@@ -38,7 +38,7 @@ class _OneAtATime:
 
 def silently(do: Callable[[], ResultT]) -> ResultT:
     """Call `do` while the libraries below say nothing."""
-    return quiet(lambda: without_warnings(do))
+    return without_warnings(lambda: quiet(do))  # imports for the silence warn, too
 
 
 def _settings_kept(do: Callable[[], ResultT]) -> ResultT:

@@ -6,9 +6,10 @@ import html
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from lmkit.errors import OptionError
+from lmkit.errors import OptionError, listed
 from lmkit.planning.layout import Layout, ModulePlan, size, summed_names
 from lmkit.results.base import Result
+from lmkit.results.pictures import Block, Facts, as_it_is, to_html
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +27,7 @@ COLORS = ("#4c78a8", "#72b7b2")
 """Of neighbouring parts in turn."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class LoadPlan(Result):
     """What will be loaded, in what precision, where to, and why.
 
@@ -161,6 +162,14 @@ class LoadPlan(Result):
         width = max(len(name) for name, _ in lines)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
 
+    def __repr__(self) -> str:
+        """Say the plan in a line."""
+        what = f"{self.task!r}, {self.name!r}, {self.precision.name!r}"
+        return f"LoadPlan({what}, {size(self.weights_bytes)} on {listed(self.bytes_per_device)}, fits={self.fits})"
+
+    def _picture(self) -> list[Block]:
+        return [as_it_is(str(self))]
+
     def _repr_html_(self) -> str:
         """Draw the plan for a notebook: a bar per device as long as its budget, the parts in it; every text escaped."""
         used = self.bytes_per_device
@@ -177,13 +186,10 @@ class LoadPlan(Result):
             label = html.escape(f"{device}: {size(held)} of {size(budgets[device])}")
             share = max(100 * whole / max(longest, held, 1), 5)
             bars.append(
-                f'<div>{label}</div><div style="display:flex;width:{share:.1f}%;background:#ddd;'
+                f'<div>{label}</div><div style="display:flex;width:{share:.1f}%;background:rgba(128,128,128,.3);'
                 f'margin-bottom:.5em;overflow:hidden">{blocks}</div>'
             )
-        rows = "".join(
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in _facts(self)
-        )
-        return f'<div style="max-width:60em">{"".join(bars)}<table>{rows}</table></div>'
+        return f'<div style="max-width:60em">{"".join(bars)}{to_html([Facts(dict(_facts(self)))])}</div>'
 
 
 def _facts(plan: LoadPlan) -> list[tuple[str, str]]:

@@ -86,6 +86,11 @@ ResultT = TypeVar("ResultT")
 class Results(list[ResultT]):
     """What a call with several rows returns: a list that shows itself as a table, with a row for each."""
 
+    def __getitem__(self, index: Any) -> Any:
+        """Return a result; of a slice, which shows itself as a table too, several."""
+        found = super().__getitem__(index)
+        return type(self)(found) if isinstance(index, slice) else found
+
     def __repr__(self) -> str:
         """Write a line for each row, or for some of many."""
         most = len(self) if len(self) <= SHOWN_ROWS else SHOWN_ROWS // 2
@@ -100,7 +105,9 @@ class Results(list[ResultT]):
 
     def _repr_html_(self) -> str:
         """Draw a table for a notebook, every text escaped."""
-        return table(_row(number, one) for number, one in enumerate(self))
+        rows = [_row(number, one) for number, one in enumerate(self[:DRAWN_ROWS])]
+        more = [("text", f"… {len(self) - DRAWN_ROWS:,} more")]
+        return table([*rows, more] if len(self) > DRAWN_ROWS else rows)
 
 
 def _row(number: int, result: Any) -> list[tuple[str, Any]]:
@@ -109,8 +116,8 @@ def _row(number: int, result: Any) -> list[tuple[str, Any]]:
     return [("row", number), ("text", str(result)), *result._told().items()]  # noqa: SLF001
 
 
-SHOWN, SHOWN_ROWS = 200, 20
-"""How many characters and how many rows a line and a list show."""
+SHOWN, SHOWN_ROWS, DRAWN_ROWS = 200, 20, 200
+"""How many characters a line shows, and how many rows a list and its picture."""
 
 
 def _set_state(self: Any, state: list[Any]) -> None:
@@ -173,4 +180,4 @@ def _derived(kind: type) -> list[str]:
 
 
 def _cell(value: object) -> str:
-    return value if isinstance(value, str) else repr(value)
+    return value if isinstance(value, str) else f"{value:.4g}" if isinstance(value, float) else repr(value)

@@ -29,7 +29,7 @@ class Candidate(Result):
     tokens: tuple[str, ...]
     token_ids: tuple[int, ...]
     token_logprobs: tuple[float, ...]
-    order: tuple[int, ...]
+    order: tuple[int, ...] = ()
     text_pair: str | None = None
 
     def __str__(self) -> str:
@@ -117,4 +117,4 @@ class Unmasking(Result):
             for n, slot in enumerate(self.masks, start=1)
         ]
         ways = Bars("ways", tuple((str(way), way.score, f"{way.score:.3f}") for way in self.candidates))
-        return [as_it_is(self.text), *pair, *slots, ways]
+        return [as_it_is(self.text), *pair, *slots, *([ways] if len(slots) > 1 else [])]

@@ -25,9 +25,9 @@ class Score(Result):
     """
 
     text: str
-    tokens: tuple[str, ...]
-    token_ids: tuple[int, ...]
-    token_logprobs: tuple[float, ...]
+    tokens: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    token_logprobs: tuple[float, ...] = ()
     greedy: bool | None = None
     unknown: tuple[int, ...] = ()
 
@@ -40,7 +40,7 @@ class Score(Result):
     def perplexity(self) -> float:
         """The exponential of the mean of `-token_logprobs`; infinite where that overflows."""
         try:
-            return math.exp(-self.logprob / len(self.token_logprobs))
+            return math.exp(-self.logprob / (len(self.token_logprobs) or 1))
         except OverflowError:
             return math.inf
 
@@ -100,7 +100,7 @@ class Ranking(Result):
     """
 
     choices: tuple[Choice, ...]
-    normalize: str
+    normalize: str = "none"
 
     def __str__(self) -> str:
         """Return the likeliest text."""

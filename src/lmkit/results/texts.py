@@ -82,6 +82,8 @@ class Timing(Result):
     tokens_per_second: float
 
 
+_UNTIMED = Timing(0.0, 0.0, 0.0)
+
 ValueT_co = TypeVar("ValueT_co", covariant=True, default=Any)
 
 
@@ -98,7 +100,7 @@ class ToolCall(Result):
 
     name: str
     arguments: dict[str, Any] | None = field(hash=False)
-    text: str
+    text: str = ""
     error: str | None = None
 
     @property
@@ -126,12 +128,12 @@ class Completion(Result, Generic[ValueT_co]):
     """
 
     text: str
-    token_ids: tuple[int, ...]
-    score: float | None
-    finish_reason: FinishReason
-    stop_reason: str | None
-    logprobs: tuple[TokenLogprob, ...] | None
-    generated_tokens: int
+    token_ids: tuple[int, ...] = ()
+    score: float | None = None
+    finish_reason: FinishReason = "eos"
+    stop_reason: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    generated_tokens: int = 0
     content: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
@@ -209,10 +211,10 @@ class Generation(Result, Generic[ValueT_co]):
 
     prompt: str
     completions: tuple[Completion[ValueT_co], ...]
-    prompt_tokens: int
-    seed: int | None
-    truncated: bool
-    timing: Timing
+    prompt_tokens: int = 0
+    seed: int | None = None
+    truncated: bool = False
+    timing: Timing = _UNTIMED
 
     def __str__(self) -> str:
         """Return the first completion's text."""
@@ -292,7 +294,8 @@ class Generation(Result, Generic[ValueT_co]):
             for number, one in enumerate(self.completions, start=1)
             for block in ([Facts({"text": number})] if several else []) + one._picture()  # noqa: SLF001
         ]
-        return [Fold("prompt", (as_it_is(self.prompt),)), *answers, self._facts()]
+        facts = {**self.completions[-1]._told(), **self._facts().pairs}  # noqa: SLF001
+        return [Fold("prompt", (as_it_is(self.prompt),)), *answers[:-1], Facts(facts)]
 
     def _facts(self) -> Facts:
         speed = f"{self.timing.tokens_per_second:.1f} tokens/s"
@@ -359,10 +362,10 @@ class Translation(Generation[ValueT_co]):
         segments: Which part of the source became which part of the text (of the first completion).
     """
 
-    source: str
-    source_language: str | None
-    target_language: str | None
-    segments: tuple[Segment, ...]
+    source: str = ""
+    source_language: str | None = None
+    target_language: str | None = None
+    segments: tuple[Segment, ...] = ()
 
     def _picture(self) -> list[Block]:
         pieces = list(enumerate(self.segments)) or [(0, Segment(0, len(self.source), 0, len(self.text)))]
@@ -371,7 +374,8 @@ class Translation(Generation[ValueT_co]):
             tuple(Span(text[slice(*ends(one))], bool(one.notes), ", ".join(one.notes), n) for n, one in pieces)
             for text, ends in ((self.source, there), (self.text, here))
         ]
-        others = [as_it_is(one.text) for one in self.completions[1:]]
+        others: list[Block] = [as_it_is(one.text) for one in self.completions[1:]]
+        others += [Fold("tokens", (Text((tuple(map(_span, self.logprobs)),)),))] if self.logprobs else []
         languages = {"languages": f"{self.source_language or '?'} → {self.target_language or '?'}"}
         why = {name: value for name, value in self._told().items() if value}
         return [Text(tuple(sides)), *others, Facts({**languages, **why, **self._facts().pairs})]
@@ -391,7 +395,7 @@ class TextChunk(Result):
     """
 
     text: str
-    index: int
+    index: int = 0
     finish_reason: FinishReason | None = None
     result: Generation[Any] | None = None
     kind: ChunkKind = "content"

@@ -234,7 +234,8 @@ class Wrapper(FileJobs, ABC, Generic[JobT, ResultT]):
 
         def read() -> None:
             nonlocal failed
-            with bar(progress, len(jobs)) as ended:
+            pieces = sum(len(getattr(job, "requests", ())) or 1 for job in jobs)
+            with bar(progress, pieces, unit="rows" if pieces == len(jobs) else "pieces") as ended:
                 for news in filter(None, run):
                     failed = failed or news.error
                     results[news.index] = news.outcome

@@ -1,13 +1,15 @@
-"""A bar for calls that take long: rows done, and tokens per second."""
+"""A bar for calls and loads that take long: rows done, and tokens per second."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from lmkit._interrupts import surely
 from lmkit._quiet import without_warnings
 from lmkit.options.generation import ModeOptions
 from lmkit.options.option import checked, declared
@@ -17,16 +19,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lmkit")
 
+ResultT = TypeVar("ResultT")
+
 DELAY_SECONDS = 2.0
 """A call that is done sooner shows nothing."""
-
 
 LOG_SECONDS = 30.0
 """How far apart lines in a log are."""
 
 
 @contextlib.contextmanager
-def bar(wanted: object, total: int | None, done: int = 0, *, logs: bool = False) -> Iterator[Callable[[object], None]]:
+def bar(
+    wanted: object, total: int | None, done: int = 0, *, logs: bool = False, unit: str = "rows"
+) -> Iterator[Callable[[object], None]]:
     """Give a function to call with each result; it draws the bar.
 
     Args:
@@ -35,18 +40,14 @@ def bar(wanted: object, total: int | None, done: int = 0, *, logs: bool = False)
         total: How many rows there are, if it is known. A single row has no bar unless it is wanted.
         done: How many of them were done before.
         logs: Whether to log a line now and then where no bar is drawn, unless `wanted` is False.
+        unit: What is counted.
     """
     checked({"progress": wanted}, declared(ModeOptions))
-    if wanted is False or (wanted is None and (total == 1 or not _watched())):
+    if wanted is False or (wanted is None and (total == 1 or not watched())):
         yield _logged(total, done) if logs and wanted is None else lambda _result: None
         return
-    from tqdm.auto import tqdm
-
     delay = 0 if wanted else DELAY_SECONDS
-    # A notebook without widgets gets a plain bar, and a warning.
-    shown: Any = without_warnings(
-        lambda: tqdm(total=total, initial=done, unit=" rows", delay=delay, leave=bool(wanted), dynamic_ncols=True)
-    )
+    shown = _drawn(total=total, initial=done, unit=f" {unit}", delay=delay, leave=bool(wanted))
     started, tokens = time.perf_counter(), 0
 
     def update(result: object) -> None:
@@ -59,6 +60,25 @@ def bar(wanted: object, total: int | None, done: int = 0, *, logs: bool = False)
 
     with contextlib.closing(shown):
         yield update
+
+
+def loading(do: Callable[[], ResultT]) -> ResultT:
+    """Call `do`, which loads weights, with transformers' bar of them where somebody looks and it takes long."""
+    if multiprocessing.parent_process() is not None or not watched():  # replicas would draw over each other
+        return do()
+    from transformers.utils.logging import set_tqdm_hook
+
+    before = set_tqdm_hook(lambda _, given, named: _drawn(*given, **named, delay=DELAY_SECONDS, leave=False))
+    return surely(do, lambda: set_tqdm_hook(before))
+
+
+def _drawn(*given: Any, **named: Any) -> Any:
+    def draw() -> Any:
+        from tqdm.auto import tqdm
+
+        return tqdm(*given, **named, dynamic_ncols=True)
+
+    return without_warnings(draw)  # a notebook without widgets gets a plain bar, and a warning
 
 
 def _logged(total: int | None, done: int) -> Callable[[object], None]:
@@ -81,7 +101,7 @@ def _logged(total: int | None, done: int) -> Callable[[object], None]:
     return update
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Say whether somebody looks: at a terminal or a notebook."""
     if logger.getEffectiveLevel() > logging.WARNING:
         return False

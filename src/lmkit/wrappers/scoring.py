@@ -111,7 +111,7 @@ def scored(
     The first error is raised after all rows ended, and carries their results, or errors are returned in their places.
     """
     texts = [one for row in rows if not isinstance(row, LmkitError) for one in row]
-    with bar(progress, len(texts)) as ended:
+    with bar(progress, len(texts), unit="texts") as ended:
         found = iter(run(texts, ended))
 
     def result(row: Sequence[T]) -> ResultT | LmkitError:

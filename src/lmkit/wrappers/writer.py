@@ -79,19 +79,21 @@ class Parts:
         index: Its number in the run.
         outcomes: What its requests ended with.
         failed: Whether one of them failed, so that the row has been reported.
+        lazy: Whether nothing is told of it before its end.
         scanner: What tells the parts of a chat's answer apart, if it streams.
     """
 
-    def __init__(self, job: Job, index: int, *, stream: bool) -> None:
-        """Begin with what stands before the first answer; without `stream`, no text is told of."""
+    def __init__(self, job: Job, index: int, caller: Caller) -> None:
+        """Begin with what stands before the first answer; of a caller that does not stream, no text is told of."""
         self.job = job
         self.index = index
         self.outcomes: list[Outcome | None] = [None] * len(job.requests)
         self.failed = False
-        self.scanner = job.scanner() if stream and job.scanner else None
+        self.lazy = caller.lazy
+        self.scanner = job.scanner() if caller.stream and job.scanner else None
         self._texts = [*[""] * len(job.requests), ""]
-        self._texts[0] = job.between[0] if stream else ""
-        self._stream = stream
+        self._texts[0] = job.between[0] if caller.stream else ""
+        self._stream = caller.stream
         self._first = 0
         self._ends = [0.0] * len(job.requests)
 
@@ -250,7 +252,7 @@ class Writer(Wrapper[Job, ResultT]):
                 if job is None:
                     yield None
                     continue
-                parts = Parts(job, next(rows), stream=caller.stream)
+                parts = Parts(job, next(rows), caller)
                 if not job.requests:
                     empty.append(parts)
                 for part, request in enumerate(job.requests):
@@ -276,7 +278,8 @@ class Writer(Wrapper[Job, ResultT]):
             parts.failed = True
             error = failure(update.error, parts.job.row)
             return self._news_of(parts, update.text, update.marks, error=error)
-        return self._told_of(parts, parts.take(number, update), update.marks)
+        told = self._told_of(parts, parts.take(number, update), update.marks)
+        return Update(parts.index) if told is None and ended and not parts.lazy else told  # a bar counts it
 
     def _told_of(self, parts: Parts, text: str, marks: Marks = ()) -> Update[ResultT] | None:
         if (outcomes := parts.ended) is not None:
