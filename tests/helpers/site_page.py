@@ -1,4 +1,4 @@
-"""A page that lays out the pages of the built site, one after the other, in a frame of a width, and says what is wrong."""
+"""A page that lays out the built site's pages, one after the other, in a frame of a width, and says what is wrong."""
 
 import json
 from pathlib import Path
@@ -16,14 +16,13 @@ const check = (page, body) => {
   const say = (what, one) => wrong.push([page, what, (one.textContent || one.alt).trim().slice(0, 60)]);
   const root = body.ownerDocument.documentElement, article = body.querySelector("article");
   if (root.scrollWidth > root.clientWidth) say("is wider than the window", article);
-  for (const one of article.querySelectorAll("pre > code")) if (one.scrollWidth > one.clientWidth + 1) say("is cut", one);
-  for (const one of article.querySelectorAll(".md-typeset__scrollwrap"))
-    if (WIDE && one.scrollWidth > one.clientWidth + 1) say("is too wide a table", one);
+  for (const one of article.querySelectorAll("pre > code" + (WIDE ? ", .md-typeset__scrollwrap" : "")))
+    if (one.scrollWidth > one.clientWidth + 1) say("is cut", one);
   const texts = body.ownerDocument.createTreeWalker(article, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
     const node = texts.currentNode;
     if (node.parentElement.closest("pre, .md-clipboard, script, style")) continue;
-    for (const run of node.data.matchAll(/\\S{1,40}(?!\\S)/g)) // what is longer has to break somewhere
+    for (const run of node.data.matchAll(/(?<!\\S)\\S{1,40}(?!\\S)/g)) // a longer run has to break
       for (const word of run[0].matchAll(/\\w+/g))
         if (rows(node, run.index + word.index, run.index + word.index + word[0].length) > 1)
           say("has a broken word: " + word[0], node.parentElement);
