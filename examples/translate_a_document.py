@@ -10,10 +10,10 @@ CHECKPOINT = Path(__file__).parent / "checkpoints" / "numbers-m2m100"
 DOCUMENT = """\
 # seventeen
 
-- twenty-one. ninety-nine.
-- {count} seventy-one
+- twenty-one
+- seventy-one, {count}
 
-> four thousand and one ☂
+> two ☂
 """
 
 
