@@ -143,5 +143,5 @@ if __name__ == "__main__":
             file.write(page(theme, most=7))
             file.flush()
             photo = Path(sys.argv[1]) / f"results-{theme}.png"
-            options = ["--window-size=900,1340", f"--screenshot={photo}", Path(file.name).as_uri()]
+            options = ["--window-size=900,1400", f"--screenshot={photo}", Path(file.name).as_uri()]
             subprocess.run([*CHROMIUM, *options], check=True)
