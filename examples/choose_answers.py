@@ -10,12 +10,9 @@ import smollm2
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-CAPITALS = dict(
-    pair.split(": ")
-    for pair in (
-        "France: Paris, Italy: Rome, Japan: Tokyo, Egypt: Cairo, Canada: Ottawa, Kenya: Nairobi, Norway: Oslo, "
-        "Peru: Lima, Austria: Vienna, Argentina: Buenos Aires, India: New Delhi, Australia: Canberra"
-    ).split(", ")
+COUNTRIES = "France Italy Japan Egypt Canada Kenya Norway Peru Austria Argentina India Australia".split()
+CAPITALS = "Paris, Rome, Tokyo, Cairo, Ottawa, Nairobi, Oslo, Lima, Vienna, Buenos Aires, New Delhi, Canberra".split(
+    ", "
 )
 
 
@@ -31,8 +28,8 @@ def loglikelihood(generator: lmkit.Generator, requests: Sequence[tuple[str, str]
 
 def main() -> None:
     """Show the likelihoods of one question's answers, then how often each way of choosing is right."""
-    prompts = [f"Question: What is the capital of {country}?\nAnswer:" for country in CAPITALS]
-    choices = [f" {city}" for city in CAPITALS.values()]
+    prompts = [f"Question: What is the capital of {country}?\nAnswer:" for country in COUNTRIES]
+    choices = [f" {city}" for city in CAPITALS]
     with lmkit.load("causal", smollm2.path(), "float32") as generator:
         likelihoods = loglikelihood(generator, [(prompts[0], choice) for choice in choices[:3]])
         for choice, (logprob, greedy) in zip(choices, likelihoods, strict=False):

@@ -35,7 +35,7 @@ def show(result: lmkit.Generation | lmkit.Unmasking, expected: str) -> bool:
 
 def main() -> int:
     """Run everything; return 0 if all answers were the expected ones."""
-    started, right = time.perf_counter(), []
+    started, right = time.perf_counter(), list[bool]()
     texts, sources, targets, expected = zip(*NUMBERS, strict=True)
     for name in ("numbers-m2m100", "numbers-t5"):
         with lmkit.load("seq2seq", CHECKPOINTS / name) as translator:

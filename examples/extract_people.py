@@ -40,11 +40,11 @@ def chat(sentence: str) -> list[dict[str, str]]:
 
 def main() -> None:
     """Ask both ways, and print how many are objects, and how many of each field are right."""
-    draw, people, chats, free = random.Random(0), [], [], dict[int, Person]()  # noqa: S311 - rows, not secrets
-    for number in range(ROWS):
+    draw, people, free = random.Random(0), list[Person](), dict[int, Person]()  # noqa: S311 - rows, not secrets
+    for _ in range(ROWS):
         day = dt.date(draw.randint(2001, 2025), draw.randint(1, 12), draw.randint(1, 28))
         people.append(Person(draw.choice(NAMES), draw.randint(18, 80), draw.choice(CITIES), day))
-        chats.append(chat((TOLD, SIGNED)[number % 2].format(**asdict(people[-1]))))
+    chats = [chat((TOLD, SIGNED)[number % 2].format(**asdict(person))) for number, person in enumerate(people)]
     with lmkit.load("causal", smollm2.path(), "float32") as generator:
         for number, result in enumerate(generator.chat(chats, max_new_tokens=80)):
             with contextlib.suppress(ValidationError):
