@@ -11,7 +11,7 @@ DOCUMENT = """\
 # seventeen
 
 - twenty-one
-- seventy-one, {count}
+- seventy-one, {n}
 
 > two ☂
 """
