@@ -11,7 +11,9 @@ torch and transformers take minutes to install, so there are four kinds of envir
 `nox -R -s tests -- -k name` skips the installs when the environments are there.
 """
 
+import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -138,7 +140,9 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests with coverage; `-- -k name` runs what it selects, without coverage."""
     # The pages' code is the docs session's.
-    apart = [f"--ignore=tests/{name}.py" for name in ("test_docs", "test_every_family", "results/test_browser")]
+    apart = [
+        f"--ignore=tests/{name}.py" for name in ("test_docs", "test_every_family", "test_site", "results/test_browser")
+    ]
     everything = [*WORKERS, "--cov", "--cov-report=term", "--durations=10", *apart, counted("tests")]
     run_shared(session, "pytest", *(session.posargs or everything))
 
@@ -178,7 +182,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["env"])
 def pictures(session: nox.Session) -> None:
-    """Lay results and the tour out in a real browser, Debian's chromium, which is installed where that is possible.
+    """Lay results, the tour and the built site out in a real browser, Debian's chromium, which is installed where that is possible.
 
     What it shows, wide and narrow, light and dark, lies in .nox/reports/pictures afterwards.
     """
@@ -187,7 +191,7 @@ def pictures(session: nox.Session) -> None:
             session.run("apt-get", *command, external=True, silent=True, success_codes=[0, 100])
     (folder := REPORTS / "pictures").mkdir(parents=True, exist_ok=True)
     env = {"LMKIT_PICTURES": str(folder)}
-    run_shared(session, "pytest", "tests/results/test_browser.py", counted("pictures"), env=env)
+    run_shared(session, "pytest", "tests/results/test_browser.py", "tests/test_site.py", counted("pictures"), env=env)
 
 
 @nox.session(venv_backend="none", requires=["env"])
@@ -238,12 +242,35 @@ def newest(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build the sdist and from it the wheel; use the wheel in an empty environment."""
+    """Build the sdist and from it the wheel, twice, to the same bytes; use the wheel in an empty environment."""
     install_groups(session, "build")
-    shutil.rmtree(ROOT / "dist", ignore_errors=True)
-    session.run("python", "-m", "build", "--no-isolation", silent=True)
-    (wheel,) = (ROOT / "dist").glob("*.whl")
+    folders = (ROOT / "dist", Path(session.create_tmp()).resolve() / "again")
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", str(folder), silent=True)
+    first, again = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
+    if first != again:
+        session.error(f"two builds differ: {folders[0]}, {folders[1]}")
+    (wheel,) = folders[0].glob("*.whl")
     use_wheel(session, wheel)
+
+
+@nox.session(venv_backend="none", requires=["build"], default=False)
+def release(session: nox.Session) -> None:
+    """Build this checkout and check that it is a release, of a committed state; a person uploads it."""
+    version = PYPROJECT["project"]["version"]
+    if not re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", read("CHANGELOG.md"), re.MULTILINE):
+        session.error(f"CHANGELOG.md has no section '## [{version}] - YYYY-MM-DD': date what is unreleased")
+    if changed := session.run("git", "status", "--porcelain", external=True, silent=True):
+        session.error(f"what is built would not be what is committed:\n{changed}")
+    for file in sorted((ROOT / "dist").iterdir()):
+        session.log(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  dist/{file.name}")
+    session.log(f"dist/ is lmkit {version}. Nothing was uploaded: git tag v{version}, then twine upload dist/*")
+
+
+def read(name: str) -> str:
+    """Return the text of a file of the checkout."""
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
 def newest_python() -> str:

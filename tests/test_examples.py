@@ -1,7 +1,9 @@
 """The scripts in examples/ run from any folder; what needs the large model is slow, and a kernel runs the notebook."""
 
+import doctest
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,10 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TAKES_LONG = {"async_chat", "choose_answers", "extract_people"}  # they read the GGUF file of a chat model
+PAGES = sorted((EXAMPLES.parent / "docs").glob("*.md"))
+SHOWN = re.compile(r"<!-- example: (?P<name>\w+)\.py -->\n+```text\n(?P<output>.*?)^```$", re.DOTALL | re.MULTILINE)
+TAKES_LONG = {"async_chat", "call_a_tool", "choose_answers", "extract_people"}  # they read a chat model's GGUF file
+MATCHING = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 NOT_HERE = {"demo", "openai_server", "smollm2"}  # nox -s demo runs the first, test_openai_server the second
 SCRIPTS = [
     pytest.param(path, marks=pytest.mark.slow if path.stem in TAKES_LONG else (), id=path.stem)
@@ -39,9 +44,18 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", SCRIPTS)
-def test_a_script_runs_and_prints(path: Path, tmp_path: Path) -> None:
+def test_a_script_prints_what_its_page_shows(path: Path, tmp_path: Path) -> None:
     """An example works without a network, without warnings and from any folder."""
-    assert run(path, tmp_path).strip()
+    (shown,) = [found for page in PAGES for found in SHOWN.finditer(page.read_text("utf-8")) if found[1] == path.stem]
+    printed = run(path, tmp_path)
+    assert doctest.OutputChecker().check_output(shown["output"], printed, MATCHING), printed
+
+
+def test_examples_are_short() -> None:
+    """They have at most 60 lines; the server, which is a whole service, 200."""
+    lengths = {path.stem: len(path.read_text("utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert {name for name, lines in lengths.items() if lines > 60} == {"openai_server"}
+    assert lengths["openai_server"] <= 200
 
 
 def test_map_loses_no_line(tmp_path: Path) -> None:
