@@ -8,7 +8,7 @@ import torch
 import checkpoints
 import lmkit
 from checkpoints import texts, wrapper
-from lmkit.engine.compiled import CompiledStep
+from lmkit.engine.compiled import CompiledDecoderStep, CompiledPass, CompiledStep
 from lmkit.kernels.native.operators import refusal
 from native_kernels import NEEDED, kernels
 
@@ -121,9 +121,70 @@ def test_a_family_with_another_cache_has_no_compiled_step(name: str) -> None:
         compiled(name)
 
 
-@pytest.mark.parametrize("name", ["t5", "bert"])
-def test_only_causal_models_are_compiled(name: str) -> None:
-    """The other tasks are refused before anything is loaded."""
-    task = checkpoints.FAMILIES[name].task
-    with pytest.raises(lmkit.OptionError, match="compile=True is for causal models"):
-        lmkit.load(task, str(checkpoints.folder(name)), compile=True)  # type: ignore[call-overload]
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
+def test_a_compiled_pass_fills_masks_as_the_pipeline_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One text and batches with padding get the tokens and scores of transformers' pipeline, from one graph."""
+    model, tokenizer = checkpoints.reference(name)
+    pipeline = checkpoints.hf.pipeline("fill-mask", model=model, tokenizer=tokenizer, device="cpu")
+    read = []
+    run = CompiledPass.__call__
+    monkeypatch.setattr(
+        CompiledPass, "__call__", lambda self, *args: (read.append(len(args[0]["input_ids"])), run(self, *args))[1]
+    )
+    unmasker = lmkit.load("masked", str(checkpoints.folder(name)), "float32", "cpu", compile=True)
+    read.clear()
+    assert "a pass of all layers" in unmasker.plan.reasons["compiled"]
+    prompts = texts(name)
+    results = [*map(unmasker, prompts), *unmasker(prompts)]
+    assert set(read) == {1, len(prompts)}
+    for text, result in zip(prompts * 2, results, strict=True):
+        expected = pipeline(text.replace("[MASK]", tokenizer.mask_token), top_k=5)
+        assert [one.token_id for one in result.candidates] == [one["token"] for one in expected]
+        assert [one.score for one in result.candidates] == pytest.approx([one["score"] for one in expected], abs=1e-5)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_pass_on_torchs_quantized_kernels_is_not_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where torch multiplies what is quantized, masked models run as they are, and the log says why."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    folder = str(checkpoints.folder("bert"))
+    with caplog.at_level("INFO"), lmkit.load("masked", folder, "int8", "cpu", compile=True) as unmasker:
+        found = unmasker(texts("bert"))
+    assert "is not compiled, since torch's kernels multiply" in caplog.text
+    with lmkit.load("masked", folder, "int8", "cpu") as plain:
+        assert [str(one) for one in found] == [str(one) for one in plain(texts("bert"))]
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("native", [pytest.param(True, marks=NEEDED), False], ids=["native", "torch"])
+@pytest.mark.parametrize("name", ["t5", "marian", "bart", "m2m100"])
+def test_a_compiled_decoder_step_gives_the_tokens_of_generate(
+    name: str, monkeypatch: pytest.MonkeyPatch, *, native: bool
+) -> None:
+    """Single rows, batches, rows left over and beams get the tokens of `model.generate`; one step serves all."""
+    if not native:
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    steps: list[int] = []
+    run = CompiledDecoderStep.__call__
+    monkeypatch.setattr(
+        CompiledDecoderStep, "__call__", lambda self, *args: (steps.append(len(args[0])), run(self, *args))[1]
+    )
+    prompts, langs = texts(name), checkpoints.languages(name)
+    with lmkit.load("seq2seq", str(checkpoints.folder(name)), "float32", "cpu", compile=True) as translator:
+        assert "a step of the decoder" in translator.plan.reasons["compiled"]
+        steps.clear()
+        for prompt in prompts[:2]:
+            found = translator(prompt, max_new_tokens=24, **langs)
+            assert list(found.token_ids) == checkpoints.generated(name, [prompt], max_new_tokens=24)[0]
+        assert set(steps) == {1}
+        budgets = [9, 10, 24, 9, 10]
+        for beams in (1, 3):
+            steps.clear()
+            results = translator(prompts, max_new_tokens=budgets, num_beams=beams, **langs)
+            assert max(steps) == len(prompts) * beams
+            for prompt, budget, result in zip(prompts, budgets, results, strict=True):
+                expected = checkpoints.generated(name, [prompt], max_new_tokens=budget, num_beams=beams)[0]
+                assert list(result.token_ids) == expected

@@ -30,11 +30,14 @@ Prefix: TypeAlias = "list[tuple[torch.Tensor, torch.Tensor]]"
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' own registration
     """A layer whose buffers reserve and grow, in place of a concatenation at every step.
 
-    The live part is rows `0..rows` and columns `start..end`; one column before it is kept free for `pad`.
+    The live part is rows `0..rows` and columns `start..end`.
 
     Attributes:
         room: The most columns that the rows can still need, so that no more is reserved.
+        margin: How many columns are kept free for `pad`; none where rows never get padding.
     """
+
+    margin = 1
 
     def __init__(self) -> None:
         """Begin with nothing reserved."""
@@ -79,12 +82,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
 
     def _reserve(self, like: Sequence[torch.Tensor], rows: int, columns: int) -> None:
         """Move to new buffers for `rows` rows and `columns` more columns, and some more of these."""
-        needed = 1 + self.width + columns
+        needed = self.margin + self.width + columns
         size = needed + min(max(needed // 2, AHEAD), max(self.room, 1))
         fresh = tuple(part.new_zeros(rows, part.shape[1], size, part.shape[3]) for part in like)
         for old, new in zip(self._buffers, fresh, strict=False):
-            new[: self.rows, :, 1 : 1 + self.width] = old[: self.rows, :, self.start : self.end]
-        self.start, self.end, self._buffers = 1, 1 + self.width, fresh
+            new[: self.rows, :, self.margin : needed - columns] = old[: self.rows, :, self.start : self.end]
+        self.start, self.end, self._buffers = self.margin, needed - columns, fresh
 
     def opened(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all columns of the rows, one more than the live ones reserved, which now counts as live."""
@@ -102,7 +105,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
             self._reserve((keys, values), self.rows, columns)
             self.end += columns
             for buffer, part in zip(self._buffers, (keys, values), strict=True):
-                buffer[: self.rows, :, 1 : self.end] = part
+                buffer[: self.rows, :, self.start : self.end] = part
         else:
             self.start -= columns
             for buffer in self._buffers:

@@ -50,6 +50,12 @@ _GAIN: Final = {
     "masked": "long rows in blocks that a CPU's cache holds where it has products in bfloat16, else as torch's kernel",
 }
 
+_COMPILED: Final = {
+    "causal": "a step of all layers",
+    "seq2seq": "a step of the decoder",
+    "masked": "a pass of all layers",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Running:
@@ -93,7 +99,7 @@ def how_rows_run(
     plain = False
     if task != "masked":
         why = _not_own(model)
-        plain = why is None and not model.config.is_encoder_decoder and _kinds(model) == {DynamicLayer}
+        plain = why is None and _kinds(model) == {DynamicLayer}
         begin = "begin one by one" if task == "causal" else "begin together"
         told = (
             f"generate() prepares each step, since {why}: rows do not join a batch that runs, and no prefix is reused"
@@ -112,12 +118,12 @@ def how_rows_run(
         gain += f"; {'one token a row by a kernel in C++' if missing is None else f'none in C++, since {missing}'}"
     reasons = {
         "engine": told,
-        "compiled": "as asked: a step of all layers as one graph, kept for later loads" if compiled else None,
+        "compiled": f"as asked: {_COMPILED[task]} as one graph, kept for later loads" if compiled else None,
         "rotary": rotary.scaling(model).reason,
         "attention": gain if ours else "as asked" if asked else None,
     }
     how = attention.NAME if ours else str(chosen)
-    return Running("generate" if why else "lmkit", how, plain, reasons)
+    return Running("generate" if why else "lmkit", how, plain and task == "causal", reasons)
 
 
 def _not_own(model: Any) -> str | None:
@@ -143,17 +149,15 @@ def _kinds(model: Any) -> set[type]:
 
 
 def _check_compiled(task: Task, model: Any, *, plain: bool) -> None:
-    name = type(model).__name__
-    if task != "causal":
-        raise OptionError(f"compile=True is for causal models, and {name} is loaded as {task!r}: leave it out.")
-    takes = "position_ids" in inspect.signature(model.forward).parameters
-    why = _not_own(model) or (None if plain else "it keeps windows beside plain keys and values")
-    if why is None and not takes:
+    why = None
+    if task != "masked":
+        why = _not_own(model) or (None if plain else "it keeps windows beside plain keys and values")
+    if why is None and task == "causal" and "position_ids" not in inspect.signature(model.forward).parameters:
         why = "it takes no positions"
     if why is None and rotary.scaling(model).exact:
         why = "its rotary positions are scaled by the length of each text, which a graph does not know"
     if why:
-        raise OptionError(f"compile=True is not to be had for {name}, since {why}: leave it out.")
+        raise OptionError(f"compile=True is not to be had for {type(model).__name__}, since {why}: leave it out.")
 
 
 def unexpected(task: Task, engine: EngineWord, model_type: str) -> str | None:
