@@ -114,11 +114,44 @@ def test_a_quantized_model_is_compiled(
     assert max(steps) == (3 if native else 1)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mamba"])
-def test_a_family_with_another_cache_has_no_compiled_step(name: str) -> None:
-    """A model whose cache is not plain keys and values is refused, by name."""
-    with pytest.raises(lmkit.OptionError, match="compile=True is not to be had for"):
+@pytest.mark.parametrize("name, why", [("mamba", "cache"), ("gpt_neo", "takes no mask that is not made for it")])
+def test_a_family_without_a_compiled_step_is_refused(name: str, why: str) -> None:
+    """A model whose cache or attention no graph is made for is refused, by name."""
+    with pytest.raises(lmkit.OptionError, match=f"compile=True is not to be had for .*{why}"):
         compiled(name)
+
+
+def windowed(model: Any, _tokenizer: Any) -> None:
+    """Give one of two layers a window."""
+    model.config.use_sliding_window, model.config.sliding_window = True, 8
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("native", [pytest.param(True, marks=NEEDED), False], ids=["native", "torch"])
+@pytest.mark.parametrize("name", ["mistral", "qwen3"])
+def test_a_compiled_step_sees_a_window(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, native: bool
+) -> None:
+    """Rows that outgrow the window of all layers, or of one, get the tokens of `generate`, whoever leaves or joins."""
+    if not native:
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    where = checkpoints.changed(name, tmp_path, windowed) if name == "qwen3" else checkpoints.folder(name)
+    model, _ = checkpoints.plain("causal", where)
+    prompts = texts(name)
+    with lmkit.load("causal", str(where), "float32", "cpu", compile=True) as generator:
+        for budgets in ([40] * 5, [2, 30, 40, 5, 3]):
+            results = [generator(prompts[0], max_new_tokens=40), *generator(prompts, max_new_tokens=budgets)]
+            for prompt, budget, result in zip([prompts[0], *prompts], [40, *budgets], results, strict=True):
+                expected = checkpoints.generated(name, [prompt], model, max_new_tokens=budget)[0]
+                assert list(result.token_ids) == expected
+        first, others = generator.stream(prompts[1], max_new_tokens=40), prompts[2:]
+        begun = [next(first).text for _ in range(3)]
+        joined = generator(others, max_new_tokens=12)  # beside the stream
+        rest = [chunk.text for chunk in first]
+        assert "".join(begun + rest) == generator(prompts[1], max_new_tokens=40).text
+        for prompt, result in zip(others, joined, strict=True):
+            assert list(result.token_ids) == checkpoints.generated(name, [prompt], model, max_new_tokens=12)[0]
 
 
 @pytest.mark.usefixtures("cache")

@@ -13,15 +13,15 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lmkit._borrowed import cache_name
 from lmkit.engine.body_and_head import Reader
-from lmkit.engine.cache import KeyValues
+from lmkit.engine.cache import KeyValues, WindowLayer
 from lmkit.engine.graph import Graph, Taken, runs_torch_kernels
 from lmkit.kernels import attention
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-ROWS, WIDTH = 64, 256
-"""The rows and the columns of a step that are traced: a graph takes any, but for `most_rows`."""
+ROWS, WIDTH, WINDOW = 64, 256, 192
+"""The rows and the columns of a step that are traced, plain and in windows: a graph takes any, but for `most_rows`."""
 
 COLUMNS, READ, BEAMS = 40, 24, 4
 """The same of a source, of what is read of its answers, and of answers to one source."""
@@ -84,8 +84,7 @@ class CompiledStep(Graph):
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        mask: torch.Tensor,
-        slot: torch.Tensor,
+        columns: Sequence[tuple[torch.Tensor, torch.Tensor]],
         buffers: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> torch.Tensor:
         """Read a token per row.
@@ -93,15 +92,16 @@ class CompiledStep(Graph):
         Args:
             token_ids: *Shape:* `(rows, 1)`.
             positions: Their places in the texts. *Shape:* `(rows, 1)`.
-            mask: Which columns each sees, its own among them. *Shape:* `(rows, 1, 1, width)`, bool.
-            slot: The column to write. *Shape:* `(1,)`.
+            columns: Of each layer in `firsts` the column to write (*shape:* `(1,)`), and which ones each row sees, its
+                own among them (*shape:* `(rows, 1, 1, width)`, bool).
             buffers: Keys and values of each layer, contiguous, written in place. *Shape:* `(rows, heads, width, size)`.
 
         Returns:
             The scores that follow. *Shape:* `(rows, vocabulary)`.
         """
         keys, values = [pair[0] for pair in buffers], [pair[1] for pair in buffers]
-        return self._compute(token_ids, positions, slot, *keys, *values, mask)
+        slots, masks = zip(*columns, strict=True)
+        return self._compute(token_ids, positions, *slots, *keys, *values, *masks)
 
     @functools.cached_property
     def _sample(self) -> KeyValues:
@@ -110,35 +110,56 @@ class CompiledStep(Graph):
         self._model(input_ids=self._some_tokens(1), use_cache=True, **{self._cached: cache.cache})
         return cache
 
+    @functools.cached_property
+    def _kinds(self) -> list[str]:
+        """What kind of attention each layer has, in transformers' words."""
+        windows = (isinstance(layer, WindowLayer) for layer in self._sample.layers)
+        return ["sliding_attention" if window else "full_attention" for window in windows]
+
+    @property
+    def firsts(self) -> list[int]:
+        """The first layer of each kind: others of that kind have the same columns."""
+        return [self._kinds.index(kind) for kind in dict.fromkeys(self._kinds)]
+
     def _some_tokens(self, seed: int) -> torch.Tensor:
         return self._tokens(min(VERIFIED, self.most_rows), 1, seed)
 
     @property
     def _sizes(self) -> Mapping[str, int]:
-        return {"rows": min(ROWS, self.most_rows), "width": WIDTH}
+        traced = {"full_attention": WIDTH, "sliding_attention": WINDOW}
+        return {"rows": min(ROWS, self.most_rows)} | {kind: traced[kind] for kind in dict.fromkeys(self._kinds)}
 
     @property
     def _takes(self) -> Sequence[Taken]:
-        states = [layer.keys for layer in self._sample.layers] + [layer.values for layer in self._sample.layers]
+        kinds, layers = [*dict.fromkeys(self._kinds)], self._sample.layers
         one: Taken = (("rows", 1), torch.long)
-        buffers: list[Taken] = [(("rows", part.shape[1], "width", part.shape[3]), part.dtype) for part in states]
-        return [one, one, ((1,), torch.long), *buffers, (("rows", 1, 1, "width"), torch.bool)]
+        buffers: list[Taken] = [
+            (("rows", part.shape[1], kind, part.shape[3]), part.dtype)
+            for side in ("keys", "values")
+            for kind, part in zip(self._kinds, (getattr(layer, side) for layer in layers), strict=True)
+        ]
+        slots: list[Taken] = [((1,), torch.long) for _ in kinds]
+        return [one, one, *slots, *buffers, *((("rows", 1, 1, kind), torch.bool) for kind in kinds)]
 
     def _traced(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Run the model's forward."""
-        token_ids, positions, slot, *cache, mask = inputs
-        layers = len(cache) // 2
+        count, layers = len(self.firsts), len(self._kinds)
+        token_ids, positions, *rest = inputs
+        keys, values = rest[count : count + layers], rest[count + layers : -count]
         # Without asserts of sizes, inductor of torch 2.14 knows only those that the graph itself asks for, and not of a
         # bool tensor: the width is that of the first keys.
-        slot = slot.clamp(max=cache[0].shape[2] - 1)
-        slots: list[Any] = [_Slot(*pair, slot) for pair in zip(cache[:layers], cache[layers:], strict=True)]
+        slots = [slot.clamp(max=keys[first].shape[2] - 1) for slot, first in zip(rest, self.firsts, strict=False)]
+        names = [self._kinds[first] for first in self.firsts]
+        written: list[Any] = [
+            _Slot(*pair, slots[names.index(kind)]) for *pair, kind in zip(keys, values, self._kinds, strict=True)
+        ]
         outputs: Any = self._model(
             input_ids=token_ids,
-            attention_mask=mask,
+            attention_mask=rest[-1] if count == 1 else dict(zip(names, rest[-count:], strict=True)),
             position_ids=positions,
             use_cache=True,
             return_dict=True,
-            **{self._cached: Cache(layers=slots)},
+            **{self._cached: Cache(layers=written)},
         )
         scores: torch.Tensor = outputs.logits[:, -1]
         return scores
@@ -151,7 +172,8 @@ class CompiledStep(Graph):
         room = functools.partial(torch.nn.functional.pad, pad=(0, 0, 0, WIDTH - 1))
         buffers = [(room(layer.keys), room(layer.values)) for layer in self._sample.layers]
         slot = torch.ones(1, dtype=torch.long, device=self._device)
-        found = self(token_ids, positions, seen.expand(len(token_ids), 1, 1, -1).contiguous(), slot, buffers)
+        columns = slot, seen.expand(len(token_ids), 1, 1, -1).contiguous()
+        found = self(token_ids, positions, [columns for _ in self.firsts], buffers)
         before = {self._cached: self._sample.cache}
         return found, self._model(input_ids=token_ids, position_ids=positions, use_cache=True, **before).logits[:, -1]
 

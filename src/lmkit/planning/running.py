@@ -106,10 +106,10 @@ def how_rows_run(
             if why
             else f"lmkit's own loop: rows {begin} and end one by one, each with its own options"
         )
-    if compiled:
-        _check_compiled(task, model, plain=plain)
     chosen = model.config._attn_implementation  # noqa: SLF001 - it has no public name
     ours = not asked and device_type == "cpu" and attention.fits(model)
+    if compiled:
+        _check_compiled(task, model, eager=str(chosen) == "eager" and not ours)
     gain = f"lmkit's: {_GAIN[task]}"
     if str(model.dtype) == "torch.bfloat16" and packs():
         gain += ", and products are those of this CPU's bfloat16 kernel"
@@ -148,16 +148,30 @@ def _kinds(model: Any) -> set[type]:
     return {type(layer) for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers}
 
 
-def _check_compiled(task: Task, model: Any, *, plain: bool) -> None:
-    why = None
-    if task != "masked":
-        why = _not_own(model) or (None if plain else "it keeps windows beside plain keys and values")
+def _check_compiled(task: Task, model: Any, *, eager: bool) -> None:
+    why = None if task == "masked" else _not_own(model)
+    if why is None and task != "masked" and eager:
+        why = "its attention, transformers' 'eager', takes no mask that is not made for it"
+    if why is None and task == "seq2seq" and _kinds(model) != {DynamicLayer}:
+        why = "its decoder keeps windows beside plain keys and values"
+    if why is None and task == "causal":
+        why = _not_alike(model)
     if why is None and task == "causal" and "position_ids" not in inspect.signature(model.forward).parameters:
         why = "it takes no positions"
     if why is None and rotary.scaling(model).exact:
         why = "its rotary positions are scaled by the length of each text, which a graph does not know"
     if why:
         raise OptionError(f"compile=True is not to be had for {type(model).__name__}, since {why}: leave it out.")
+
+
+def _not_alike(model: Any) -> str | None:
+    """Say why a causal model's windows are not those that a graph knows: one for all layers that have any."""
+    config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    windows = {layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)}
+    kinds = {"full_attention", "sliding_attention"}
+    known = kinds.issuperset(getattr(config, "layer_types", None) or ())
+    return None if len(windows) < 2 and known else "its layers have windows of several kinds"  # noqa: PLR2004
 
 
 def unexpected(task: Task, engine: EngineWord, model_type: str) -> str | None:
