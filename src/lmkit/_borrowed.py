@@ -73,7 +73,7 @@ BORROWED: Final = tuple(
     Borrowed(*entry)
     for entry in (
         ("transformers.cache_utils:DynamicLayer", "engine.cache, engine.compiled, planning.running", _FAILS),
-        ("transformers.cache_utils:DynamicSlidingWindowLayer", "planning.running", _FAILS),
+        ("transformers.cache_utils:DynamicSlidingWindowLayer", "engine.cache, planning.running", _FAILS),
         (f"{_WRITER}._supports_default_dynamic_cache", "planning.running", _SLOW),
         (f"{_WRITER}._prepare_special_tokens", "engine.choice", _NO_ROWS),
         (f"{_WRITER}._get_logits_processor", "engine.choice", _NO_ROWS),

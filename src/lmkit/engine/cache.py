@@ -6,10 +6,11 @@ hides. Padding is zeros, never stale memory: a masked weight of 0 times NaN is N
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
-from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 if TYPE_CHECKING:
@@ -85,14 +86,15 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
         self.keys, self.values = (buffer[: self.rows, :, self.start : self.end] for buffer in self._buffers)
         return self.keys, self.values
 
-    def _reserve(self, like: Sequence[torch.Tensor], rows: int, columns: int) -> None:
-        """Move to new buffers for `rows` rows and `columns` more columns, and some more of these."""
-        needed = self.margin + self.width + columns
-        size = needed + min(max(needed // 2, AHEAD), max(self.room, 1))
-        fresh = tuple(part.new_zeros(rows, part.shape[1], size, part.shape[3]) for part in like)
+    def _reserve(self, like: Sequence[torch.Tensor], rows: int, columns: int, left: int = 0) -> None:
+        """Move to new buffers for `rows` rows, with `columns` more columns, some more, and `left` ones before all."""
+        start = self.margin + left
+        end = start + self.width
+        size = end + columns + min(max((end + columns) // 2, AHEAD), max(self.room, 1))
+        fresh = tuple(zeros_like(part, rows, size) for part in like)
         for old, new in zip(self._buffers, fresh, strict=False):
-            new[: self.rows, :, self.margin : needed - columns] = old[: self.rows, :, self.start : self.end]
-        self.start, self.end, self._buffers = self.margin, needed - columns, fresh
+            new[: self.rows, :, start:end] = old[: self.rows, :, self.start : self.end]
+        self.start, self.end, self._buffers = start, end, fresh
 
     def opened(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all columns of the rows, one more than the live ones reserved, which now counts as live."""
@@ -106,15 +108,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
     def pad(self, columns: int) -> None:
         """Add columns of padding on the left."""
         if columns > self.start:
-            keys, values = (pad(part, (0, 0, columns, 0)) for part in self._live())
-            self._reserve((keys, values), self.rows, columns)
-            self.end += columns
-            for buffer, part in zip(self._buffers, (keys, values), strict=True):
-                buffer[: self.rows, :, self.start : self.end] = part
-        else:
-            self.start -= columns
-            for buffer in self._buffers:
-                buffer[: self.rows, :, self.start : self.start + columns] = 0
+            self._reserve(self._buffers, self.rows, 0, left=columns)
+        self.start -= columns
+        for buffer in self._buffers:
+            buffer[: self.rows, :, self.start : self.start + columns] = 0
         self._live()
 
     def drop(self, columns: int) -> None:
@@ -156,6 +153,14 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
             buffer[self.rows : rows, :, self.start + gap : self.end] = part
         self.rows = rows
         self._live()
+
+
+def zeros_like(part: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Return zeros for as many rows and columns; on a CPU they take memory once they are written, not before."""
+    shape = rows, part.shape[1], columns, part.shape[3]
+    if part.device.type != "cpu":
+        return part.new_zeros(shape)
+    return torch.from_numpy(np.zeros(math.prod(shape) * part.itemsize, np.uint8)).view(part.dtype).view(shape)
 
 
 class WindowLayer(GrowingLayer):

@@ -1,4 +1,4 @@
-"""Steps and passes of models as compiled graphs: the decode step of a causal model, and passes of masked models."""
+"""Compiled graphs of models: decode steps of causal models and encoder-decoders, and passes of masked models."""
 
 from __future__ import annotations
 
@@ -190,13 +190,11 @@ class CompiledDecoderStep(Graph):
         self.most_rows = 1 if runs_torch_kernels(model) else sys.maxsize
         self._cached = cache_name(model) or ""
         self._beams = BEAMS if attention.is_on(model) and self.most_rows > 1 else 1
-        # Some tables of positions grow when they are read beyond their end, which a graph cannot.
-        self._most_read = int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
         super().__init__(model)
 
     def fits(self, answers: int, read: int) -> bool:
         """Say whether it takes so many answers, of so many tokens."""
-        return answers <= self.most_rows and read < self._most_read
+        return answers <= self.most_rows and read < self.most_positions
 
     def __call__(
         self,

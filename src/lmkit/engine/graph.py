@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 from abc import ABC, abstractmethod
 from importlib.metadata import version
@@ -93,6 +94,11 @@ class Graph(ABC):
     @abstractmethod
     def _tried(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the graph gives for a few tokens, and what the model does. *Shape:* `(rows, vocabulary)`."""
+
+    @property
+    def most_positions(self) -> int:
+        """How long texts may be where that is said: a graph asks no table how long it is, and can have none grow."""
+        return int(getattr(self._model.config, "max_position_embeddings", None) or sys.maxsize)
 
     def _compute(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Run the graph."""

@@ -107,7 +107,7 @@ def how_rows_run(
             else f"lmkit's own loop: rows {begin} and end one by one, each with its own options"
         )
     chosen = model.config._attn_implementation  # noqa: SLF001 - it has no public name
-    ours = not asked and device_type == "cpu" and attention.fits(model)
+    ours = not asked and device_type == "cpu" and attention.fits(model, kernels=kernels)
     if compiled:
         _check_compiled(task, model, eager=str(chosen) == "eager" and not ours)
     gain = f"lmkit's: {_GAIN[task]}"

@@ -99,7 +99,7 @@ class MaskScorer(Runner["Asked", Found]):
         inputs, where = self._inputs([tokens for tokens, _, _ in batch]), torch.tensor(places, device=self._device).T
         self._counts["forwards"] += 1
         self._counts["prompt_tokens"] += inputs["input_ids"].numel()
-        if self._compiled is not None:
+        if self._compiled is not None and inputs["input_ids"].shape[1] <= self._compiled.most_positions:
             logits = self._compiled(inputs, where.contiguous())
         elif self._reader is None:
             logits = self._model(**inputs, return_dict=True).logits[tuple(where)]
