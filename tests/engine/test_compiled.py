@@ -224,3 +224,9 @@ def test_a_compiled_decoder_step_gives_the_tokens_of_generate(
             for prompt, budget, result in zip(prompts, budgets, results, strict=True):
                 expected = checkpoints.generated(name, [prompt], max_new_tokens=budget, num_beams=beams)[0]
                 assert list(result.token_ids) == expected
+
+
+def test_a_size_that_a_models_code_fixes_is_refused() -> None:
+    """DeBERTa turns the length of its texts into a number: a graph for that length alone is an EngineError."""
+    with pytest.raises(lmkit.EngineError, match="takes a size for a constant"):
+        lmkit.load("masked", str(checkpoints.folder("deberta")), "float32", "cpu", compile=True)

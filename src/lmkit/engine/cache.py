@@ -163,7 +163,7 @@ def zeros_like(part: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return torch.from_numpy(np.zeros(math.prod(shape) * part.itemsize, np.uint8)).view(part.dtype).view(shape)
 
 
-class WindowLayer(GrowingLayer):
+class WindowLayer(GrowingLayer):  # type: ignore[no-untyped-call]  # as above
     """A layer whose tokens see a window of columns: those that the next one will not see are let go.
 
     Attributes:

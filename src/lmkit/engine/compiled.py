@@ -151,7 +151,8 @@ class CompiledStep(Graph):
         slots = [slot.clamp(max=keys[first].shape[2] - 1) for slot, first in zip(rest, self.firsts, strict=False)]
         names = [self._kinds[first] for first in self.firsts]
         written: list[Any] = [
-            _Slot(*pair, slots[names.index(kind)]) for *pair, kind in zip(keys, values, self._kinds, strict=True)
+            _Slot(key, value, slots[names.index(kind)])
+            for key, value, kind in zip(keys, values, self._kinds, strict=True)
         ]
         outputs: Any = self._model(
             input_ids=token_ids,

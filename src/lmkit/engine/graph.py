@@ -177,6 +177,8 @@ class Graph(ABC):
             ]
         with mode, preserve_node_meta():
             graph = make_fx(self._on_weights)(*inputs)
+        if mode.shape_env.replacements:  # other sizes would be read beyond their end
+            raise EngineError("its code takes a size for a constant that differs from text to text")
         for node in graph.graph.nodes:
             if node.target is torch.ops.mkldnn._linear_pointwise.default:  # noqa: SLF001
                 # Else inductor asserts that the packed weight is a constant.

@@ -131,8 +131,8 @@ def attend(
         if attended is not None:
             return attended, None
     if any(kwargs.get(name) is not None for name in ADDITIONS):
-        alone = [part.repeat_interleave(width, 0) if width > 1 else part for part in (key, value)]
-        return _as_family(module, query, *alone, attention_mask, causal=bool(causal), scaling=scaling, **kwargs)
+        key, value = (part.repeat_interleave(width, 0) if width > 1 else part for part in (key, value))
+        return _as_family(module, query, key, value, attention_mask, causal=bool(causal), scaling=scaling, **kwargs)
     unusual = any(kwargs.get(name) for name in UNKNOWN)
     half = all(state.dtype is torch.bfloat16 for state in (query, key, value))
     fast = near and half and not unusual and not torch.compiler.is_compiling() and packs()
