@@ -1,8 +1,6 @@
 """Keys and values that grow in place, against plain concatenation."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import pad
 
-from lmkit.engine.cache import GrowingLayer, KeyValues, zeros_like
+from lmkit.engine.cache import GrowingLayer, KeyValues
 
 hf: Any = transformers
 HEADS, SIZE, VALUE_SIZE = 2, 3, 5
@@ -217,20 +215,6 @@ def test_growing_copies_rarely_and_reserves_no_more_than_is_needed() -> None:
     assert layer.width == 1000
     assert len(places) < 8
     assert layer.nbytes <= 1004 * HEADS * (SIZE + VALUE_SIZE) * 4
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="there is no such file to tell what is resident")
-def test_columns_take_memory_once_they_are_written() -> None:
-    """Of 256 MiB of reserved columns nothing is resident before they hold something."""
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    before = resident()
-    reserved = zeros_like(torch.empty(1, 8, 1, 64, dtype=torch.bfloat16), 64, 4096)
-    assert (reserved.shape, reserved.dtype) == ((64, 8, 4096, 64), torch.bfloat16)
-    assert resident() - before < 2**26 < reserved.nbytes
-    assert not reserved[:, :, ::512].any()
 
 
 def test_rows_that_left_give_their_memory_back() -> None:

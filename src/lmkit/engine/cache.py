@@ -6,10 +6,8 @@ hides. Padding is zeros, never stale memory: a masked weight of 0 times NaN is N
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -91,7 +89,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
         start = self.margin + left
         end = start + self.width
         size = end + columns + min(max((end + columns) // 2, AHEAD), max(self.room, 1))
-        fresh = tuple(zeros_like(part, rows, size) for part in like)
+        fresh = tuple(part.new_zeros(rows, part.shape[1], size, part.shape[3]) for part in like)
         for old, new in zip(self._buffers, fresh, strict=False):
             new[: self.rows, :, start:end] = old[: self.rows, :, self.start : self.end]
         self.start, self.end, self._buffers = start, end, fresh
@@ -153,14 +151,6 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
             buffer[self.rows : rows, :, self.start + gap : self.end] = part
         self.rows = rows
         self._live()
-
-
-def zeros_like(part: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Return zeros for as many rows and columns; on a CPU they take memory once they are written, not before."""
-    shape = rows, part.shape[1], columns, part.shape[3]
-    if part.device.type != "cpu":
-        return part.new_zeros(shape)
-    return torch.from_numpy(np.zeros(math.prod(shape) * part.itemsize, np.uint8)).view(part.dtype).view(shape)
 
 
 class WindowLayer(GrowingLayer):  # type: ignore[no-untyped-call]  # as above
