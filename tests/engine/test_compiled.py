@@ -226,6 +226,7 @@ def test_a_compiled_decoder_step_gives_the_tokens_of_generate(
                 assert list(result.token_ids) == expected
 
 
+@pytest.mark.usefixtures("cache")
 def test_a_size_that_a_models_code_fixes_is_refused() -> None:
     """DeBERTa turns the length of its texts into a number: a graph for that length alone is an EngineError."""
     with pytest.raises(lmkit.EngineError, match="takes a size for a constant"):
