@@ -26,6 +26,7 @@ DOCUMENTED = {
     "huggingface_hub.errors",
     "torch.fx.traceback",
     "torch.nn.functional",
+    "transformers.modeling_outputs",
     "transformers.quantizers.auto",
     "transformers.utils",
     "transformers.utils.quantization_config",

@@ -73,7 +73,7 @@ BORROWED: Final = tuple(
     Borrowed(*entry)
     for entry in (
         ("transformers.cache_utils:DynamicLayer", "engine.cache, engine.compiled, planning.running", _FAILS),
-        ("transformers.cache_utils:DynamicSlidingWindowLayer", "planning.running", _FAILS),
+        ("transformers.cache_utils:DynamicSlidingWindowLayer", "engine.cache, planning.running", _FAILS),
         (f"{_WRITER}._supports_default_dynamic_cache", "planning.running", _SLOW),
         (f"{_WRITER}._prepare_special_tokens", "engine.choice", _NO_ROWS),
         (f"{_WRITER}._get_logits_processor", "engine.choice", _NO_ROWS),
@@ -81,7 +81,7 @@ BORROWED: Final = tuple(
         (f"{_MODEL}._can_set_attn_implementation", "kernels.attention, planning.skeleton", _FAILS),
         (
             "transformers:PreTrainedConfig._attn_implementation",
-            "kernels.attention, planning.running, planning.skeleton, engine.compiled",
+            "kernels.attention, planning.running, planning.skeleton, engine.graph",
             _FAILS,
         ),
         ("transformers:PreTrainedConfig._experts_implementation", "planning.keyvalues", _FAILS),
@@ -130,7 +130,7 @@ BORROWED: Final = tuple(
         ("bitsandbytes.functional:QuantState", "planning.skeleton", "what 4 bits hold is measured too low"),
         ("accelerate.hooks:add_hook_to_module", "kernels.packed", "modules that are moved about might be packed"),
         ("torch:ops.mkldnn._reorder_linear_weight", "kernels.packed", _PLAIN),
-        ("torch:ops.mkldnn._linear_pointwise", "kernels.packed, engine.compiled", _PLAIN),
+        ("torch:ops.mkldnn._linear_pointwise", "kernels.packed, engine.graph", _PLAIN),
         ("torch:ops.mkldnn._is_mkldnn_bf16_supported", "kernels.packed", _PLAIN),
         ("torch:ops.mkldnn._nbytes", "kernels.packed", "wide copies cannot be counted"),
         ("torch:ops.aten._weight_int8pack_mm", "kernels.quantized", _WIDE),
@@ -142,14 +142,14 @@ BORROWED: Final = tuple(
         ("torch.overrides:_push_mode", "loading.turns", _FAILS),
         ("torch:Tensor._version", "kernels.wide_copies", _NO_ROWS),
         ("torch._subclasses:FakeTensor", "kernels.quantized, kernels.together", _FAILS),
-        ("torch._subclasses:FakeTensorMode", "engine.compiled", _NOT_COMPILED),
-        ("torch._inductor:standalone_compile", "engine.compiled", _NOT_COMPILED),
-        ("torch._inductor.standalone_compile:CompiledArtifact", "engine.compiled", _NOT_COMPILED),
-        ("torch._inductor.runtime.cache_dir_utils:temporary_cache_dir", "engine.compiled", _NOT_COMPILED),
-        ("torch.fx.experimental.proxy_tensor:make_fx", "engine.compiled", _NOT_COMPILED),
-        ("torch.fx.experimental.symbolic_shapes:DimDynamic", "engine.compiled", _NOT_COMPILED),
-        ("torch.fx.experimental.symbolic_shapes:ShapeEnv", "engine.compiled", _NOT_COMPILED),
-        ("torch.fx.experimental.symbolic_shapes:StatelessSymbolicContext", "engine.compiled", _NOT_COMPILED),
+        ("torch._subclasses:FakeTensorMode", "engine.graph", _NOT_COMPILED),
+        ("torch._inductor:standalone_compile", "engine.graph", _NOT_COMPILED),
+        ("torch._inductor.standalone_compile:CompiledArtifact", "engine.graph", _NOT_COMPILED),
+        ("torch._inductor.runtime.cache_dir_utils:temporary_cache_dir", "engine.graph", _NOT_COMPILED),
+        ("torch.fx.experimental.proxy_tensor:make_fx", "engine.graph", _NOT_COMPILED),
+        ("torch.fx.experimental.symbolic_shapes:DimDynamic", "engine.graph", _NOT_COMPILED),
+        ("torch.fx.experimental.symbolic_shapes:ShapeEnv", "engine.graph", _NOT_COMPILED),
+        ("torch.fx.experimental.symbolic_shapes:StatelessSymbolicContext", "engine.graph", _NOT_COMPILED),
     )
 )
 

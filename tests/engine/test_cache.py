@@ -66,7 +66,7 @@ def moved(part: torch.Tensor, holes: list[int], movers: list[int], rows: int) ->
 class Both:
     """A cache of lmkit's and its plain counterpart, which go through the same operations.
 
-    One layer grows in place, and one is transformers' own with a sliding window, as Gemma 2 has them.
+    One layer is plain, and one has a sliding window, as Gemma 2 has them.
     """
 
     def __init__(self, rows: int, columns: int, number: int, *, sliding: bool) -> None:
@@ -148,8 +148,8 @@ class Both:
         """Compare what is live."""
         for number, (layer, plain) in enumerate(zip(self.mine.layers, self.plain, strict=True)):
             shown = WINDOW - 1 if self.sliding and number == 0 else plain.keys.shape[2]
-            assert torch.equal(layer.keys, plain.keys[:, :, -shown:])
-            assert torch.equal(layer.values, plain.values[:, :, -shown:])
+            assert torch.equal(layer.keys[:, :, -shown:], plain.keys[:, :, -shown:])
+            assert torch.equal(layer.values[:, :, -shown:], plain.values[:, :, -shown:])
             assert layer.get_seq_length() == plain.keys.shape[2]
 
 

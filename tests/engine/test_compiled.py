@@ -8,7 +8,7 @@ import torch
 import checkpoints
 import lmkit
 from checkpoints import texts, wrapper
-from lmkit.engine.compiled import CompiledStep
+from lmkit.engine.compiled import CompiledDecoderStep, CompiledPass, CompiledStep
 from lmkit.kernels.native.operators import refusal
 from native_kernels import NEEDED, kernels
 
@@ -114,16 +114,120 @@ def test_a_quantized_model_is_compiled(
     assert max(steps) == (3 if native else 1)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mamba"])
-def test_a_family_with_another_cache_has_no_compiled_step(name: str) -> None:
-    """A model whose cache is not plain keys and values is refused, by name."""
-    with pytest.raises(lmkit.OptionError, match="compile=True is not to be had for"):
+@pytest.mark.parametrize("name, why", [("mamba", "cache"), ("gpt_neo", "takes no mask that is not made for it")])
+def test_a_family_without_a_compiled_step_is_refused(name: str, why: str) -> None:
+    """A model whose cache or attention no graph is made for is refused, by name."""
+    with pytest.raises(lmkit.OptionError, match=f"compile=True is not to be had for .*{why}"):
         compiled(name)
 
 
-@pytest.mark.parametrize("name", ["t5", "bert"])
-def test_only_causal_models_are_compiled(name: str) -> None:
-    """The other tasks are refused before anything is loaded."""
-    task = checkpoints.FAMILIES[name].task
-    with pytest.raises(lmkit.OptionError, match="compile=True is for causal models"):
-        lmkit.load(task, str(checkpoints.folder(name)), compile=True)  # type: ignore[call-overload]
+def windowed(model: Any, _tokenizer: Any) -> None:
+    """Give one of two layers a window."""
+    model.config.use_sliding_window, model.config.sliding_window = True, 8
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("native", [pytest.param(True, marks=NEEDED), False], ids=["native", "torch"])
+@pytest.mark.parametrize("name", ["mistral", "qwen3", "gemma2"])
+def test_a_compiled_step_sees_a_window(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, native: bool
+) -> None:
+    """Rows that outgrow the window of all layers, or of one, get the tokens of `generate`, whoever leaves or joins.
+
+    Gemma 2 has soft caps beside.
+    """
+    if not native:
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    where = checkpoints.changed(name, tmp_path, windowed) if name == "qwen3" else checkpoints.folder(name)
+    model, _ = checkpoints.plain("causal", where)
+    prompts = texts(name)
+    with lmkit.load("causal", str(where), "float32", "cpu", compile=True) as generator:
+        for budgets in ([40] * 5, [2, 30, 40, 5, 3]):
+            results = [generator(prompts[0], max_new_tokens=40), *generator(prompts, max_new_tokens=budgets)]
+            for prompt, budget, result in zip([prompts[0], *prompts], [40, *budgets], results, strict=True):
+                expected = checkpoints.generated(name, [prompt], model, max_new_tokens=budget)[0]
+                assert list(result.token_ids) == expected
+        first, others = generator.stream(prompts[1], max_new_tokens=40), prompts[2:]
+        begun = [next(first).text for _ in range(3)]
+        joined = generator(others, max_new_tokens=12)  # beside the stream
+        rest = [chunk.text for chunk in first]
+        assert "".join(begun + rest) == generator(prompts[1], max_new_tokens=40).text
+        for prompt, result in zip(others, joined, strict=True):
+            assert list(result.token_ids) == checkpoints.generated(name, [prompt], model, max_new_tokens=12)[0]
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
+def test_a_compiled_pass_fills_masks_as_the_pipeline_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One text and batches with padding get the tokens and scores of transformers' pipeline, from one graph."""
+    model, tokenizer = checkpoints.reference(name)
+    pipeline = checkpoints.hf.pipeline("fill-mask", model=model, tokenizer=tokenizer, device="cpu")
+    read = []
+    run = CompiledPass.__call__
+    monkeypatch.setattr(
+        CompiledPass, "__call__", lambda self, *args: (read.append(len(args[0]["input_ids"])), run(self, *args))[1]
+    )
+    unmasker = lmkit.load("masked", str(checkpoints.folder(name)), "float32", "cpu", compile=True)
+    read.clear()
+    assert "a pass of all layers" in unmasker.plan.reasons["compiled"]
+    prompts = texts(name)
+    results = [*map(unmasker, prompts), *unmasker(prompts)]
+    assert set(read) == {1, len(prompts)}
+    for text, result in zip(prompts * 2, results, strict=True):
+        expected = pipeline(text.replace("[MASK]", tokenizer.mask_token), top_k=5)
+        assert [one.token_id for one in result.candidates] == [one["token"] for one in expected]
+        assert [one.score for one in result.candidates] == pytest.approx([one["score"] for one in expected], abs=1e-5)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_pass_on_torchs_quantized_kernels_is_not_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where torch multiplies what is quantized, masked models run as they are, and the log says why."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    folder = str(checkpoints.folder("bert"))
+    with caplog.at_level("INFO"), lmkit.load("masked", folder, "int8", "cpu", compile=True) as unmasker:
+        found = unmasker(texts("bert"))
+    assert "is not compiled, since torch's kernels multiply" in caplog.text
+    with lmkit.load("masked", folder, "int8", "cpu") as plain:
+        assert [str(one) for one in found] == [str(one) for one in plain(texts("bert"))]
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("native", [pytest.param(True, marks=NEEDED), False], ids=["native", "torch"])
+@pytest.mark.parametrize("name", ["t5", "marian", "bart", "m2m100"])
+def test_a_compiled_decoder_step_gives_the_tokens_of_generate(
+    name: str, monkeypatch: pytest.MonkeyPatch, *, native: bool
+) -> None:
+    """Single rows, batches, rows left over and beams get the tokens of `model.generate`; one step serves all."""
+    if not native:
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    steps: list[int] = []
+    run = CompiledDecoderStep.__call__
+    monkeypatch.setattr(
+        CompiledDecoderStep, "__call__", lambda self, *args: (steps.append(len(args[0])), run(self, *args))[1]
+    )
+    prompts, langs = texts(name), checkpoints.languages(name)
+    with lmkit.load("seq2seq", str(checkpoints.folder(name)), "float32", "cpu", compile=True) as translator:
+        assert "a step of the decoder" in translator.plan.reasons["compiled"]
+        steps.clear()
+        for prompt in prompts[:2]:
+            found = translator(prompt, max_new_tokens=24, **langs)
+            assert list(found.token_ids) == checkpoints.generated(name, [prompt], max_new_tokens=24)[0]
+        assert set(steps) == {1}
+        budgets = [9, 10, 24, 9, 10]
+        for beams in (1, 3):
+            steps.clear()
+            results = translator(prompts, max_new_tokens=budgets, num_beams=beams, **langs)
+            assert max(steps) == len(prompts) * beams
+            for prompt, budget, result in zip(prompts, budgets, results, strict=True):
+                expected = checkpoints.generated(name, [prompt], max_new_tokens=budget, num_beams=beams)[0]
+                assert list(result.token_ids) == expected
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_size_that_a_models_code_fixes_is_refused() -> None:
+    """DeBERTa turns the length of its texts into a number: a graph for that length alone is an EngineError."""
+    with pytest.raises(lmkit.EngineError, match="takes a size for a constant"):
+        lmkit.load("masked", str(checkpoints.folder("deberta")), "float32", "cpu", compile=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import checkpoints
+import every_family
 import lmkit
 from lmkit.kernels import attention
 from lmkit.kernels.attention import attend
 from lmkit.kernels.packed import packs
+from native_kernels import NEEDED, kernels
 
 native = pytest.mark.skipif(not packs(), reason="this processor has no bfloat16 products to attend with")
 
@@ -409,3 +412,23 @@ def test_prompts_in_bfloat16_are_as_right_as_with_torchs_kernel(name: str, monke
     exact, ours, torchs = scored
     assert len(exact) > 10
     assert (ours - exact).abs().mean() < 1.5 * (torchs - exact).abs().mean() < 0.5
+
+
+@pytest.mark.parametrize("native", [pytest.param(True, marks=NEEDED), False], ids=["native", "torch"])
+@pytest.mark.parametrize("model_type", ["gemma2", "vaultgemma", "granite_swa", "gpt_oss"])
+def test_soft_caps_and_sinks_are_those_of_the_family(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, native: bool
+) -> None:
+    """With kernels asked for lmkit attends there too, and prompts and answers are those of plain transformers."""
+    if native:
+        kernels()
+    else:
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    every_family.save(every_family.built("causal", model_type), tmp_path)
+    texts = [every_family.written(prompt) for prompt in every_family.prompts()]
+    with lmkit.load("causal", tmp_path, "float32", "cpu", compile="kernels") as generator:
+        assert generator.plan.attention == "lmkit"
+        found = generator(texts, max_new_tokens=every_family.NEW)
+    for result, (expected, _) in zip(found, every_family.expected("causal", tmp_path), strict=True):
+        assert list(result.token_ids) == expected
+    assert lmkit.plan("causal", tmp_path, "float32", "cpu").attention == "eager"  # as before

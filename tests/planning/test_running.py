@@ -99,7 +99,7 @@ def test_prefixes_that_cannot_be_kept_are_told() -> None:
 
 
 @pytest.mark.parametrize("verb", [lmkit.load, lmkit.plan])
-@pytest.mark.parametrize("task, name", [("causal", "mamba"), ("seq2seq", "t5"), ("masked", "bert")])
+@pytest.mark.parametrize("task, name", [("causal", "mamba"), ("causal", "gpt_neo"), ("causal", "bloom")])
 def test_steps_that_cannot_be_compiled_are_refused(verb: Any, task: str, name: str) -> None:
     """A plan refuses it as a load does, before a weight is read, and says why."""
     with pytest.raises(lmkit.OptionError, match=r"compile=True .*: leave it out\.$"):

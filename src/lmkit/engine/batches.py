@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from lmkit.engine.cache import Prefix
-    from lmkit.engine.compiled import CompiledStep
+    from lmkit.engine.compiled import CompiledDecoderStep, CompiledStep
     from lmkit.engine.decoders.base import Decoder
     from lmkit.engine.request import Request
     from lmkit.engine.ticket import Ticket
@@ -64,13 +64,13 @@ class Batches:
         start: int | None,
         lock: Any,
         *,
-        compiled: CompiledStep | None = None,
+        compiled: CompiledStep | CompiledDecoderStep | None = None,
     ) -> None:
         """Serve `model`; see `Engine`. `lock` guards tickets."""
         self._model: Any = model
         self._codec = codec
         self._start = start
-        self._compiled = compiled
+        self._compiled: Any = compiled
         self._chooser: Chooser | Any = Chooser(model, codec, start)
         config = model.generation_config
         known = (config.pad_token_id, getattr(model.config, "pad_token_id", None))
@@ -309,9 +309,9 @@ class Batches:
             decoder = CausalDecoder(self._model, rows, self._pad, known, scaling=self._scaling, compiled=self._compiled)
         elif rows[0].width > 1:
             searches = cast("list[Search]", rows)
-            decoder = BeamDecoder(self._model, searches, self._pad, self._start, reader=self._reading)
+            decoder = BeamDecoder(self._model, searches, self._pad, self._start, self._compiled, reader=self._reading)
         else:
-            decoder = Seq2SeqDecoder(self._model, rows, self._pad, self._start)
+            decoder = Seq2SeqDecoder(self._model, rows, self._pad, self._start, self._compiled)
         self._counts["reused_tokens"] += decoder.reused
         self._counts["prompt_tokens"] += sum(row.length for row in rows) - decoder.reused
         return decoder

@@ -66,14 +66,22 @@ class Reader:
 
         return stand_in.hidden, head
 
-    def at(self, inputs: Mapping[str, Any], rows: Sequence[int], columns: Sequence[int]) -> torch.Tensor:
-        """Read tokens, and score the vocabulary at chosen places only, in one pass. *Shape:* `(places, vocabulary)`."""
-        places = list(rows), list(columns)
+    def at(self, inputs: Mapping[str, Any], places: torch.Tensor) -> torch.Tensor:
+        """Read tokens, and score the vocabulary at chosen places only, in one pass.
+
+        Args:
+            inputs: What the model is given.
+            places: Rows, and columns. *Shape:* `(2, places)`.
+
+        Returns:
+            *Shape:* `(places, vocabulary)`.
+        """
+        rows, columns = places
         logits: torch.Tensor
         if self.body is None:
-            logits = self.model(**inputs, return_dict=True).logits[places]
+            logits = self.model(**inputs, return_dict=True).logits[rows, columns]
         else:
-            stand_in = _StandIn(self.model.get_submodule(self.body), lambda hidden: hidden[places][None])
+            stand_in = _StandIn(self.model.get_submodule(self.body), lambda hidden: hidden[rows, columns][None])
             outer = _with_module(self.model, self.body.split("."), stand_in)
             logits = outer(**inputs, return_dict=True).logits[0]
         return logits

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch.nn.functional import pad
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,11 +29,14 @@ Prefix: TypeAlias = "list[tuple[torch.Tensor, torch.Tensor]]"
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' own registration
     """A layer whose buffers reserve and grow, in place of a concatenation at every step.
 
-    The live part is rows `0..rows` and columns `start..end`; one column before it is kept free for `pad`.
+    The live part is rows `0..rows` and columns `start..end`.
 
     Attributes:
         room: The most columns that the rows can still need, so that no more is reserved.
+        margin: How many columns are kept free for `pad`; none where rows never get padding.
     """
+
+    margin = 1
 
     def __init__(self) -> None:
         """Begin with nothing reserved."""
@@ -47,6 +49,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
     def width(self) -> int:
         """How many columns are live."""
         return self.end - self.start
+
+    @property
+    def columns(self) -> int:
+        """How many columns are reserved."""
+        return self._buffers[0].shape[-2]
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +69,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             self.rows = len(key_states)
             self._reserve((key_states, value_states), self.rows, columns)
-        elif self.end + columns > self._buffers[0].shape[-2]:
+        elif self.end + columns > self.columns:
             self._reserve(self._buffers, self.rows, columns)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[: self.rows, :, self.end : self.end + columns] = states
@@ -77,18 +84,19 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
         self.keys, self.values = (buffer[: self.rows, :, self.start : self.end] for buffer in self._buffers)
         return self.keys, self.values
 
-    def _reserve(self, like: Sequence[torch.Tensor], rows: int, columns: int) -> None:
-        """Move to new buffers for `rows` rows and `columns` more columns, and some more of these."""
-        needed = 1 + self.width + columns
-        size = needed + min(max(needed // 2, AHEAD), max(self.room, 1))
+    def _reserve(self, like: Sequence[torch.Tensor], rows: int, columns: int, left: int = 0) -> None:
+        """Move to new buffers for `rows` rows, with `columns` more columns, some more, and `left` ones before all."""
+        start = self.margin + left
+        end = start + self.width
+        size = end + columns + min(max((end + columns) // 2, AHEAD), max(self.room, 1))
         fresh = tuple(part.new_zeros(rows, part.shape[1], size, part.shape[3]) for part in like)
         for old, new in zip(self._buffers, fresh, strict=False):
-            new[: self.rows, :, 1 : 1 + self.width] = old[: self.rows, :, self.start : self.end]
-        self.start, self.end, self._buffers = 1, 1 + self.width, fresh
+            new[: self.rows, :, start:end] = old[: self.rows, :, self.start : self.end]
+        self.start, self.end, self._buffers = start, end, fresh
 
     def opened(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all columns of the rows, one more than the live ones reserved, which now counts as live."""
-        if self.end + 1 > self._buffers[0].shape[-2]:
+        if self.end + 1 > self.columns:
             self._reserve(self._buffers, self.rows, 1)
         self.end += 1
         self._live()
@@ -98,15 +106,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
     def pad(self, columns: int) -> None:
         """Add columns of padding on the left."""
         if columns > self.start:
-            keys, values = (pad(part, (0, 0, columns, 0)) for part in self._live())
-            self._reserve((keys, values), self.rows, columns)
-            self.end += columns
-            for buffer, part in zip(self._buffers, (keys, values), strict=True):
-                buffer[: self.rows, :, 1 : self.end] = part
-        else:
-            self.start -= columns
-            for buffer in self._buffers:
-                buffer[: self.rows, :, self.start : self.start + columns] = 0
+            self._reserve(self._buffers, self.rows, 0, left=columns)
+        self.start -= columns
+        for buffer in self._buffers:
+            buffer[: self.rows, :, self.start : self.start + columns] = 0
         self._live()
 
     def drop(self, columns: int) -> None:
@@ -150,8 +153,77 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
         self._live()
 
 
+class WindowLayer(GrowingLayer):  # type: ignore[no-untyped-call]  # as above
+    """A layer whose tokens see a window of columns: those that the next one will not see are let go.
+
+    Attributes:
+        sliding_window: How many columns a token sees, its own among them.
+        cumulative_length: How many columns there were in all.
+    """
+
+    is_sliding = True
+
+    def __init__(self, window: int) -> None:
+        """Begin with nothing reserved."""
+        super().__init__()
+        self.sliding_window, self.cumulative_length = window, 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append columns; returns those that they see. *Shape:* as of plain layers."""
+        self._trim()
+        self.cumulative_length += key_states.shape[-2]
+        return super().update(key_states, value_states)
+
+    def _trim(self) -> None:
+        self.start = max(self.start, self.end - self.sliding_window + 1)
+        if self.start > self.width + 2 * AHEAD:  # behind a long prompt
+            self._reserve(self._buffers, self.rows, 1)
+
+    def get_seq_length(self) -> int:
+        """Count the columns that there were."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many columns so many tokens see, and how many lie before those."""
+        seen = min(self.cumulative_length, self.sliding_window - 1)
+        return seen + query_length, self.cumulative_length - seen
+
+    def opened(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all columns of the rows, as those of plain layers."""
+        self._trim()
+        self.cumulative_length += 1
+        return super().opened()
+
+    def pad(self, columns: int) -> None:
+        """Add columns of padding on the left, as far as the window shows them."""
+        self._trim()
+        self.cumulative_length += columns
+        super().pad(max(min(self.cumulative_length, self.sliding_window - 1) - self.width, 0))
+
+    def drop(self, columns: int) -> None:
+        """Forget columns on the left."""
+        self.cumulative_length -= columns
+        super().drop(max(self.width - self.cumulative_length, 0))
+
+    def absorb(self, other: GrowingLayer) -> None:
+        """Append the rows of a layer with the same window that had at most as many columns."""
+        assert isinstance(other, WindowLayer)  # noqa: S101 - for the type checkers
+        self._trim()
+        other._trim()  # noqa: SLF001 - one of its own kind
+        super().absorb(other)
+
+
+def _growing(layer: Any) -> Any:
+    """Return a layer that grows in place in the place of one of transformers', where there is one of its kind."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return WindowLayer(layer.sliding_window)
+    return GrowingLayer() if type(layer) is DynamicLayer else layer
+
+
 class KeyValues:
-    """The cache of a batch: plain layers of a config grow in place, others stay transformers' own.
+    """The cache of a batch: layers of a config grow in place, those that a model makes stay transformers' own.
 
     Attributes:
         cache: What `forward` takes.
@@ -163,9 +235,9 @@ class KeyValues:
         from transformers import DynamicCache
 
         self.cache: Any = DynamicCache(config=config)
-        self.cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
+        self.cache.layers = [_growing(layer) for layer in self.cache.layers]
         self.layers: list[Any] = self.cache.layers
-        self.plain = all(isinstance(layer, GrowingLayer) for layer in self.layers)
+        self.plain = all(type(layer) is GrowingLayer for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
@@ -204,21 +276,12 @@ class KeyValues:
     def pad(self, columns: int) -> None:
         """Add columns of padding on the left."""
         for layer in self.filled:
-            if isinstance(layer, GrowingLayer):
-                layer.pad(columns)
-            else:
-                layer.cumulative_length += columns
-                _widen(layer, min(layer.cumulative_length, layer.sliding_window - 1))
+            layer.pad(columns)
 
     def drop(self, columns: int) -> None:
         """Forget columns on the left."""
         for layer in self.filled:
-            if isinstance(layer, GrowingLayer):
-                layer.drop(columns)
-            else:
-                layer.cumulative_length -= columns
-                layer.keys = layer.keys[:, :, -layer.cumulative_length :]
-                layer.values = layer.values[:, :, -layer.cumulative_length :]
+            layer.drop(columns)
 
     def crop(self, columns: int) -> None:
         """Forget the last columns of plain layers."""
@@ -262,15 +325,4 @@ class KeyValues:
     def absorb(self, other: KeyValues) -> None:
         """Append the rows of a cache that is at most as wide."""
         for mine, others in zip(self.filled, other.filled, strict=True):
-            if isinstance(mine, GrowingLayer):
-                mine.absorb(others)
-            else:
-                _widen(others, mine.keys.shape[-2])
-                mine.keys = torch.cat([mine.keys, others.keys])
-                mine.values = torch.cat([mine.values, others.values])
-
-
-def _widen(layer: Any, columns: int) -> None:
-    gap = columns - layer.keys.shape[-2]
-    if gap > 0:
-        layer.keys, layer.values = pad(layer.keys, (0, 0, gap, 0)), pad(layer.values, (0, 0, gap, 0))
+            mine.absorb(others)

@@ -16,7 +16,7 @@ from lmkit._forks import check_fork, renew, share
 from lmkit._interrupts import let_go, locked, owns, surely
 from lmkit._tracebacks import frameless
 from lmkit.engine.batches import Batches
-from lmkit.engine.compiled import CompiledStep
+from lmkit.engine.compiled import CompiledDecoderStep, CompiledStep
 from lmkit.engine.computing import computed
 from lmkit.engine.failures import CLOSED, INSIDE
 from lmkit.engine.request import Caller
@@ -51,7 +51,8 @@ class Engine:
         Raises:
             EngineError: The step could not be compiled.
         """
-        compiled = CompiledStep(model) if plan.compiled else None
+        graph = CompiledStep if start is None else CompiledDecoderStep
+        compiled = graph(model) if plan.compiled else None
         self._lock = threading.RLock()
         self._batches = Batches(model, codec, plan, start, self._lock, compiled=compiled)
         self._leader: Ticket | None = None

@@ -44,24 +44,27 @@ HIDDEN = -1e30
 UNKNOWN = "dropout", "output_attentions", "cache"
 """Arguments that only transformers' own function knows."""
 
+ADDITIONS, FAMILYS = ("softcap", "s_aux"), "eager_attention_forward"
+"""Arguments for soft caps and sinks, and what a family that has them calls its own attention."""
+
 ROOMS = 4
 """How many rooms are kept, of 10 MiB each: as many calls at a time find memory that is there already."""
 
 
-def fits(model: torch.nn.Module) -> bool:
+def fits(model: torch.nn.Module, *, kernels: bool = False) -> bool:
     """Say whether all parts of a model leave attention to transformers' interface, so that it can be `attend`.
 
-    A family whose code asks whether the implementation is named "sdpa" does something else under any other name.
+    A family whose code asks whether the implementation is named "sdpa" does something else under any other name. One
+    with soft caps or sinks, which torch's kernel has not, is worth it where lmkit's own `kernels` are asked for.
     """
     from transformers import PreTrainedModel
 
-    return all(
-        part.config._attn_implementation == "sdpa"  # noqa: SLF001 - it has no public name
-        and part._can_set_attn_implementation()  # noqa: SLF001
-        and '"sdpa"' not in inspect.getsource(sys.modules[type(part).__module__])
-        for part in model.modules()
-        if isinstance(part, PreTrainedModel)
-    )
+    def may(part: Any) -> bool:
+        chosen, code = part.config._attn_implementation, inspect.getsource(sys.modules[type(part).__module__])  # noqa: SLF001
+        capped = kernels and chosen == "eager" and FAMILYS in code and any(f"{one}=" in code for one in ADDITIONS)
+        return (chosen == "sdpa" or capped) and part._can_set_attn_implementation() and '"sdpa"' not in code  # noqa: SLF001
+
+    return all(may(part) for part in model.modules() if isinstance(part, PreTrainedModel))
 
 
 def put_on(model: Any, kernels: Any = None) -> None:
@@ -127,7 +130,10 @@ def attend(
         attended = _by_kernel(kernels, (query, key, value), added, scale, kwargs)
         if attended is not None:
             return attended, None
-    unusual = any(kwargs.get(name) for name in ("softcap", *UNKNOWN))
+    if any(kwargs.get(name) is not None for name in ADDITIONS):
+        key, value = (part.repeat_interleave(width, 0) if width > 1 else part for part in (key, value))
+        return _as_family(module, query, key, value, attention_mask, causal=bool(causal), scaling=scaling, **kwargs)
+    unusual = any(kwargs.get(name) for name in UNKNOWN)
     half = all(state.dtype is torch.bfloat16 for state in (query, key, value))
     fast = near and half and not unusual and not torch.compiler.is_compiling() and packs()
     worth = tokens > 1 and width == 1 and rows * heads * tokens * key.shape[2] >= WORTH_SCORES
@@ -172,6 +178,26 @@ def _by_kernel(
         return None
     many: torch.Tensor = kernels.attend_many(query, key, value, mask, bias, added.causal, scale)
     return many
+
+
+def _as_family(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    causal: bool,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend with the family's own function, which wants masks to add. *Shape:* as in `attend`."""
+    tokens, columns = query.shape[2], key.shape[2]
+    if mask is None and causal and tokens > 1:
+        mask = torch.ones(tokens, columns, dtype=torch.bool, device=query.device).tril(columns - tokens)
+    if mask is not None and mask.dtype is torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    attended = getattr(sys.modules[type(module).__module__], FAMILYS)(module, query, key, value, mask, **options)[0]
+    return attended, None
 
 
 def _given(*tensors: torch.Tensor | None, traced: bool = True) -> bool:

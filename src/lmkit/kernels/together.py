@@ -215,9 +215,9 @@ class WithWholes(torch.nn.Module):
         self.model = model
         self.wholes = torch.nn.ModuleList(wholes(model))
 
-    def forward(self, **inputs: Any) -> Any:
-        """Run the model."""
-        return self.model(**inputs)
+    def forward(self, run: Callable[..., ResultT], *inputs: Any) -> ResultT:
+        """Call what runs the model."""
+        return run(*inputs)
 
 
 def wholes(model: torch.nn.Module) -> list[Joinable]:

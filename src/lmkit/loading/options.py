@@ -40,11 +40,11 @@ class LoadOptions(TypedDict, total=False):
         trust_remote_code: Run the Python code that comes with the checkpoint. It can do anything.
         context_length: How many tokens the model takes at once, where that is not what its config says, scaled rotary
             positions counted as vLLM does (`LoadPlan.reasons["context"]`).
-        compile: True compiles the decode step of a `Generator`, for any number of rows, and lmkit's own kernels, which
-            multiply what is `"int8"` or `"int4"` on an x86 processor, if a C++ compiler is here; `"kernels"` compiles
-            these alone, for every task. The first load of a model takes about a minute longer for its step, the first
-            one on a machine some seconds for the kernels, later ones a few seconds: the code is kept in the cache
-            folder of lmkit. With True an `OptionError` for families that have no such step.
+        compile: True compiles the decode step of a `Generator` or a `Translator` or the pass of an `Unmasker`, for any
+            number of rows, and lmkit's own kernels, which multiply what is `"int8"` or `"int4"` on an x86 processor, if
+            a C++ compiler is here; `"kernels"` compiles these alone. The first load of a model takes about a minute
+            longer for its step, the first one on a machine some seconds for the kernels, later ones a few seconds: the
+            code is kept in the cache folder of lmkit. With True an `OptionError` for families that have no such step.
         prefix_cache_bytes: How many bytes of keys and values of recent prompts and answers a `Generator` may keep, so
             that a prompt which begins like one of them reads only the rest; 0 keeps none. 256 MiB if left out. Families
             whose keys and values cannot be kept keep none, as `LoadPlan.prefix_cache_bytes` says.

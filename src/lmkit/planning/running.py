@@ -50,6 +50,12 @@ _GAIN: Final = {
     "masked": "long rows in blocks that a CPU's cache holds where it has products in bfloat16, else as torch's kernel",
 }
 
+_COMPILED: Final = {
+    "causal": "a step of all layers",
+    "seq2seq": "a step of the decoder",
+    "masked": "a pass of all layers",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Running:
@@ -93,17 +99,17 @@ def how_rows_run(
     plain = False
     if task != "masked":
         why = _not_own(model)
-        plain = why is None and not model.config.is_encoder_decoder and _kinds(model) == {DynamicLayer}
+        plain = why is None and _kinds(model) == {DynamicLayer}
         begin = "begin one by one" if task == "causal" else "begin together"
         told = (
             f"generate() prepares each step, since {why}: rows do not join a batch that runs, and no prefix is reused"
             if why
             else f"lmkit's own loop: rows {begin} and end one by one, each with its own options"
         )
-    if compiled:
-        _check_compiled(task, model, plain=plain)
     chosen = model.config._attn_implementation  # noqa: SLF001 - it has no public name
-    ours = not asked and device_type == "cpu" and attention.fits(model)
+    ours = not asked and device_type == "cpu" and attention.fits(model, kernels=kernels)
+    if compiled:
+        _check_compiled(task, model, eager=str(chosen) == "eager" and not ours)
     gain = f"lmkit's: {_GAIN[task]}"
     if str(model.dtype) == "torch.bfloat16" and packs():
         gain += ", and products are those of this CPU's bfloat16 kernel"
@@ -112,12 +118,12 @@ def how_rows_run(
         gain += f"; {'one token a row by a kernel in C++' if missing is None else f'none in C++, since {missing}'}"
     reasons = {
         "engine": told,
-        "compiled": "as asked: a step of all layers as one graph, kept for later loads" if compiled else None,
+        "compiled": f"as asked: {_COMPILED[task]} as one graph, kept for later loads" if compiled else None,
         "rotary": rotary.scaling(model).reason,
         "attention": gain if ours else "as asked" if asked else None,
     }
     how = attention.NAME if ours else str(chosen)
-    return Running("generate" if why else "lmkit", how, plain, reasons)
+    return Running("generate" if why else "lmkit", how, plain and task == "causal", reasons)
 
 
 def _not_own(model: Any) -> str | None:
@@ -142,18 +148,30 @@ def _kinds(model: Any) -> set[type]:
     return {type(layer) for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers}
 
 
-def _check_compiled(task: Task, model: Any, *, plain: bool) -> None:
-    name = type(model).__name__
-    if task != "causal":
-        raise OptionError(f"compile=True is for causal models, and {name} is loaded as {task!r}: leave it out.")
-    takes = "position_ids" in inspect.signature(model.forward).parameters
-    why = _not_own(model) or (None if plain else "it keeps windows beside plain keys and values")
-    if why is None and not takes:
+def _check_compiled(task: Task, model: Any, *, eager: bool) -> None:
+    why = None if task == "masked" else _not_own(model)
+    if why is None and task != "masked" and eager:
+        why = "its attention, transformers' 'eager', takes no mask that is not made for it"
+    if why is None and task == "seq2seq" and _kinds(model) != {DynamicLayer}:
+        why = "its decoder keeps windows beside plain keys and values"
+    if why is None and task == "causal":
+        why = _not_alike(model)
+    if why is None and task == "causal" and "position_ids" not in inspect.signature(model.forward).parameters:
         why = "it takes no positions"
     if why is None and rotary.scaling(model).exact:
         why = "its rotary positions are scaled by the length of each text, which a graph does not know"
     if why:
-        raise OptionError(f"compile=True is not to be had for {name}, since {why}: leave it out.")
+        raise OptionError(f"compile=True is not to be had for {type(model).__name__}, since {why}: leave it out.")
+
+
+def _not_alike(model: Any) -> str | None:
+    """Say why a causal model's windows are not those that a graph knows: one for all layers that have any."""
+    config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    windows = {layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)}
+    kinds = {"full_attention", "sliding_attention"}
+    known = kinds.issuperset(getattr(config, "layer_types", None) or ())
+    return None if len(windows) < 2 and known else "its layers have windows of several kinds"  # noqa: PLR2004
 
 
 def unexpected(task: Task, engine: EngineWord, model_type: str) -> str | None:

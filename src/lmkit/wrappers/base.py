@@ -80,7 +80,8 @@ class Loaded:
 
         # Short rows are filled with the model's own token, by which some (mBART) find the ends of rows.
         known = getattr(self.model.config, "pad_token_id", None), self.tokenizer.pad_token_id
-        return MaskScorer(self.model, next((token_id for token_id in known if isinstance(token_id, int)), 0))
+        pad = next((token_id for token_id in known if isinstance(token_id, int)), 0)
+        return MaskScorer(self.model, pad, compiled=self.plan.compiled)
 
 
 def embedded_rows(model: Any) -> int | None:

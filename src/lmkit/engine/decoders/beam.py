@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lmkit.engine.beam_search import Search
     from lmkit.engine.body_and_head import Reader
     from lmkit.engine.choice import Chooser
+    from lmkit.engine.compiled import CompiledDecoderStep
 
 
 def probe(model: Any) -> dict[str, torch.Tensor]:
@@ -35,10 +36,17 @@ class BeamDecoder(Seq2SeqDecoder):
     _head: Callable[[torch.Tensor], torch.Tensor]
 
     def __init__(
-        self, model: Any, rows: Sequence[Search], pad: int, start: int, *, reader: Callable[[], Reader]
+        self,
+        model: Any,
+        rows: Sequence[Search],
+        pad: int,
+        start: int,
+        compiled: CompiledDecoderStep | None = None,
+        *,
+        reader: Callable[[], Reader],
     ) -> None:
         """Lay out the sources; each search begins at its first step. `reader` makes what reads with the model."""
-        super().__init__(model, rows, pad, start)
+        super().__init__(model, rows, pad, start, compiled)
         self._reader = reader
         for search in rows:
             search.begin()
@@ -77,8 +85,12 @@ class BeamDecoder(Seq2SeqDecoder):
         if moves:
             places, parents = zip(*moves, strict=True)
             self._own.copy(places, parents)
-        return self._forward([beam[-1:] for search in self._searches for beam in search.beams])
+        return self._advance([beam[-1:] for search in self._searches for beam in search.beams])
 
     def _read(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         hidden, self._head = self._reader().read(inputs)
         return hidden
+
+    def _scored(self, scores: torch.Tensor) -> torch.Tensor:
+        self._head = lambda scores: scores
+        return scores

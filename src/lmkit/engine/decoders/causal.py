@@ -16,6 +16,7 @@ from lmkit.kernels.rotary import read_as
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lmkit.engine.cache import GrowingLayer
     from lmkit.engine.compiled import CompiledStep
     from lmkit.engine.row import Row
     from lmkit.kernels.rotary import Scaling
@@ -90,15 +91,19 @@ class CausalDecoder(Decoder):
     def _compiled_step(self, compiled: CompiledStep) -> torch.Tensor:
         """Read the newest tokens: the step computes with all columns reserved, and a mask hides the rest."""
         buffers = [layer.opened() for layer in self._cache.layers]
-        layer, device = self._cache.layers[0], self._device
-        pads = torch.tensor(self._pads, device=device)[:, None]
-        columns = torch.arange(buffers[0][0].shape[-2], device=device)
-        seen = (columns >= layer.start + pads) & (columns < layer.end)
-        token_ids = torch.tensor([row.token_ids[-1:] for row in self.rows], device=device)
-        slot = torch.tensor([layer.end - 1], device=device)
-        scores = compiled(token_ids, self.width - pads, seen[:, None, None], slot, buffers)
+        pads = torch.tensor(self._pads, device=self._device)[:, None]
+        columns = [self._columns(self._cache.layers[number], pads) for number in compiled.firsts]
+        token_ids = torch.tensor([row.token_ids[-1:] for row in self.rows], device=self._device)
+        scores = compiled(token_ids, self.width - pads, columns, buffers)
         self.width += 1
         return scores
+
+    def _columns(self, layer: GrowingLayer, pads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which column of an opened layer is written, and which ones each row sees."""
+        columns = torch.arange(layer.columns, device=self._device)
+        left = (pads + layer.width - layer.get_seq_length()).clamp(min=0)  # of the padding, in a window
+        seen = (columns >= layer.start + left) & (columns < layer.end)
+        return torch.tensor([layer.end - 1], device=self._device), seen[:, None, None]
 
     def verify(self, guesses: Sequence[int]) -> torch.Tensor | None:
         """Read the newest token of the only row and a guess at the next ones; windows cannot be taken back."""

@@ -14,6 +14,7 @@ from lmkit.engine.inputs import input_device, padded
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from lmkit.engine.compiled import CompiledDecoderStep
     from lmkit.engine.row import Row
 
 WORTH_A_PASS = {"cpu": 128}
@@ -35,7 +36,9 @@ class Seq2SeqDecoder(Decoder):
     width = 1
     shares = True
 
-    def __init__(self, model: Any, rows: Sequence[Row], pad: int, start: int) -> None:
+    def __init__(
+        self, model: Any, rows: Sequence[Row], pad: int, start: int, compiled: CompiledDecoderStep | None = None
+    ) -> None:
         """Lay out the sources, padded on the right; answers begin with the token `start`."""
         from transformers import EncoderDecoderCache
 
@@ -44,10 +47,13 @@ class Seq2SeqDecoder(Decoder):
         self._device = input_device(model)
         self._cached = cache_name(model) or ""
         self._start = start
+        self._compiled = compiled
         self._token_ids, self._mask = padded([row.request.input_ids for row in rows], pad, self._device, left=False)
         self._encoded: Any = None
         self._own = KeyValues(model.config.get_text_config(decoder=True))
         self._own.expect(max(row.remaining for row in rows))
+        for layer in self._own.layers:
+            layer.margin = 0  # rows begin together: a column is the place in the answer, by which biases go
         self._across = KeyValues()
         self._cache: Any = EncoderDecoderCache(self._own.cache, self._across.cache)
 
@@ -73,7 +79,21 @@ class Seq2SeqDecoder(Decoder):
 
     def step(self) -> torch.Tensor:
         """Read the newest tokens."""
-        return self._forward([row.token_ids[-1:] for row in self.rows])
+        return self._advance([row.token_ids[-1:] for row in self.rows])
+
+    def _advance(self, token_ids: list[list[int]]) -> torch.Tensor:
+        """Read a token of each answer; return its scores, if the step is compiled, else what `_read` does."""
+        read = self._own.cache.get_seq_length()
+        if self._compiled is None or not self._compiled.fits(len(token_ids), read):
+            return self._forward(token_ids)
+        own = [layer.opened() for layer in self._own.layers]
+        across = [(layer.keys, layer.values) for layer in self._across.filled]
+        scores = self._compiled(torch.tensor(token_ids, device=self._device), own, across, self._mask, read)
+        return self._scored(scores)
+
+    def _scored(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return what `choose` takes."""
+        return scores
 
     def keep(self) -> None:
         """Let go of the rows that ended."""

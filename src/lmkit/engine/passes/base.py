@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from lmkit._interrupts import Flag
     from lmkit.engine.body_and_head import Reader
+    from lmkit.engine.compiled import CompiledPass
 
 TOKENS: Final = {"cpu": 2048}
 """How many tokens a pass reads at most, padding included; a row that is longer has a pass of its own."""
@@ -49,6 +50,7 @@ class Runner(ABC, Generic[ItemT, FoundT]):
         self._runs: int | None = None  # the thread whose turn it is
         self._closed = False
         self._reader: Reader | None = None  # known once the model was tried
+        self._compiled: CompiledPass | None = None  # what reads in its place
         self._pads = True
         self._most = TOKENS.get(self._device.type, TOKENS_ELSEWHERE)
         # At how many places scores of the whole vocabulary may be held at a time.
@@ -59,7 +61,7 @@ class Runner(ABC, Generic[ItemT, FoundT]):
         """Refuse further work, and let go of the model; calls in flight end at their next pass."""
         self._closed = True
         if self._turn.acquire(blocking=False):  # else whose turn it is closes once it has ended
-            self._model = self._reader = None
+            self._model = self._reader = self._compiled = None
             self._turn.release()
 
     @abstractmethod

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
 from lmkit.engine.body_and_head import Reader
+from lmkit.engine.compiled import CompiledPass
+from lmkit.engine.graph import runs_torch_kernels
 from lmkit.engine.inputs import padded
 from lmkit.engine.passes.base import Runner
 from lmkit.engine.questions import Asking, Draw, Found, Query, Want, answered
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
     from lmkit._interrupts import Flag
     from lmkit.text.codec import Typed
+
+logger = logging.getLogger(__name__)
 
 PADDING_SENSITIVE = frozenset({"convbert", "fnet", "funnel", "mobilebert", "nystromformer", "perceiver", "yoso"})
 """Masked model types whose result padding on the right changes: these run in groups of equal length. Found by running
@@ -38,12 +43,18 @@ Asked: TypeAlias = "tuple[tuple[Typed, ...], Mapping[int, list[int]], Sequence[Q
 class MaskScorer(Runner["Asked", Found]):
     """Answers questions about places of texts with a masked model."""
 
-    def __init__(self, model: Any, pad: int) -> None:
-        """Serve `model`, filling short rows with the token `pad`."""
+    def __init__(self, model: Any, pad: int, *, compiled: bool = False) -> None:
+        """Serve `model`, filling short rows with the token `pad`, by a compiled graph if that is asked for."""
         super().__init__(model, pad)
         self._pads = model.config.model_type not in PADDING_SENSITIVE and not rotary.scaling(model).kind
         self._takes = inspect.signature(model.forward).parameters.keys()
         self._counts = {"forwards": 0, "prompt_tokens": 0}
+        if compiled and runs_torch_kernels(model):
+            logger.info("%s is not compiled, since torch's kernels multiply what is quantized", type(model).__name__)
+        elif compiled:
+            middle = model.config.get_text_config(decoder=True).vocab_size // 2
+            probe = self._inputs([[(middle + n, None) for n in range(PROBE)]] * 2)
+            self._compiled = CompiledPass(model, probe, typed="token_type_ids" in self._takes)
 
     def stats(self) -> EngineStats:
         """Say what was read so far; nothing is held between calls."""
@@ -85,13 +96,15 @@ class MaskScorer(Runner["Asked", Found]):
 
     def _run(self, batch: Sequence[Asked]) -> dict[int, Found | EngineError]:
         places = [(row, place) for row, (_, asked, _) in enumerate(batch) for place in asked]
-        inputs, (which, columns) = self._inputs([tokens for tokens, _, _ in batch]), zip(*places, strict=True)
+        inputs, where = self._inputs([tokens for tokens, _, _ in batch]), torch.tensor(places, device=self._device).T
         self._counts["forwards"] += 1
         self._counts["prompt_tokens"] += inputs["input_ids"].numel()
-        if self._reader is None:
-            logits = self._model(**inputs, return_dict=True).logits[list(which), list(columns)]
+        if self._compiled is not None and inputs["input_ids"].shape[1] <= self._compiled.most_positions:
+            logits = self._compiled(inputs, where.contiguous())
+        elif self._reader is None:
+            logits = self._model(**inputs, return_dict=True).logits[tuple(where)]
         else:
-            logits = self._reader.at(inputs, which, columns)
+            logits = self._reader.at(inputs, where)
         asked = [(numbers, queries) for _, asked, queries in batch for numbers in asked.values()]
         wants = [(place, queries[n].want) for place, (numbers, queries) in enumerate(asked) for n in numbers]
         return dict(zip(self._numbers(batch), _taken(logits, wants), strict=True))

@@ -1,0 +1,200 @@
+"""What a model computes from some tensors as one compiled graph: traced once for any sizes, and kept on disk.
+
+Much of a pass is Python and calls of small kernels. Inductor compiles it; other processes load the artifact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from abc import ABC, abstractmethod
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from lmkit.engine.inputs import input_device
+from lmkit.errors import EngineError
+from lmkit.kernels.native.build import cache_folder
+from lmkit.kernels.quantized import QuantizedLinear
+from lmkit.kernels.together import WithWholes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+TOLERANCE = 0.1
+"""How far compiled scores of the median row may be from the model's own, as a share of their spread: fused steps round
+bfloat16 elsewhere, SmolLM2's by 0.08 in the median with two tokens of context, single rows more."""
+
+TRACED = 4
+"""The number of what is traced: another one where a `_traced` or the order of its inputs has changed."""
+
+SETTINGS = {"pattern_matcher": False, "size_asserts": False, "alignment_asserts": False, "compile_threads": 1}
+"""For inductor: packed weights (`kernels.packed`) have no strides to assert, and as inputs fit none of its patterns;
+its pool of compiling threads would stay behind, for a start that is a tenth shorter."""
+
+STEP, KERNELS = "compiled.step", "kernels"
+"""What a graph's folder holds: the graph, and inductor's own cache with the kernels that it calls."""
+
+Taken: TypeAlias = "tuple[tuple[int | str, ...], torch.dtype]"
+"""An input's shape, whose words name sizes that may be any, and its dtype."""
+
+
+def runs_torch_kernels(model: torch.nn.Module) -> bool:
+    """Say whether torch's quantized kernels multiply in a model: many rows are no faster compiled."""
+    return any(module.native is None for module in model.modules() if isinstance(module, QuantizedLinear))
+
+
+class Graph(ABC):
+    """A computation of a model, compiled; one thread at a time calls it.
+
+    Raises:
+        EngineError: Compilation failed, or gave other scores than the model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Load the graph of `model`, whose plan says that it has one, from the cache folder; or compile and keep it."""
+        folder = cache_folder("compiled")
+        self._model = model
+        self._device = input_device(model)
+        self._named = every = WithWholes(model)
+        named = [*every.named_parameters(remove_duplicate=False), *every.named_buffers(remove_duplicate=False)]
+        once = {id(tensor): tensor for _, tensor in named}
+        places = {key: place for place, key in enumerate(once)}
+        self._weights = [tensor.detach() for tensor in once.values()]
+        self._places = {name: places[id(tensor)] for name, tensor in named}
+        with torch.no_grad():
+            try:
+                self._run = self._artifact(folder / self._key())
+                self._verify(*self._tried())
+            except Exception as error:
+                raise EngineError(
+                    f"{type(model).__name__} could not be compiled: load it without compile=True ({error})."
+                ) from error
+
+    @property
+    @abstractmethod
+    def _sizes(self) -> Mapping[str, int]:
+        """Return the names of the sizes that may be any, and what they are traced as: all different; 1 stays that."""
+
+    @property
+    @abstractmethod
+    def _takes(self) -> Sequence[Taken]:
+        """Return what it takes beside weights."""
+
+    @abstractmethod
+    def _traced(self, *inputs: Any) -> torch.Tensor:
+        """Compute, as it is traced."""
+
+    @abstractmethod
+    def _tried(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the graph gives for a few tokens, and what the model does. *Shape:* `(rows, vocabulary)`."""
+
+    @property
+    def most_positions(self) -> int:
+        """How long texts may be where that is said: a graph asks no table how long it is, and can have none grow."""
+        return int(getattr(self._model.config, "max_position_embeddings", None) or sys.maxsize)
+
+    def _compute(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Run the graph."""
+        found: torch.Tensor = self._run(*self._weights, *inputs)[0]
+        return found
+
+    def _tokens(self, rows: int, columns: int, seed: int) -> torch.Tensor:
+        """Draw tokens to try the model with. *Shape:* `(rows, columns)`."""
+        size = self._model.config.get_text_config(decoder=True).vocab_size
+        drawn = torch.randint(size, (rows, columns), generator=torch.Generator().manual_seed(seed), device="cpu")
+        return drawn.to(self._device)
+
+    def _key(self) -> str:
+        """Name what the compiled code depends on: inductor writes the number of threads into its kernels too."""
+        import transformers
+
+        described = [(name, place, str(self._weights[place].dtype)) for name, place in self._places.items()]
+        shapes = [(tuple(weight.shape), weight.is_mkldnn) for weight in self._weights]
+        orders = {module.native for module in self._model.modules() if isinstance(module, QuantizedLinear)}
+        told = [
+            [version("lmkit"), torch.__version__, transformers.__version__, SETTINGS, TRACED, type(self).__name__],
+            [self._model.config._attn_implementation],  # noqa: SLF001 - it has no public name
+            [str(self._device), torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()],
+            [type(self._model).__qualname__, self._model.config.to_dict(), described, shapes],
+            [dict(self._sizes), [*self._takes], sorted(map(str, orders))],
+        ]
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+    def _artifact(self, folder: Path) -> Any:
+        """Load a graph and its kernels from their folder; or compile them in another, which gets its name once whole.
+
+        Inductor takes for whole what a compiler that was killed has left.
+        """
+        from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
+        from torch._inductor.standalone_compile import CompiledArtifact
+
+        with contextlib.suppress(Exception), temporary_cache_dir(str(folder / KERNELS)):  # absent or damaged
+            return CompiledArtifact.load(path=str(folder / STEP))
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            with temporary_cache_dir(str(unfinished / KERNELS)):
+                artifact = self._compiled()
+                artifact.save(path=str(unfinished / STEP))
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process was faster
+                unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return artifact
+
+    def _compiled(self) -> Any:
+        inductor: Any = torch._inductor  # noqa: SLF001 - this part of torch is all there is for the purpose
+        graph, inputs = self._trace()
+        settings = {"config_patches": dict(SETTINGS)}
+        return inductor.standalone_compile(graph, inputs, dynamic_shapes="from_graph", options=settings)
+
+    def _trace(self) -> tuple[Any, list[torch.Tensor]]:
+        """Write the computation down as a graph, without computing: for any sizes."""
+        from torch._subclasses import FakeTensorMode
+        from torch.fx.experimental.proxy_tensor import make_fx
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+        from torch.fx.traceback import preserve_node_meta
+
+        mode: Any = FakeTensorMode(shape_env=ShapeEnv())
+        traced = self._sizes.values()
+        dims = [DimDynamic.STATIC if size == 1 else DimDynamic.DYNAMIC for size in traced]
+        shaped = torch.empty(*traced, dtype=torch.bool, device="meta")
+        symbols = mode.from_tensor(shaped, symbolic_context=StatelessSymbolicContext(dims)).shape
+        named: dict[int | str, Any] = dict(zip(self._sizes, symbols, strict=True))
+        with mode:
+            inputs = [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in self._weights]
+            inputs += [
+                torch.empty([named.get(size, size) for size in shape], dtype=dtype, device=self._device)
+                for shape, dtype in self._takes
+            ]
+        with mode, preserve_node_meta():
+            graph = make_fx(self._on_weights)(*inputs)
+        if mode.shape_env.replacements:  # other sizes would be read beyond their end
+            raise EngineError("its code takes a size for a constant that differs from text to text")
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.mkldnn._linear_pointwise.default:  # noqa: SLF001
+                # Else inductor asserts that the packed weight is a constant.
+                node.meta.setdefault("custom", {})["fallback_to_eager"] = True
+        return graph, inputs
+
+    def _on_weights(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        """What is traced, with all tensors as inputs."""
+        given = {name: inputs[place] for name, place in self._places.items()}
+        rest = (self._traced, *inputs[len(self._weights) :])
+        found: Any = torch.func.functional_call(self._named, given, rest, tie_weights=False)
+        return [found]
+
+    def _verify(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+        """Compare scores with the model's own."""
+        errors = (found - expected).float().square().mean(-1).sqrt() / expected.float().std(-1)
+        off = float(errors.median())
+        if not off < TOLERANCE:
+            raise EngineError(f"its compiled step gave other scores, off by {off:.2f} standard deviations")
