@@ -182,7 +182,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["env"])
 def pictures(session: nox.Session) -> None:
-    """Lay results, the tour and the built site out in a real browser: Debian's chromium, installed where that is possible.
+    """Lay results, the tour and the built site out in Debian's chromium, which is installed where that is possible.
 
     What it shows, wide and narrow, light and dark, lies in .nox/reports/pictures afterwards.
     """
