@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import _data
 import _models
-from _context import load
+from _context import device, load
 from _harness import Report, Run, Side, best, contenders, interleave, say
 from _sides import lmkit_side, pipeline_side, static_sides
 
@@ -74,10 +74,10 @@ def ragged_budgets(bench: Bench) -> Report:
 
 def lmkit_sides(bench: Bench, chats: Sequence[Any], prompts: Sequence[Sequence[int]], **options: Any) -> list[Side]:
     """One call with all rows, as lmkit comes, and with a compiled step."""
-    return [
-        lmkit_side(bench.generator, chats, prompts, **options),
-        lmkit_side(bench.compiled, chats, prompts, "lmkit, compiled", **options),
-    ]
+    sides = [lmkit_side(bench.generator, chats, prompts, **options)]
+    if device() == "cpu":  # elsewhere benchmarks/gpu.py says what compiled steps do
+        sides.append(lmkit_side(bench.compiled, chats, prompts, "lmkit, compiled", **options))
+    return sides
 
 
 def encoder_decoder(bench: Bench) -> Report:
@@ -149,7 +149,7 @@ def translation(
     texts = sentences(translator, count)
     sources: list[list[int]] = [list(translator.tokenizer(text)["input_ids"]) for text in texts]
     ours = lmkit_side(translator, texts, sources, **forced(beams))
-    model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.bfloat16).to(device())
     options: dict[str, Any] = {"num_beams": beams} if beams > 1 else {}
     static = contenders(static_sides(model, sources, [FORCED] * count, min_new_tokens=FORCED, **options))
     peers = contenders(ctranslate2_sides(bench, sources, beams)) if targets[1] else []

@@ -13,7 +13,7 @@ from typing import Any
 
 import _data
 import _machine
-from _context import ends, load
+from _context import device, ends, load
 from _harness import interleave
 from _sides import lmkit_side, single_side
 
@@ -38,7 +38,7 @@ def compiled(folder: str, new_tokens: str, repeats: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device())
     plain = single_side(model, prompt, budget, **forced)
     plain.run()
     runs = interleave([ours, plain], int(repeats))
