@@ -38,7 +38,8 @@ def compiled(folder: str, new_tokens: str, repeats: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device())
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = model.to(device())
     plain = single_side(model, prompt, budget, **forced)
     plain.run()
     runs = interleave([ours, plain], int(repeats))

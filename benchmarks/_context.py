@@ -56,7 +56,8 @@ class Bench:
         import torch
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.bfloat16).to(device())
+        model: Any = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.bfloat16)
+        return model.to(device())
 
     @cached_property
     def generator(self) -> Any:

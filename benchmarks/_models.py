@@ -32,7 +32,8 @@ def smollm2(folder: Path) -> Path:
             from transformers import AutoConfig, AutoModelForCausalLM
 
             torch.manual_seed(0)
-            drawn = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(saved), dtype=torch.bfloat16)
+            auto: Any = AutoModelForCausalLM
+            drawn = auto.from_config(AutoConfig.from_pretrained(saved), dtype=torch.bfloat16)
             drawn.save_pretrained(saved)
         return saved
     import lmkit

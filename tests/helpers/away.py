@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -118,18 +119,28 @@ def put(model: Any) -> Any:
     return model
 
 
+class _Sending(TorchFunctionMode):
+    """Has numbers that become a tensor on `DEVICE` be copied there, by an operation that can be seen."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.tensor, torch.as_tensor) and str(kwargs.get("device")) == str(DEVICE):
+            device = kwargs.pop("device")
+            return func(*args, **kwargs).to(device)
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def counting() -> Iterator[Counting]:
-    """Compute on `DEVICE`, and count, while the block runs."""
-    before, computed, free = torch._C._only_lift_cpu_tensors(), computing.computed, scheduler._free
-    owner = threading.get_ident()
-    # torch.tensor(…, device=…) then copies by an operation that can be seen.
-    torch._C._set_only_lift_cpu_tensors(True)  # noqa: FBT003
+    """Compute on `DEVICE`, and count, while the block runs; also what engines do in threads of theirs."""
+    computed, free, owner = computing.computed, scheduler._free, threading.get_ident()
     try:
-        with torch.no_grad(), Counting() as counted:
+        with torch.no_grad(), _Sending(), Counting() as counted:
 
             def here(do: Any) -> Any:
-                with counted if threading.get_ident() != owner else nullcontext():
+                if threading.get_ident() == owner:
+                    return do()
+                with _Sending(), counted:
                     return do()
 
             computing.computed = lambda do: computed(lambda: here(do))
@@ -137,4 +148,3 @@ def counting() -> Iterator[Counting]:
             yield counted
     finally:
         computing.computed, scheduler._free = computed, free
-        torch._C._set_only_lift_cpu_tensors(before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -22,14 +22,15 @@ def one_token(device: torch.device, do: Callable[[], ResultT]) -> ResultT:
     That takes tens of milliseconds (docs/performance.md). The setting is the process's: others get torch's own kernels
     meanwhile.
     """
-    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+    cuda: Any = torch.backends.cuda
+    if device.type != "cuda" or not cuda.cudnn_sdp_enabled():
         return do()
 
     def run() -> ResultT:
-        torch.backends.cuda.enable_cudnn_sdp(False)  # noqa: FBT003
+        cuda.enable_cudnn_sdp(False)  # noqa: FBT003
         return do()
 
-    return surely(run, lambda: torch.backends.cuda.enable_cudnn_sdp(True))  # noqa: FBT003
+    return surely(run, lambda: cuda.enable_cudnn_sdp(True))  # noqa: FBT003
 
 
 def computed(do: Callable[[], ResultT]) -> ResultT:

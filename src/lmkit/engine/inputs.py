@@ -41,7 +41,7 @@ def fetched(*parts: torch.Tensor) -> Sequence[torch.Tensor]:
     if parts[0].device.type == "cpu":
         return parts
     packed = [part.float().view(torch.int32) if part.is_floating_point() else part.int() for part in parts]
-    here = torch.cat([part.flatten() for part in packed]).cpu().split([part.numel() for part in parts])
+    here = torch.split(torch.cat([part.flatten() for part in packed]).cpu(), [part.numel() for part in parts])
     return [
         one.view(torch.float32 if part.is_floating_point() else torch.int32).view(part.shape)
         for one, part in zip(here, parts, strict=True)

@@ -44,7 +44,7 @@ def pack4(weight: torch.Tensor) -> torch.Tensor:
 def unpack4(packed: torch.Tensor) -> torch.Tensor:
     """Return the levels as they are. *Shape:* as in `pack4`, to `(outputs, inputs)`, uint8."""
     levels = _halves(packed).index_select(-1, _order(packed.device)).to(torch.uint8)
-    return levels.unflatten(-1, TILE).transpose(1, 2).reshape(len(packed) * TILE[0], -1)
+    return levels.view(*levels.shape[:2], *TILE).transpose(1, 2).reshape(len(packed) * TILE[0], -1)
 
 
 def multiply4(rows: torch.Tensor, packed: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
