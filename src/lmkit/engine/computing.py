@@ -55,14 +55,22 @@ class Lane:
 
     def __init__(self, device: torch.device) -> None:
         """Run passes on `device`."""
-        self._pool = None if device.type == "cpu" else ThreadPoolExecutor(1, "lmkit")
+
+        def begin() -> None:
+            if device.index is not None:
+                torch.accelerator.set_device_index(device.index)
+
+        self._pool = None if device.type == "cpu" else ThreadPoolExecutor(1, "lmkit", begin)
         self.halted = False
 
     def __call__(self, do: Callable[[], ResultT]) -> ResultT:
         """Call `do`, and return when it has ended, whatever comes meanwhile."""
         if self._pool is None:
             return computed(do)
-        running = self._pool.submit(lambda: computed(do))
+        try:
+            running = self._pool.submit(lambda: computed(do))
+        except RuntimeError:  # the interpreter ends, and lets no thread begin anything
+            return computed(do)
 
         def over() -> None:
             self.halted = True
