@@ -138,7 +138,8 @@ class Chooser:
         chosen = likeliest
         for places in groups:
             index = sent(places, self.device)
-            token_ids = self._steered([rows[place] for place in places], logits.index_select(0, index))
+            some = logits if len(places) == len(rows) else logits.index_select(0, index)
+            token_ids = self._steered([rows[place] for place in places], some)
             chosen = chosen.index_copy(0, index, token_ids)
         forced = {place: row.forced_end(len(row.token_ids) + 1) for place, row in enumerate(rows)}
         ends = {place: end for place, end in forced.items() if end is not None}
@@ -245,7 +246,9 @@ class Chooser:
         """Choose among the scores that the rows' options leave; -1 if they leave a row none to draw from."""
         steering = self.steering(rows[0])
         token_ids = self._sofar(rows) if steering.reads else sent([[]] * len(rows), self.device, torch.int64)
-        scores: torch.Tensor = steering.processors(token_ids, logits.float())  # type: ignore[arg-type]
+        # Processors write into the scores they are given, and `logits` is still needed for logprobs.
+        own = logits.to(torch.float32, copy=True)
+        scores: torch.Tensor = steering.processors(token_ids, own)  # type: ignore[arg-type]
         if steering.sampled:
             return sampled(scores, sent([row.uniform() for row in rows], self.device, sums(self.device)))
         best, places = scores.max(-1)
