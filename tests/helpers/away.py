@@ -7,6 +7,7 @@ to the host, for which the host waits, copies from it, and kernels. Figures of s
 from __future__ import annotations
 
 import threading
+import traceback
 from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
@@ -63,14 +64,14 @@ class Counting(TorchDispatchMode):
 
     Attributes:
         counts: How many `"waits"` of the host there were, copies `"sent"`, and `"kernels"`.
-        waited: What for.
+        waited: What for, and where.
     """
 
     def __init__(self) -> None:
         """Begin at nothing."""
         super().__init__()
         self.counts: Counter[str] = Counter()
-        self.waited: list[str] = []
+        self.waited: list[tuple[str, str]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute on the CPU."""
@@ -99,7 +100,13 @@ class Counting(TorchDispatchMode):
     def _count(self, what: str, name: str) -> None:
         self.counts[what] += 1
         if what == "waits":
-            self.waited.append(name)
+            frames = [one for one in traceback.extract_stack() if "/torch/" not in one.filename]
+            self.waited.append((name, f"{frames[-3].filename}:{frames[-3].lineno}"))
+
+    @property
+    def fetched(self) -> int:
+        """How many copies to the host there were."""
+        return sum(name == "_to_copy" for name, _ in self.waited)
 
 
 def _inner(one: Any) -> Any:
