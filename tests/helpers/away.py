@@ -134,7 +134,16 @@ class _Sending(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and str(kwargs.get("device")) == str(DEVICE):
             device = kwargs.pop("device")
             return func(*args, **kwargs).to(device)
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[0], Away):
+            args = (args[0], _placed(args[1]), *args[2:])
         return func(*args, **kwargs)
+
+
+def _placed(index: Any) -> Any:
+    """Have the lists of an index be copied to `DEVICE`, as torch does where nobody sees it."""
+    if isinstance(index, tuple):
+        return tuple(map(_placed, index))
+    return torch.tensor(index).to(DEVICE) if isinstance(index, list) else index
 
 
 @contextmanager

@@ -142,7 +142,7 @@ class Chooser:
             token_ids = self._steered([rows[place] for place in places], some)
             chosen = chosen.index_copy(0, index, token_ids)
         forced = {place: row.forced_end(len(row.token_ids) + 1) for place, row in enumerate(rows)}
-        ends = {place: end for place, end in forced.items() if end is not None}
+        ends: dict[int, int] = {place: end for place, end in forced.items() if end is not None}
         scored = self._scored(rows, raw, chosen, fixed | ends)
         chosen, greatest, *parts = fetched(chosen, greatest, *(part for _, *pair in scored for part in pair))
         told = _by_place([places for places, *_ in scored], parts)
