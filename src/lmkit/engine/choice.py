@@ -147,7 +147,8 @@ class Chooser:
         chosen, greatest, *parts = fetched(chosen, greatest, *(part for _, *pair in scored for part in pair))
         told = _by_place([places for places, *_ in scored], parts)
         for place, (row, score, token_id) in enumerate(zip(rows, greatest.tolist(), chosen.tolist(), strict=True)):
-            step, own = len(row.token_ids) + 1, fixed.get(place, token_id)
+            step = len(row.token_ids) + 1
+            own: int = fixed.get(place, token_id)
             if not _usable(score, logits, place) or (row.matcher and row.matcher.error):
                 row.error = EngineError(_unusable(row, raw[place], step))
             elif (last := ends.get(place, own)) < 0:
