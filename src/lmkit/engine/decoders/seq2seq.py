@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lmkit._borrowed import cache_name
 from lmkit.engine.cache import KeyValues
 from lmkit.engine.decoders.base import Decoder
@@ -11,8 +13,6 @@ from lmkit.engine.inputs import input_device, padded, sent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    import torch
 
     from lmkit.engine.compiled import CompiledDecoderStep
     from lmkit.engine.row import Row
