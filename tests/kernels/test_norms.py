@@ -19,7 +19,7 @@ from lmkit.kernels.native.operators import operators
 def kernels(request: pytest.FixtureRequest) -> Any:
     """Return the kernels of each set of instructions that this processor has."""
     has = torch.cpu.get_capabilities()
-    if request.param and not all(has.get(one) for one in INSTRUCTIONS[request.param][0]):
+    if request.param and not all(has.get(one) for one in INSTRUCTIONS[request.param]):
         pytest.skip(f"this processor has no {request.param}")
     try:
         return operators(request.param)
