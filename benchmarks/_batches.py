@@ -1,19 +1,18 @@
-"""Workloads of many rows: A, chat prompts; B, ragged budgets; J, U and V, an encoder-decoder; X, documents."""
+"""Workloads of many rows: A, chat prompts; B, ragged budgets; J, U and V, an encoder-decoder."""
 
 from __future__ import annotations
 
 import os
-import time
 from typing import TYPE_CHECKING, Any
 
 import _data
 import _models
-from _context import device, load
-from _harness import Report, Run, Side, best, contenders, interleave, say
+from _context import device
+from _harness import Report, Side, best, contenders, interleave, say
 from _sides import lmkit_side, pipeline_side, static_sides
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from _context import Bench
 
@@ -23,35 +22,39 @@ PIPELINE_EVERY = 8
 
 RAGGED = 256
 RAGGED_SIZES = (32, 64)
+WIDE: dict[str, float | None] = dict.fromkeys(("bfloat16", "bfloat16, kernels", "bfloat16, compiled"))
+NARROW: dict[str, float | None] = dict.fromkeys(("int8, kernels", "int8, compiled"))
+"""lmkit's ways in the precision of vLLM, and in a narrower one."""
+
 PEER_ROWS = 256
 """How many rows vLLM may run at a time: as many as there are in a call."""
 
 SOURCES, FEW_SOURCES, FORCED, BEAMS = 64, 16, 32, 4
-DOCUMENT_TOKENS = 75
 SHORTEST, LONGEST = 5, 60
 WORDS = (1, 2, 4, 6, 8, 11, 14, 17, 20)
 KINDS = ("int8", "bfloat16", "float32")
 
 
 def chat_prompts(bench: Bench) -> Report:
-    """A: 64 chat prompts, up to 96 new tokens each, to their natural end."""
+    """A: 64 chat prompts, up to 96 new tokens each, to their natural end; in 8 bits as many as in bfloat16."""
     chats = _data.steady_chats()
     prompts = [_data.encode(bench.tokenizer, chat) for chat in chats]
     budgets = [NEW_TOKENS] * len(chats)
-    few = range(0, len(chats), PIPELINE_EVERY)
-    sides = lmkit_sides(bench, chats, prompts, max_new_tokens=NEW_TOKENS)
+    written = [result.generated_tokens for result in bench.lmkit()(chats, max_new_tokens=NEW_TOKENS)]
+    sides = lmkit_sides(bench, WIDE, chats, prompts, max_new_tokens=NEW_TOKENS)
+    sides += lmkit_sides(bench, NARROW, chats, prompts, max_new_tokens=written, suppress_tokens=bench.ends)
     static = contenders(static_sides(bench.model, prompts, budgets))
+    few = range(0, len(chats), PIPELINE_EVERY)
     some = [chats[row] for row in few]
     pipe = pipeline_side(bench.model, bench.tokenizer, some, [prompts[row] for row in few], NEW_TOKENS)
     vllm = vllm_side(bench, prompts, budgets, forced=False)
     report = measured(bench, "A", [*sides, *static, pipe, *vllm], warm=[*sides, *vllm])
     report.notes.append(f"prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens")
     note = f"on {len(few)} of the {len(chats)} prompts"
-    for ours in sides:
-        report.faster(ours.name, pipe.name, 18, rows=few, note=note)
-        report.faster(ours.name, best(static, report.runs), 1.4)
-        for side in vllm:
-            report.faster(ours.name, side.name, 1.1)
+    report.each({"bfloat16": 18}, pipe.name, rows=few, note=note)
+    report.each({"bfloat16": 1.4, "bfloat16, compiled": 1.4}, best(static, report.runs))
+    for side in vllm:
+        report.each(WIDE | {"bfloat16, compiled": 0.95} | NARROW | {"int8, compiled": 1.3}, side.name)
     return report
 
 
@@ -61,104 +64,61 @@ def ragged_budgets(bench: Bench) -> Report:
     prompts = [_data.encode(bench.tokenizer, chat) for chat in chats]
     budgets = _data.budgets(RAGGED)
     forced = {"suppress_tokens": bench.ends}
-    sides = lmkit_sides(bench, chats, prompts, max_new_tokens=budgets, **forced)
+    sides = lmkit_sides(bench, WIDE | NARROW, chats, prompts, max_new_tokens=budgets, **forced)
     static = contenders(static_sides(bench.model, prompts, budgets, RAGGED_SIZES, **forced))
     vllm = vllm_side(bench, prompts, budgets, forced=True)
     report = measured(bench, "B", [*sides, *static, *vllm], warm=[*sides, *vllm])
-    for ours in sides:
-        report.faster(ours.name, best(static, report.runs), 2.5)
-        for side in vllm:
-            report.faster(ours.name, side.name, 1.0)
+    report.each({"bfloat16": 2.5, "bfloat16, compiled": 2.5}, best(static, report.runs))
+    for side in vllm:
+        report.each(WIDE | {"bfloat16, compiled": 0.9} | NARROW | {"int8, compiled": 1.2}, side.name)
     return report
 
 
-def lmkit_sides(bench: Bench, chats: Sequence[Any], prompts: Sequence[Sequence[int]], **options: Any) -> list[Side]:
-    """One call with all rows, as lmkit comes, and with a compiled step."""
-    sides = [lmkit_side(bench.generator, chats, prompts, **options)]
-    if device() == "cpu":  # elsewhere benchmarks/gpu.py says what compiled steps do
-        sides.append(lmkit_side(bench.compiled, chats, prompts, "lmkit, compiled", **options))
-    return sides
+def lmkit_sides(
+    bench: Bench, ways: Iterable[str], inputs: Sequence[Any], prompts: Sequence[Sequence[int]], **options: Any
+) -> list[Side]:
+    """One call with all rows, in each of lmkit's ways: elsewhere than on a CPU those without kernels for it."""
+    here = [way for way in ways if device() == "cpu" or "," not in way]
+    return [lmkit_side(bench.lmkit(way), inputs, prompts, f"lmkit {way}", **options) for way in here]
 
 
 def encoder_decoder(bench: Bench) -> Report:
     """J: 64 sentences of 5 to 60 tokens through a Marian-size model of random weights, 32 new tokens each."""
-    report = translation(bench, "J", SOURCES, (1.5, 0.8))
-    translator = load("seq2seq", _models.marian(bench.folder), "int8")
-    texts = sentences(translator, SOURCES)
-    sources = [list(translator.tokenizer(text)["input_ids"]) for text in texts]
-    ours = lmkit_side(translator, texts, sources, "lmkit, int8", **forced(1))
-    peers = contenders(ctranslate2_sides(bench, sources))
-    if peers:
-        again = measured(bench, "J", [ours, *peers], warm=[ours])
-        again.faster(ours.name, best(peers, again.runs), 1.0)
-        report.findings += again.findings
-    translator.close()
-    return report
+    return translation(bench, "J", SOURCES, 1.5, {"bfloat16": None, "bfloat16, kernels": None, "int8, kernels": 1.1})
 
 
 def beams(bench: Bench) -> Report:
     """U: the same sentences, searched with 4 beams."""
-    return translation(bench, "U", SOURCES, (2.2, 1.1), beams=BEAMS)
+    ways = {"bfloat16": None, "bfloat16, kernels": None, "int8, kernels": 1.1}
+    return translation(bench, "U", SOURCES, 2.2, ways, beams=BEAMS)
 
 
 def few_sentences(bench: Bench) -> Report:
     """V: 16 of the sentences."""
-    return translation(bench, "V", FEW_SOURCES, (1.6, None))
-
-
-def splits(bench: Bench) -> Report:
-    """X: 16 documents of three short sentences, by sentences and by paragraphs, with 75 new tokens each."""
-    translator = load("seq2seq", _models.marian(bench.folder))
-    documents = [
-        " ".join(" ".join(one.split()[:3]).rstrip(".") + "." for one in _data.sentences(3, seed))
-        for seed in range(FEW_SOURCES)
-    ]
-    sides = [split_side(translator, documents, "sentence", 3), split_side(translator, documents, "paragraph", 1)]
-    report = measured(bench, "X", sides, warm=sides)
-    report.faster(sides[0].name, sides[1].name)
-    translator.close()
-    return report
-
-
-def split_side(translator: Any, documents: Sequence[str], split: str, pieces: int) -> Side:
-    """Translate documents in so many pieces each, which write as many tokens in all."""
-    new = DOCUMENT_TOKENS // pieces
-
-    def run() -> Run:
-        begun = time.perf_counter()
-        results = translator(documents, split=split, max_new_tokens=new, min_new_tokens=new)
-        seconds = time.perf_counter() - begun
-        tokens = tuple(result.generated_tokens for result in results)
-        if set(tokens) != {DOCUMENT_TOKENS}:
-            msg = f"documents are not split into {pieces} pieces each"
-            raise ValueError(msg)
-        return Run(seconds, tokens)
-
-    return Side(f"split={split!r}", run)
+    return translation(bench, "V", FEW_SOURCES, 1.6, {})
 
 
 def translation(
-    bench: Bench, workload: str, count: int, targets: tuple[float, float | None], *, beams: int = 1
+    bench: Bench, workload: str, count: int, target: float, ways: Mapping[str, float | None], *, beams: int = 1
 ) -> Report:
-    """Translate sentences with lmkit, with `generate` on sorted batches and with CTranslate2."""
+    """Translate sentences with lmkit, with `generate` on sorted batches and in `ways` beside CTranslate2."""
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
     folder = _models.marian(bench.folder)
-    translator = load("seq2seq", folder)
-    texts = sentences(translator, count)
-    sources: list[list[int]] = [list(translator.tokenizer(text)["input_ids"]) for text in texts]
-    ours = lmkit_side(translator, texts, sources, **forced(beams))
+    loaded = {way: bench.lmkit(way, "seq2seq", folder) for way in ways or ("bfloat16",)}
+    texts = sentences(loaded["bfloat16"], count)
+    sources: list[list[int]] = [list(loaded["bfloat16"].tokenizer(text)["input_ids"]) for text in texts]
+    ours = [lmkit_side(one, texts, sources, f"lmkit {way}", **forced(beams)) for way, one in loaded.items()]
     model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.bfloat16).to(device())
     options: dict[str, Any] = {"num_beams": beams} if beams > 1 else {}
     static = contenders(static_sides(model, sources, [FORCED] * count, min_new_tokens=FORCED, **options))
-    peers = contenders(ctranslate2_sides(bench, sources, beams)) if targets[1] else []
-    report = measured(bench, workload, [ours, *static, *peers], warm=[ours])
+    peers = contenders(ctranslate2_sides(bench, sources, beams)) if ways else []
+    report = measured(bench, workload, [*ours, *static, *peers], warm=ours)
     report.notes.append(f"sources of {min(map(len, sources))} to {max(map(len, sources))} tokens")
-    report.faster(ours.name, best(static, report.runs), targets[0])
+    report.each({"bfloat16": target}, best(static, report.runs))
     if peers:
-        report.faster(ours.name, best(peers, report.runs), targets[1])
-    translator.close()
+        report.each(ways, best(peers, report.runs))
     return report
 
 
@@ -183,7 +143,7 @@ def sentences(translator: Any, count: int) -> list[str]:
 def vllm_side(bench: Bench, prompts: Sequence[Sequence[int]], budgets: Sequence[int], *, forced: bool) -> list[Side]:
     """Give vLLM the same token ids, if it is wanted."""
     peer = bench.peers.get("vllm", model=str(bench.checkpoint), rows=PEER_ROWS)
-    return [] if peer is None else [peer.side(prompts, budgets, "vLLM", forced=forced)]
+    return [] if peer is None else [peer.side(prompts, budgets, "vLLM bfloat16", forced=forced)]
 
 
 def ctranslate2_sides(bench: Bench, sources: Sequence[Sequence[int]], beams: int = 1) -> list[Side]:

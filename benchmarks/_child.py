@@ -13,37 +13,16 @@ from typing import Any
 
 import _data
 import _machine
-from _context import device, ends, load
-from _harness import interleave
-from _sides import lmkit_side, single_side
+from _context import load
 
 
-def compiled(folder: str, new_tokens: str, repeats: str) -> dict[str, Any]:
-    """Load with compilation, call twice, then take turns with `model.generate`."""
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    chat = max(_data.steady_chats(), key=lambda chat: len(_data.encode(tokenizer, chat)))
-    prompt = _data.encode(tokenizer, chat)
-    budget = int(new_tokens)
+def compiled(folder: str) -> dict[str, Any]:
+    """Load with compilation, and call once."""
     begun = time.perf_counter()
     generator = load("causal", Path(folder), compile=True)
     loaded = time.perf_counter() - begun
-    forced = {"suppress_tokens": ends(generator.model)}
-    ours = lmkit_side(generator, [chat], [prompt], "lmkit, compiled", max_new_tokens=budget, **forced)
-    calls = [ours.run().seconds for _ in range(2)]
-    found = {"load": loaded, "first_call": calls[0], "second_call": calls[1], "start": loaded + calls[0]}
-    if not int(repeats):
-        return found
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    model = model.to(device())
-    plain = single_side(model, prompt, budget, **forced)
-    plain.run()
-    runs = interleave([ours, plain], int(repeats))
-    return {**found, "seconds": {name: [run.seconds for run in taken] for name, taken in runs.items()}}
+    generator(_data.steady_chats()[:1], max_new_tokens=8)
+    return {"load": loaded, "first_call": time.perf_counter() - begun - loaded}
 
 
 def memory(folder: str, new_tokens: str) -> dict[str, Any]:

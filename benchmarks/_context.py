@@ -6,10 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import _models
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from _peers import Peers
+
+Task: TypeAlias = Literal["causal", "masked", "seq2seq"]
 
 DEVICE = "LMKIT_BENCH_DEVICE"
 """The variable that says where models are put; a CPU without it. Processes that are started find it too."""
@@ -37,6 +39,22 @@ class Bench:
     folder: Path
     repeats: int
     peers: Peers
+    _loaded: dict[tuple[str, Path], Any] = field(default_factory=dict)
+
+    def lmkit(self, way: str = "bfloat16", task: Task = "causal", folder: Path | None = None) -> Any:
+        """Load a checkpoint with lmkit, SmolLM2 by default; once for each way.
+
+        Args:
+            way: A precision, and behind a comma `kernels` (lmkit's own, without compiled steps) or `compiled`.
+            task: What the checkpoint is loaded for.
+            folder: Where it is.
+        """
+        precision, _, asked = way.partition(", ")
+        key = way, folder or self.checkpoint
+        if key not in self._loaded:
+            compile: Any = True if asked == "compiled" else asked or False  # noqa: A001 - the option's name
+            self._loaded[key] = load(task, key[1], precision, compile=compile)
+        return self._loaded[key]
 
     @cached_property
     def checkpoint(self) -> Path:
@@ -59,15 +77,10 @@ class Bench:
         model: Any = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.bfloat16)
         return model.to(device())
 
-    @cached_property
+    @property
     def generator(self) -> Any:
         """SmolLM2 for lmkit, in bfloat16."""
-        return load("causal", self.checkpoint)
-
-    @cached_property
-    def compiled(self) -> Any:
-        """SmolLM2 for lmkit, in bfloat16, with a compiled step."""
-        return load("causal", self.checkpoint, compile=True)
+        return self.lmkit()
 
     @cached_property
     def ends(self) -> list[int]:
@@ -86,14 +99,7 @@ def ends(model: Any) -> list[int]:
     return [own] if isinstance(own, int) else list(own)
 
 
-def load(
-    task: Literal["causal", "masked", "seq2seq"],
-    folder: Path,
-    precision: Any = "bfloat16",
-    *,
-    reuse: bool = False,
-    **options: Any,
-) -> Any:
+def load(task: Task, folder: Path, precision: Any = "bfloat16", *, reuse: bool = False, **options: Any) -> Any:
     """Load a checkpoint with lmkit.
 
     Prefixes are not kept from one call to the next unless `reuse`: a repeat would find the prompts of the one before.

@@ -115,6 +115,23 @@ class Report:
             return
         self._ratio(compared, shown, speeds[0] / speeds[1], spread(mine, theirs), target)
 
+    def each(
+        self, ways: Mapping[str, float | None], other: str, *, rows: Sequence[int] | None = None, note: str = ""
+    ) -> None:
+        """Add for each of lmkit's ways how many times as fast it was as another side; None is a way without target.
+
+        One that was not tried, as on another device, is left out.
+        """
+        for way, target in ways.items():
+            if f"lmkit {way}" in self.runs:
+                self.faster(f"lmkit {way}", other, target, rows=rows, note=note)
+
+    def share(self, ours: str, other: str, target: float) -> None:
+        """Add how many times as fast one side was as another that did other work."""
+        speeds = [statistics.median(run.speed for run in self.runs[name]) for name in (ours, other)]
+        shown = [f"{speed:.0f} tokens/s" for speed in speeds]
+        self._ratio(f"{ours} : {other}", shown, speeds[0] / speeds[1], "", target)
+
     def sooner(self, ours: str, other: str, target: float | None = None, *, first: bool = False) -> None:
         """Add how many times as long another side took, to the end or to the first token."""
         mine, theirs = ([run.first_seconds if first else run.seconds for run in self.runs[n]] for n in (ours, other))

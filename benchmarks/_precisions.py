@@ -30,6 +30,9 @@ TEXT_TOKENS, WINDOW = 24 * 1024, 1024
 
 ROWS, ROW_TOKENS = 32, 48
 OWN = ("int8", "int4")
+STREAMS: dict[str, float | None] = dict.fromkeys(
+    f"{word}{how}" for word in ("bfloat16", *OWN) for how in ("", ", kernels", ", compiled")
+)
 BEGINNING = "Once upon a time, there was a"
 
 
@@ -115,27 +118,23 @@ def one_stream(bench: Bench) -> Report:
     """L: one stream of 128 tokens in every precision."""
     prompt = bench.tokenizer(BEGINNING)["input_ids"]
     forced = {"max_new_tokens": NEW_TOKENS, "suppress_tokens": bench.ends}
-    loaded: dict[str, Any] = {
-        word: load("causal", bench.checkpoint, word) for word in ("bfloat16", "int8", "int4", "nf4")
-    }
-    loaded["int4, compiled"] = load("causal", bench.checkpoint, "int4", compile=True)
     sides = [
-        decoding(stream_side(functools.partial(one.stream, BEGINNING, **forced), name)) for name, one in loaded.items()
+        decoding(stream_side(functools.partial(bench.lmkit(way).stream, BEGINNING, **forced), f"lmkit {way}"))
+        for way in ("nf4", *STREAMS)
     ]
     plain = generate_side(bench.model, prompt, NEW_TOKENS, suppress_tokens=bench.ends)
-    sides.append(decoding(plain, "transformers bfloat16"))
+    sides.append(decoding(plain, "generate bfloat16"))
     peer = bench.peers.get("llama", gguf=str(_models.smollm2_gguf()), threads=os.cpu_count() or 1)
     if peer is not None:
-        sides.append(decoding(peer.side([prompt], [NEW_TOKENS], "llama.cpp, Q4_1")))
+        sides.append(decoding(peer.side([prompt], [NEW_TOKENS], "llama.cpp Q4_1")))
     for side in sides:
         side.run()
     report = Report("L", runs=interleave(sides, bench.repeats))
-    for ours, target in (("int8", 1.7), ("int4", 2.3), ("int4, compiled", 3.5)):
-        report.faster(ours, "bfloat16", target, note="lmkit's, on packed kernels")
-        report.faster(ours, "transformers bfloat16", note="model.generate")
-    report.faster("int4", "nf4", note="bitsandbytes")
+    report.each(STREAMS | {"int8, kernels": 2.0, "int4, kernels": 2.3}, "lmkit bfloat16")
+    report.each(STREAMS, "generate bfloat16")
+    report.each({"int4": None}, "lmkit nf4", note="bitsandbytes")
     if peer is not None:
-        report.faster("int4, compiled", "llama.cpp, Q4_1", 0.9)
+        report.each({"int4, kernels": None, "int4, compiled": 1.1}, "llama.cpp Q4_1")
     report.notes.append("the speed of what comes behind the first token, so without the prompt's time")
     return report
 
@@ -145,20 +144,17 @@ def rows(bench: Bench) -> Report:
     chats = _data.steady_chats()[:ROWS]
     prompts = [_data.encode(bench.tokenizer, chat) for chat in chats]
     forced = {"max_new_tokens": ROW_TOKENS, "suppress_tokens": bench.ends}
-    sides = [
-        lmkit_side(load("causal", bench.checkpoint, word), chats, prompts, word, **forced)
-        for word in ("bfloat16", "int8", "int4")
-    ]
+    ways = STREAMS | {"int4, kernels": 1.3}
+    sides = [lmkit_side(bench.lmkit(way), chats, prompts, f"lmkit {way}", **forced) for way in ways]
     copied = {f"{word}, copies": load("causal", bench.checkpoint, word, wide_copy_bytes=2**30) for word in OWN}
     sides += [lmkit_side(one, chats, prompts, name, **forced) for name, one in copied.items()]
     for side in sides:
         side.run()
     report = Report("M", runs=interleave(sides, bench.repeats))
-    for word in OWN:
-        report.faster(word, "bfloat16")
+    report.each(ways, "lmkit bfloat16")
     for name, one in copied.items():
         held = one.memory_bytes / 1e6
-        report.faster(name, "bfloat16", 0.9 if "4" in name else None, note=f"wide_copy_bytes, {held:.0f} MB in all")
+        report.faster(name, "lmkit bfloat16", note=f"wide_copy_bytes, {held:.0f} MB in all")
     return report
 
 
@@ -226,9 +222,8 @@ def billion(bench: Bench) -> Report:
     prompt = list(range(100, 116))
     forced: dict[str, Any] = {"max_new_tokens": 24, "suppress_tokens": bench.ends}
     speed = _billion.read_bytes_per_second()
-    words = ("bfloat16", "int8", "int4")
-    loaded = {word: load("causal", folder, word) for word in words}
-    loaded["int4, compiled"] = load("causal", folder, "int4", compile=True)
+    ways = ("bfloat16", "int8, kernels", "int4, kernels", "int4, compiled")
+    loaded = {f"lmkit {way}": bench.lmkit(way, folder=folder) for way in ways}
     text = bench.tokenizer.decode(prompt)
     ids = bench.tokenizer(text)["input_ids"]
     sides = [decoding(stream_side(functools.partial(one.stream, text, **forced), name)) for name, one in loaded.items()]
@@ -236,7 +231,7 @@ def billion(bench: Bench) -> Report:
     gguf = _billion.gguf_file(bench.folder, _models.smollm2_gguf())
     peer = bench.peers.get("llama", gguf=str(gguf), threads=os.cpu_count() or 1)
     if peer is not None:
-        sides.append(decoding(peer.side([ids], [forced["max_new_tokens"]], "llama.cpp, Q4_0")))
+        sides.append(decoding(peer.side([ids], [forced["max_new_tokens"]], "llama.cpp Q4_0")))
     for side in sides:
         side.run()
     report = Report("O", runs=interleave(sides, bench.repeats))
@@ -244,14 +239,12 @@ def billion(bench: Bench) -> Report:
         taken = statistics.median(run.seconds / run.total for run in report.runs[name])
         # Of the embedding one row is read; tied, all of it is read as the output layer.
         share = one.plan.weights_bytes / taken / speed
-        met = share >= 0.7 if name in ("int8", "int4") else None  # noqa: PLR2004 - the issue's number
+        met = share >= 0.7 if "int" in name else None  # noqa: PLR2004 - the issue's number
         report.findings.append(
             Finding("O", f"{name}: weights read : what the machine reads", f"{1 / taken:.1f} tokens/s",
                     f"{speed / 1e9:.1f} GB/s", f"{share:.0%}", "≥ 70%" if met is not None else "", met)
         )  # fmt: skip
-    report.faster("int4", "bfloat16")
-    report.faster("int4, compiled", "bfloat16")
+    report.each(dict.fromkeys(ways[1:]), "lmkit bfloat16")
     if peer is not None:
-        report.faster("int4, compiled", "llama.cpp, Q4_0", 1.0)
-        report.faster("int4", "llama.cpp, Q4_0")
+        report.each({"int4, kernels": None, "int4, compiled": 1.0}, "llama.cpp Q4_0")
     return report

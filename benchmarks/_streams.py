@@ -1,8 +1,9 @@
-"""Workloads of one row: D, a stream; E, the same compiled; F, a chat over a document; G, editing."""
+"""Workloads of one row: D, a stream; E, starts with compilation; F, a chat; G, editing; X, long prompts."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import os
 import statistics
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import _data
 import _models
 from _context import in_fresh_process, load
-from _harness import Finding, Report, Run, Side, interleave, same_work, say
+from _harness import Finding, Report, Run, Side, interleave, same_work
 from _sides import lmkit_side, prefill_side, single_side, stream_side
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 NEW_TOKENS = 128
 PREFILL_SHARE = 1.1
-START_SHARE = 0.25
+STARTS = (30, 2)
+PROMPTS, LONG_SHARE = (450, 1800, 7200), 0.45
 
 DOCUMENT_TOKENS, ANSWER_TOKENS = 1500, 24
 
@@ -34,22 +36,67 @@ def one_stream(bench: Bench) -> Report:
     chat = longest_chat(bench)
     prompt = _data.encode(bench.tokenizer, chat)
     forced = {"suppress_tokens": bench.ends}
-    ours = stream_side(lambda: bench.generator.stream(chat, max_new_tokens=NEW_TOKENS, **forced))
+    ways = {"bfloat16": None, "bfloat16, kernels": 1.6, "bfloat16, compiled": 2.2}
+    wanted = {"max_new_tokens": NEW_TOKENS, **forced}
+    ours = [stream_side(functools.partial(bench.lmkit(way).stream, chat, **wanted), f"lmkit {way}") for way in ways]
     plain = single_side(bench.model, prompt, NEW_TOKENS, **forced)
     bare = prefill_side(bench.model, prompt)
-    sides = [ours, plain, bare]
+    sides = [*ours, plain, bare]
     peer = bench.peers.get("llama", gguf=str(_models.smollm2_gguf()), threads=os.cpu_count() or 1)
     if peer is not None:
-        sides.append(peer.side([prompt], [NEW_TOKENS], "llama.cpp, Q4_1"))
+        sides.append(peer.side([prompt], [NEW_TOKENS], "llama.cpp Q4_1"))
     for side in sides:
         side.run()
     report = Report("D", runs=interleave(sides, bench.repeats))
     report.notes.append(f"a prompt of {len(prompt)} tokens")
-    report.faster(ours.name, plain.name, 1.15)
-    first_token(report, ours, bare)
-    for side in sides[3:]:
-        report.faster(ours.name, side.name, note="weights of 4 bits, lmkit's have 16")
+    report.each(ways, plain.name)
+    first_token(report, ours[0], bare)
+    for side in sides[len(ways) + 2 :]:
+        report.each(dict.fromkeys(ways), side.name, note="weights of 4 bits, lmkit's have 16")
     return report
+
+
+def long_prompts(bench: Bench) -> Report:
+    """X: one prompt of 450, 1,800 and 7,200 tokens, to its first new token; tokens are those that are read."""
+    ids = bench.tokenizer(_data.documentation())["input_ids"]
+    texts = {size: bench.tokenizer.decode(ids[:size]) for size in PROMPTS}
+    prompts = {size: bench.tokenizer(text)["input_ids"] for size, text in texts.items()}
+    report = Report("X")
+    ways = ("bfloat16", "bfloat16, kernels", "int8, kernels")
+    sides = {
+        f"lmkit {way}, {size}": reading(lmkit_side(bench.lmkit(way), [text], [prompts[size]], max_new_tokens=1), size)
+        for size, text in texts.items()
+        for way in ways
+    }
+    _measure_prompts(report, bench, sides)
+    peers = {
+        "vllm": ("vLLM bfloat16", {"model": str(bench.checkpoint), "rows": 256}),
+        "llama": ("llama.cpp Q4_1", {"gguf": str(_models.smollm2_gguf()), "threads": os.cpu_count() or 1}),
+    }
+    for name, (label, settings) in peers.items():
+        peer = bench.peers.get(name, **settings)
+        if peer is not None:
+            their = {f"{label}, {n}": reading(peer.side([p], [1], forced=True), n) for n, p in prompts.items()}
+            _measure_prompts(report, bench, their)
+            for size in prompts:
+                for way in ways:
+                    target = 1.0 if (name, way) == ("vllm", "bfloat16, kernels") else None
+                    report.faster(f"lmkit {way}, {size}", f"{label}, {size}", target)
+    short, *_, long = PROMPTS
+    for way in ways:
+        report.share(f"lmkit {way}, {long}", f"lmkit {way}, {short}", LONG_SHARE)
+    return report
+
+
+def _measure_prompts(report: Report, bench: Bench, sides: dict[str, Side]) -> None:
+    named = [Side(name, side.run) for name, side in sides.items()]
+    named[0].run()
+    report.runs |= interleave(named, bench.repeats)
+
+
+def reading(side: Side, tokens: int) -> Side:
+    """Count what a side reads in place of what it writes."""
+    return Side(side.name, lambda: Run(side.run().seconds, (tokens,)))
 
 
 def longest_chat(bench: Bench) -> _data.Chat:
@@ -67,28 +114,14 @@ def first_token(report: Report, ours: Side, bare: Side) -> None:
     report.bound("first token : bare prefill", shown, share, PREFILL_SHARE, (f"{share:.2f}x", f"≤ {PREFILL_SHARE:g}x"))
 
 
-def compiled_stream(bench: Bench) -> Report:
-    """E: the stream of D with `compile=True`, in fresh processes: the first compiles, the second finds it done."""
-    arguments = ("compiled", str(bench.checkpoint), str(NEW_TOKENS))
+def starts(bench: Bench) -> Report:
+    """E: loads with `compile=True`, in fresh processes: the first compiles, the second finds it done."""
     with tempfile.TemporaryDirectory() as cache:
-        first = in_fresh_process(*arguments, "0", cache=Path(cache))
-        say(f"  the first process: {first['start']:.1f} s to the end of its first call")
-        second = in_fresh_process(*arguments, str(bench.repeats), cache=Path(cache))
-    runs = {name: [Run(seconds, (NEW_TOKENS,)) for seconds in times] for name, times in second["seconds"].items()}
-    report = Report("E", runs=runs)
-    report.faster("lmkit, compiled", "model.generate", 1.4)
-    starts = (first["start"], second["start"])
-    share = starts[1] / starts[0]
-    shown = (f"{starts[1]:.1f} s", f"{starts[0]:.1f} s")
-    report.bound(
-        "start with a full cache : with an empty one", shown, share, START_SHARE, (f"{share:.2f}", f"< {START_SHARE:g}")
-    )
-    for name, found in (("first", first), ("second", second)):
-        compiling = found["first_call"] - found["second_call"]
-        report.notes.append(
-            f"{name} process: load {found['load']:.1f} s, first call {found['first_call']:.1f} s, "
-            f"second call {found['second_call']:.2f} s, so compiling took {compiling:.1f} s"
-        )
+        found = [in_fresh_process("compiled", str(bench.checkpoint), cache=Path(cache)) for _ in STARTS]
+    report = Report("E")
+    for name, start, most in zip(("first", "second"), found, STARTS, strict=True):
+        shown = (f"{start['load']:.1f} s", f"{start['first_call']:.1f} s for the first call")
+        report.bound(f"{name} load", shown, start["load"], most, (f"{start['load']:.1f} s", f"≤ {most} s"))
     return report
 
 

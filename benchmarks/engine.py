@@ -44,7 +44,7 @@ WORKLOADS: dict[str, tuple[Callable[[Bench], Report], str | None]] = {
     "B": (_batches.ragged_budgets, "vllm"),
     "C": (_shared.threads, None),
     "D": (_streams.one_stream, "llama"),
-    "E": (_streams.compiled_stream, None),
+    "E": (_streams.starts, None),
     "F": (_streams.chat_turns, None),
     "G": (_streams.editing, None),
     "H": (_shared.host_overhead, None),
@@ -63,7 +63,7 @@ WORKLOADS: dict[str, tuple[Callable[[Bench], Report], str | None]] = {
     "U": (_batches.beams, "ctranslate2"),
     "V": (_batches.few_sentences, None),
     "W": (_structured.filled_schemas, None),
-    "X": (_batches.splits, None),
+    "X": (_streams.long_prompts, None),
 }
 """Each workload, and which peer it is compared with."""
 

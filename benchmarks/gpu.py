@@ -145,7 +145,7 @@ def compiled(bench: Bench) -> Iterator[Finding]:
     """T6: a compiled step against a plain one, of prompts whose lengths are no multiples of 16."""
     for count in (1, 8):
         rows = prompts(count, words=143)
-        mine = step_ms(bench.compiled, rows)
+        mine = step_ms(bench.lmkit("bfloat16, compiled"), rows)
         yield versus("T6", f"{count} rows, compiled : plain", mine, step_ms(bench.generator, rows))
 
 

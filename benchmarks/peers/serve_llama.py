@@ -12,7 +12,7 @@ def start(settings: Job) -> tuple[Answer, dict[str, Any]]:
     import llama_cpp
 
     model = llama_cpp.Llama(
-        settings["gguf"], n_ctx=2048, n_threads=settings["threads"], n_threads_batch=settings["threads"], verbose=False
+        settings["gguf"], n_ctx=8192, n_threads=settings["threads"], n_threads_batch=settings["threads"], verbose=False
     )
 
     def answer(job: Job) -> dict[str, Any]:

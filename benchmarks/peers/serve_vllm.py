@@ -21,7 +21,7 @@ def start(settings: Job) -> tuple[Answer, dict[str, Any]]:
     model = vllm.LLM(
         model=settings["model"],
         dtype="bfloat16",
-        max_model_len=2048,
+        max_model_len=8192,
         max_num_seqs=settings["rows"],
         enable_prefix_caching=False,
         disable_log_stats=True,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
 from lmkit.kernels.native import linear
-from lmkit.kernels.ordered import Ordered, hold
+from lmkit.kernels.ordered import DTYPES, Ordered, hold
 from lmkit.kernels.quantized import Int8Linear, aligned
 
 
@@ -80,3 +83,38 @@ class TiedHead(Int8Linear):
     def native(self) -> str | None:  # type: ignore[override]
         """The embedding's."""
         return self._embedding[0].native
+
+
+def wide_head(model: Any, quantizer: Any) -> torch.nn.Linear | None:
+    """Return a quantized model's output layer if it is wide, since several embeddings have its weight: Marian's."""
+    head = model.get_output_embeddings()
+    ties: dict[str, str] = model.all_tied_weights_keys
+    name = next((name for name, module in model.named_modules() if module is head), "")
+    tied = f"{name}.weight" in ties or f"{name}.weight" in ties.values()
+    left = {name, *name.split(".")} & {*quantizer.quantization_config.skip}
+    plain = type(head) is torch.nn.Linear and "forward" not in vars(head) and not hasattr(head, "_hf_hook")
+    return head if plain and tied and not left and head.weight.dtype in DTYPES else None
+
+
+def put_on_head(model: Any, isa: str) -> bool:
+    """Have a `wide_head` multiply by a copy of its weight in 8 bits, as other output layers do; return whether.
+
+    The module keeps its weight, which is the embeddings', and uses it where it is traced, trained or was changed.
+    """
+    head = wide_head(model, model.hf_quantizer)
+    if head is None or head.weight.device.type != "cpu":
+        return False
+    layer = Int8Linear(head.in_features, head.out_features, head.weight.dtype, bias=False)
+    hold(layer, *Int8Linear.quantize(head.weight.detach(), head.weight.dtype))
+    layer.bias = head.bias
+    layer.to_native(isa)
+    head.forward = functools.partial(_by_copy, head, layer, head.weight.data_ptr())  # type: ignore[method-assign]
+    return True
+
+
+def _by_copy(head: torch.nn.Linear, layer: Int8Linear, address: int, rows: torch.Tensor) -> torch.Tensor:
+    weight = head.weight
+    trained = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
+    if type(rows) is not torch.Tensor or trained or torch.compiler.is_compiling() or weight.data_ptr() != address:
+        return torch.nn.functional.linear(rows, weight, head.bias)
+    return layer.product(rows)

@@ -13,7 +13,7 @@ from lmkit.checkpoint.config import chat_template
 from lmkit.checkpoint.files import Source, reading, reading_weights
 from lmkit.checkpoint.tasks import auto_class
 from lmkit.errors import listed
-from lmkit.kernels import attention, ordered, rotary
+from lmkit.kernels import attention, norms, ordered, rotary, tied
 from lmkit.kernels.native.build import NoKernelsError, instructions
 from lmkit.kernels.native.operators import operators, refusal
 from lmkit.kernels.packed import pack
@@ -107,6 +107,7 @@ def with_kernels(plan: LoadPlan, model: Any, wish: Wish) -> tuple[LoadPlan, Any]
         return replace(plan, kernels=kept, reasons={**plan.reasons, **told}), None
     if plan.kernels == "native":
         ordered.put_on(model, isa)
+        tied.put_on_head(model, isa)
     return plan, kernels
 
 
@@ -118,6 +119,8 @@ def carry_out(plan: LoadPlan, model: Any, wish: Wish, kernels: Any) -> Copies | 
         join(model, plan._together)  # noqa: SLF001
     if plan.attention == attention.NAME:
         attention.put_on(model, kernels)
+    if kernels is not None:
+        norms.put_on(model, kernels)
     rotary.put_on(model)
     on_cpu = wish.wide_copy_bytes and plan.placement.device_type == "cpu" and plan.kernels != "native"
     return keep_copies(model, wish.wide_copy_bytes) if on_cpu else None

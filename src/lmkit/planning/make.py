@@ -218,7 +218,10 @@ def _untied(trial: Trial) -> str | None:
 def _kernels(trial: Trial) -> str | None:
     if trial.native:
         told = f"lmkit's own, for this processor's {instructions()}, compiled once on this machine: rows are rounded to"
-        return f"{told} 8 bits, with a scale for {SHARE[8]} numbers, and for {SHARE[4]} before weights in 4 bits"
+        told += f" 8 bits, with a scale for {SHARE[8]} numbers, and for {SHARE[4]} before weights in 4 bits"
+        twice = trial.skeleton.head_bytes
+        more = f"; the output layer, which is embeddings' too, is held in 8 bits as well, {size(twice)} more"
+        return told + more if twice else told
     if trial.skeleton.native:
         return f"torch's, although lmkit's own were asked for: {refusal()}"
     if not trial.packed:

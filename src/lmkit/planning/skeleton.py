@@ -22,7 +22,7 @@ from lmkit.errors import OptionError
 from lmkit.kernels.ordered import DTYPES
 from lmkit.kernels.packed import packs
 from lmkit.kernels.quantized import QuantizedLinear
-from lmkit.kernels.tied import Int8Embedding
+from lmkit.kernels.tied import Int8Embedding, wide_head
 from lmkit.kernels.together import joinable, siblings
 from lmkit.planning.keyvalues import KeyValueBytes, key_values, tried
 from lmkit.planning.placement import home
@@ -145,6 +145,12 @@ class Skeleton:
         for name in self.untied:
             self.model.all_tied_weights_keys.pop(name, None)
         self.together = None if groups is None else tuple(group for group in groups if self._joins(group))
+
+    @property
+    def head_bytes(self) -> int:
+        """What a copy in 8 bits takes of an output layer that lmkit's own quantizer leaves wide."""
+        head = wide_head(self.model, self.quantizer)
+        return 0 if head is None else head.weight.numel()
 
     def _is_own(self) -> bool:
         """Say whether lmkit's own kernels multiply by what is quantized."""

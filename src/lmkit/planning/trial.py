@@ -164,7 +164,7 @@ class Trial:
         native = skeleton.native and refusal() is None
         copied = wish.wide_copy_bytes if kind == "cpu" and not native else 0
         copies = min(copied, copies_bytes(skeleton.model)) if copied else 0
-        twice = skeleton.twice_bytes if skeleton.packs else 0
+        twice = skeleton.twice_bytes if skeleton.packs else skeleton.head_bytes if native else 0
         layout = lay_out(skeleton, placed, beside=adapters + copies + skeleton.buffers_bytes + twice)
         trial = cls(case, placed, skeleton, layout, adapters, copies, native=native)
         return trial._measured_again() if trial._left_wide else trial

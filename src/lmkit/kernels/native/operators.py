@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from lmkit.kernels.native import attention, linear
+from lmkit.kernels.native import attention, linear, norms
 from lmkit.kernels.native.build import NoKernelsError, compiler, instructions, library, read
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-PARTS: Final = (linear, attention)
+PARTS: Final = (linear, attention, norms)
 """Modules of a kind of kernels each: `describe` tells torch their shapes, `check` tries them."""
 
 
