@@ -412,7 +412,7 @@ def test_one_job_at_a_time_writes_an_output(tmp_path: Path) -> None:
 
     def answer(prompt: str, _options: Any) -> str:
         if prompt == TEXTS[0]:
-            with pytest.raises(lmkit.JobError, match="another process runs the job of .*out.jsonl") as raised:
+            with pytest.raises(lmkit.JobError, match=r"another process runs the job of .*out\.jsonl") as raised:
                 echo().run_job(source, out, journal=tmp_path / "second", restart=True)
             refused.append(raised.value)
         return f"{prompt}!"
