@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import checkpoints
+import every_family
 import lmkit
 from checkpoints import texts, wrapper
 from lmkit.engine.compiled import CompiledDecoderStep, CompiledPass, CompiledStep
@@ -265,3 +266,16 @@ def test_a_size_that_a_models_code_fixes_is_refused() -> None:
     """DeBERTa turns the length of its texts into a number: a graph for that length alone is an EngineError."""
     with pytest.raises(lmkit.EngineError, match="takes a size for a constant"):
         lmkit.load("masked", str(checkpoints.folder("deberta")), "float32", "cpu", compile=True)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("keeps", [100, 300], ids=["fewer than are traced", "more"])
+def test_a_model_that_reads_long_texts_otherwise_is_refused(keeps: int) -> None:
+    """Doge hides columns once there are more than it keeps: a graph of some length would always, or never."""
+    model = every_family.built("causal", "doge").eval()
+    model.config.max_position_embeddings = 1000
+    for module in model.modules():
+        if hasattr(module, "keep_window_size"):
+            module.keep_window_size = keeps
+    with pytest.raises(lmkit.EngineError, match="reads long texts otherwise than short ones"):
+        CompiledStep(model)

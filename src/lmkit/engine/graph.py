@@ -180,13 +180,28 @@ class Graph(ABC):
             ]
         with mode, preserve_node_meta():
             graph = make_fx(self._on_weights)(*inputs)
-        if mode.shape_env.replacements:  # other sizes would be read beyond their end
-            raise EngineError("its code takes a size for a constant that differs from text to text")
+        self._check(mode.shape_env, named)
         for node in graph.graph.nodes:
             if node.target is torch.ops.mkldnn._linear_pointwise.default:  # noqa: SLF001
                 # Else inductor asserts that the packed weight is a constant.
                 node.meta.setdefault("custom", {})["fallback_to_eager"] = True
         return graph, inputs
+
+    def _check(self, found: Any, named: Mapping[int | str, Any]) -> None:
+        """Refuse code that took a path for the sizes that are traced which it does not take for all.
+
+        Args:
+            found: What tracing found out about sizes.
+            named: The symbols of sizes, by their names.
+        """
+        if found.replacements:  # other sizes would be read beyond their end
+            raise EngineError("its code takes a size for a constant that differs from text to text")
+        for length in (3, self.most_positions):
+            many = {"rows": 2**12, "sources": 2**10, "places": 2**12, "read": length - 1}
+            symbols = {one.node.expr: name for name, one in named.items() if isinstance(one, torch.SymInt)}
+            sizes = {symbol: many.get(str(name), length) for symbol, name in symbols.items()}
+            if not all(guard.expr.subs(sizes) for guard in found.guards):
+                raise EngineError("its code reads long texts otherwise than short ones")
 
     def _on_weights(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         """What is traced, with all tensors as inputs."""
