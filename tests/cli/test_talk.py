@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 from pathlib import Path
@@ -6,7 +7,9 @@ from typing import Any
 import pytest
 
 import checkpoints
+from lmkit.cli.talk import Talk
 from lmkit.results.pictures import visible
+from lmkit.testing import FakeGenerator
 from terminals import Screen
 
 pytestmark = pytest.mark.slow
@@ -140,6 +143,17 @@ def test_a_model_cannot_steer_the_terminal() -> None:
         shown = screen.press("Hello" + ENTER, STATUS)
         assert r"\u001b" * 9 in shown
         assert "\x1b\x1b" not in shown
+
+
+def test_what_cannot_be_saved_is_an_error_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Half of a character, which a terminal of another encoding gives, has no UTF-8: the talk goes on."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/system \udcff\n/save {tmp_path}/talk\n/system\nHello\n"))
+    Talk(FakeGenerator(lambda *_given: "Hi."), [], {}).run()
+    out, err = capsys.readouterr()
+    assert "talk cannot be written: " in err
+    assert out == "Hi.\n\n"
 
 
 def test_what_no_answer_can_come_of_is_refused_at_once() -> None:

@@ -1,11 +1,14 @@
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import checkpoints
+import every_family
 import lmkit
 from checkpoints import texts, wrapper
 from lmkit.engine.compiled import CompiledDecoderStep, CompiledPass, CompiledStep
@@ -114,6 +117,38 @@ def test_a_quantized_model_is_compiled(
     assert max(steps) == (3 if native else 1)
 
 
+@pytest.mark.usefixtures("cache")
+def test_adapters_that_weigh_differently_have_graphs_of_their_own(tmp_path: Path) -> None:
+    """Of two adapters that differ in `lora_alpha` alone, a number in their layers, each gives its own scores."""
+    config: Any = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    model: Any = get_peft_model(checkpoints.plain("causal", checkpoints.folder("llama"))[0], LoraConfig(**config))
+    for name, weight in model.named_parameters():
+        weight.data.mul_(0.3 if "lora_" in name else 1)  # so little that the check of a new graph cannot tell
+    for alpha in (1, 4):
+        model.peft_config["default"].lora_alpha = alpha
+        model.save_pretrained(tmp_path)
+        given: Any = {"adapter": tmp_path, "precision": "float32", "devices": "cpu"}
+        with lmkit.load("causal", checkpoints.folder("llama"), **given) as plain:
+            expected = plain("She", max_new_tokens=6, logprobs=1).logprobs
+        with lmkit.load("causal", checkpoints.folder("llama"), compile=True, **given) as generator:
+            found = generator("She", max_new_tokens=6, logprobs=1).logprobs
+        assert expected
+        assert found
+        assert [one.logprob for one in found] == pytest.approx([one.logprob for one in expected], abs=1e-4)
+
+
+def test_without_a_home_a_load_says_where_to_keep_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no folder for what is compiled, that is an EngineError with what to do."""
+
+    def homeless(_kind: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(homeless))
+    with pytest.raises(lmkit.EngineError, match=r"load it without compile=True .*set XDG_CACHE_HOME"):
+        compiled("llama")
+
+
 @pytest.mark.parametrize("name, why", [("mamba", "cache"), ("gpt_neo", "takes no mask that is not made for it")])
 def test_a_family_without_a_compiled_step_is_refused(name: str, why: str) -> None:
     """A model whose cache or attention no graph is made for is refused, by name."""
@@ -170,7 +205,7 @@ def test_a_compiled_pass_fills_masks_as_the_pipeline_does(name: str, monkeypatch
     )
     unmasker = lmkit.load("masked", str(checkpoints.folder(name)), "float32", "cpu", compile=True)
     read.clear()
-    assert "a pass of all layers" in unmasker.plan.reasons["compiled"]
+    assert re.search(r"a pass of all layers .*, for up to [\d,]+ tokens", unmasker.plan.reasons["compiled"])
     prompts = texts(name)
     results = [*map(unmasker, prompts), *unmasker(prompts)]
     assert set(read) == {1, len(prompts)}
@@ -231,3 +266,16 @@ def test_a_size_that_a_models_code_fixes_is_refused() -> None:
     """DeBERTa turns the length of its texts into a number: a graph for that length alone is an EngineError."""
     with pytest.raises(lmkit.EngineError, match="takes a size for a constant"):
         lmkit.load("masked", str(checkpoints.folder("deberta")), "float32", "cpu", compile=True)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("keeps", [100, 300], ids=["fewer than are traced", "more"])
+def test_a_model_that_reads_long_texts_otherwise_is_refused(keeps: int) -> None:
+    """Doge hides columns once there are more than it keeps: a graph of some length would always, or never."""
+    model = every_family.built("causal", "doge").eval()
+    model.config.max_position_embeddings = 1000
+    for module in model.modules():
+        if hasattr(module, "keep_window_size"):
+            module.keep_window_size = keeps
+    with pytest.raises(lmkit.EngineError, match="reads long texts otherwise than short ones"):
+        CompiledStep(model)

@@ -405,6 +405,28 @@ def test_the_journal_may_be_on_another_disk(tmp_path: Path, monkeypatch: pytest.
     assert [one.name for one in out.parent.iterdir()] == ["out.jsonl"]
 
 
+def test_one_job_at_a_time_writes_an_output(tmp_path: Path) -> None:
+    """A second one is refused wherever its journal is; one that is done or has failed has let go, without a trace."""
+    source, out = texts(tmp_path / "in.jsonl"), tmp_path / "new" / "out.jsonl"
+    refused: list[lmkit.JobError] = []
+
+    def answer(prompt: str, _options: Any) -> str:
+        if prompt == TEXTS[0]:
+            with pytest.raises(lmkit.JobError, match=r"another process runs the job of .*out\.jsonl") as raised:
+                echo().run_job(source, out, journal=tmp_path / "second", restart=True)
+            refused.append(raised.value)
+        return f"{prompt}!"
+
+    FakeGenerator(answer).run_job(source, out, journal=tmp_path / "first")
+    assert len(refused) == 1
+    assert not (tmp_path / "second").exists()
+    assert column(out) == [f"{text}!" for text in TEXTS]
+    with pytest.raises(lmkit.JobError, match="exists"):
+        echo().run_job(source, out, journal=tmp_path / "second")
+    echo().run_job(source, out, journal=tmp_path / "second", restart=True)
+    assert [one.name for one in out.parent.iterdir()] == ["out.jsonl"]
+
+
 def test_gzip_has_the_same_rows_and_the_same_bytes_each_time(tmp_path: Path) -> None:
     """A compressed file has no date in it."""
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(texts(tmp_path / "in.jsonl").read_bytes()))

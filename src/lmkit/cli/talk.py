@@ -124,7 +124,7 @@ class Talk:
         try:
             with Path(file).expanduser().open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"messages": self._messages}, ensure_ascii=False) + "\n")
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise OptionError(f"{file} cannot be written: {error}") from error
         aside(f"{len(self._messages)} messages saved.")
 

@@ -59,7 +59,6 @@ class Graph(ABC):
 
     def __init__(self, model: Any) -> None:
         """Load the graph of `model`, whose plan says that it has one, from the cache folder; or compile and keep it."""
-        folder = cache_folder("compiled")
         self._model = model
         self._device = input_device(model)
         self._named = every = WithWholes(model)
@@ -70,7 +69,7 @@ class Graph(ABC):
         self._places = {name: places[id(tensor)] for name, tensor in named}
         with torch.no_grad():
             try:
-                self._run = self._artifact(folder / self._key())
+                self._run = self._artifact(cache_folder("compiled") / self._key())
                 self._verify(*self._tried())
             except Exception as error:
                 raise EngineError(
@@ -112,7 +111,10 @@ class Graph(ABC):
         return drawn.to(self._device)
 
     def _key(self) -> str:
-        """Name what the compiled code depends on: inductor writes the number of threads into its kernels too."""
+        """Name what the compiled code depends on: inductor writes the number of threads into its kernels too.
+
+        What adapters multiply by is a number in their layers, and the module of a checkpoint's own code has its hash.
+        """
         import transformers
 
         described = [(name, place, str(self._weights[place].dtype)) for name, place in self._places.items()]
@@ -122,7 +124,8 @@ class Graph(ABC):
             [version("lmkit"), torch.__version__, transformers.__version__, SETTINGS, TRACED, type(self).__name__],
             [self._model.config._attn_implementation],  # noqa: SLF001 - it has no public name
             [str(self._device), torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()],
-            [type(self._model).__qualname__, self._model.config.to_dict(), described, shapes],
+            [str(type(self._model)), self._model.config.to_dict(), described, shapes],
+            [vars(module).get("scaling") for module in self._model.modules()],
             [dict(self._sizes), [*self._takes], sorted(map(str, orders))],
         ]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
@@ -177,13 +180,28 @@ class Graph(ABC):
             ]
         with mode, preserve_node_meta():
             graph = make_fx(self._on_weights)(*inputs)
-        if mode.shape_env.replacements:  # other sizes would be read beyond their end
-            raise EngineError("its code takes a size for a constant that differs from text to text")
+        self._check(mode.shape_env, named)
         for node in graph.graph.nodes:
             if node.target is torch.ops.mkldnn._linear_pointwise.default:  # noqa: SLF001
                 # Else inductor asserts that the packed weight is a constant.
                 node.meta.setdefault("custom", {})["fallback_to_eager"] = True
         return graph, inputs
+
+    def _check(self, found: Any, named: Mapping[int | str, Any]) -> None:
+        """Refuse code that took a path for the sizes that are traced which it does not take for all.
+
+        Args:
+            found: What tracing found out about sizes.
+            named: The symbols of sizes, by their names.
+        """
+        if found.replacements:  # other sizes would be read beyond their end
+            raise EngineError("its code takes a size for a constant that differs from text to text")
+        for length in (3, self.most_positions):
+            many = {"rows": 2**12, "sources": 2**10, "places": 2**12, "read": length - 1}
+            symbols = {one.node.expr: name for name, one in named.items() if isinstance(one, torch.SymInt)}
+            sizes = {symbol: many.get(str(name), length) for symbol, name in symbols.items()}
+            if not all(guard.expr.subs(sizes) for guard in found.guards):
+                raise EngineError("its code reads long texts otherwise than short ones")
 
     def _on_weights(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         """What is traced, with all tensors as inputs."""

@@ -20,7 +20,7 @@ from zlib import crc32
 
 from lmkit.errors import JobError, LmkitError, OptionError, listed, shown
 from lmkit.jobs.files import STANDARD, Line, Table, joined, json_bytes, schema_of, standard_input, write
-from lmkit.jobs.journal import Journal, sync_folder
+from lmkit.jobs.journal import Journal, alone, sync_folder
 from lmkit.results import JobReport
 
 if TYPE_CHECKING:
@@ -139,6 +139,8 @@ class Job:
         """
         started = time.perf_counter()
         with contextlib.ExitStack() as opened:
+            if self._output is not None:
+                opened.enter_context(alone(self._output.path))
             folder = journal or (self._output and f"{self._output.path}.lmkit")
             folder = Path(folder or opened.enter_context(tempfile.TemporaryDirectory(prefix="lmkit-")))
             self._journal = opened.enter_context(Journal(folder, restart=restart, retry_errors=retry_errors))

@@ -13,13 +13,14 @@ import os
 import sys
 import time
 from array import array
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from zlib import crc32
 
 from lmkit.errors import JobError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
     from typing import Self
 
 SYNC_SECONDS = 1.0
@@ -177,7 +178,30 @@ def _checked(line: bytes) -> bytes | None:
     return said if line == _summed(said) else None
 
 
-def _lock(file: int, folder: Path) -> None:
+@contextlib.contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Keep others from an output, wherever their journals are, by a file beside it, which goes at the end.
+
+    Raises:
+        JobError: Another has it.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(f"{output}.lmkit-lock")
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(file, output)
+        if not (path.exists() and os.path.samestat(os.fstat(file), path.stat())):  # who had it has just taken it away
+            raise JobError(f"another process has just ended the job of {output}: run it again.")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, job: Path) -> None:
     """Lock an open file as long as it is open; a process that is killed has let go.
 
     Raises:
@@ -194,7 +218,7 @@ def _lock(file: int, folder: Path) -> None:
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise JobError(f"another process runs the job of {folder}: wait for it, or end it first.") from error
+        raise JobError(f"another process runs the job of {job}: wait for it, or end it first.") from error
 
 
 def sync_folder(folder: Path) -> None:

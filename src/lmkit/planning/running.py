@@ -117,9 +117,11 @@ def how_rows_run(
     if here and kernels:
         missing = refusal()
         gain += f"; {'one token a row by a kernel in C++' if missing is None else f'none in C++, since {missing}'}"
+    most = None if task == "causal" else getattr(model.config, "max_position_embeddings", None)
+    within = f", for up to {most:,} tokens" if most else ""  # see `Graph.most_positions`
     reasons = {
         "engine": told,
-        "compiled": f"as asked: {_COMPILED[task]} as one graph, kept for later loads" if compiled else None,
+        "compiled": f"as asked: {_COMPILED[task]} as one graph, kept for later loads{within}" if compiled else None,
         "rotary": rotary.scaling(model).reason,
         "attention": gain if ours else "as asked" if asked else None,
     }
