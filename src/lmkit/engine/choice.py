@@ -148,7 +148,7 @@ class Chooser:
         told = _by_place([places for places, *_ in scored], parts)
         for place, (row, score, token_id) in enumerate(zip(rows, greatest.tolist(), chosen.tolist(), strict=True)):
             step = len(row.token_ids) + 1
-            own: int = fixed.get(place, token_id)
+            own = fixed[place] if place in fixed else int(token_id)
             if not _usable(score, logits, place) or (row.matcher and row.matcher.error):
                 row.error = EngineError(_unusable(row, raw[place], step))
             elif (last := ends.get(place, own)) < 0:
