@@ -221,6 +221,12 @@ def bench(session: nox.Session) -> None:
         run_shared(session, "python", "benchmarks/engine.py", *options)
 
 
+@nox.session(venv_backend="none", requires=["env"], default=False)
+def gpu(session: nox.Session) -> None:
+    """Test and measure on a card: all in one table, or some (`-- --only tests T3 A`); `-- --device cpu` to try it."""
+    run_shared(session, "python", "benchmarks/gpu.py", *session.posargs)
+
+
 @nox.session
 @nox.parametrize("pins", ["oldest", "newest"])
 def versions(session: nox.Session, pins: str) -> None:

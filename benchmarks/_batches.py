@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import _data
 import _models
+from _context import device
 from _harness import Report, Side, best, contenders, interleave, say
 from _sides import lmkit_side, pipeline_side, static_sides
 
@@ -76,8 +77,9 @@ def ragged_budgets(bench: Bench) -> Report:
 def lmkit_sides(
     bench: Bench, ways: Iterable[str], inputs: Sequence[Any], prompts: Sequence[Sequence[int]], **options: Any
 ) -> list[Side]:
-    """One call with all rows, in each of lmkit's ways."""
-    return [lmkit_side(bench.lmkit(way), inputs, prompts, f"lmkit {way}", **options) for way in ways]
+    """One call with all rows, in each of lmkit's ways: elsewhere than on a CPU those without kernels for it."""
+    here = [way for way in ways if device() == "cpu" or "," not in way]
+    return [lmkit_side(bench.lmkit(way), inputs, prompts, f"lmkit {way}", **options) for way in here]
 
 
 def encoder_decoder(bench: Bench) -> Report:
@@ -108,7 +110,7 @@ def translation(
     texts = sentences(loaded["bfloat16"], count)
     sources: list[list[int]] = [list(loaded["bfloat16"].tokenizer(text)["input_ids"]) for text in texts]
     ours = [lmkit_side(one, texts, sources, f"lmkit {way}", **forced(beams)) for way, one in loaded.items()]
-    model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.bfloat16).to(device())
     options: dict[str, Any] = {"num_beams": beams} if beams > 1 else {}
     static = contenders(static_sides(model, sources, [FORCED] * count, min_new_tokens=FORCED, **options))
     peers = contenders(ctranslate2_sides(bench, sources, beams)) if ways else []

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Task: TypeAlias = Literal["causal", "masked", "seq2seq"]
 
+DEVICE = "LMKIT_BENCH_DEVICE"
+"""The variable that says where models are put; a CPU without it. Processes that are started find it too."""
+
 CHILD = Path(__file__).parent / "_child.py"
 
 
@@ -71,7 +74,8 @@ class Bench:
         import torch
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.bfloat16)
+        return model.to(device())
 
     @property
     def generator(self) -> Any:
@@ -82,6 +86,11 @@ class Bench:
     def ends(self) -> list[int]:
         """SmolLM2's end tokens; rows that must run to their budget may not write them."""
         return ends(self.model)
+
+
+def device() -> str:
+    """Say where models are put."""
+    return os.environ.get(DEVICE, "cpu")
 
 
 def ends(model: Any) -> list[int]:
@@ -100,7 +109,7 @@ def load(task: Task, folder: Path, precision: Any = "bfloat16", *, reuse: bool =
     if not reuse and task != "masked":
         options["prefix_cache_bytes"] = 0
     lmkit_load: Any = lmkit.load  # its options are spelled out for users, not for a dict of them
-    return lmkit_load(task, folder, precision, "cpu", **options)
+    return lmkit_load(task, folder, precision, device(), **options)
 
 
 def in_fresh_process(*arguments: str, cache: Path | None = None) -> dict[str, Any]:

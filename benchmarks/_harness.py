@@ -118,9 +118,13 @@ class Report:
     def each(
         self, ways: Mapping[str, float | None], other: str, *, rows: Sequence[int] | None = None, note: str = ""
     ) -> None:
-        """Add for each of lmkit's ways how many times as fast it was as another side; None is a way without target."""
+        """Add for each of lmkit's ways how many times as fast it was as another side; None is a way without target.
+
+        One that was not tried, as on another device, is left out.
+        """
         for way, target in ways.items():
-            self.faster(f"lmkit {way}", other, target, rows=rows, note=note)
+            if f"lmkit {way}" in self.runs:
+                self.faster(f"lmkit {way}", other, target, rows=rows, note=note)
 
     def share(self, ours: str, other: str, target: float) -> None:
         """Add how many times as fast one side was as another that did other work."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import _data
 import _models
+from _context import device
 from _harness import Report, Run, Side, interleave
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def pipeline_side(
     import transformers
 
     hf: Any = transformers
-    fill = hf.pipeline("fill-mask", model=str(folder), device="cpu", dtype=dtype)
+    fill = hf.pipeline("fill-mask", model=str(folder), device=device(), dtype=dtype)
 
     def run() -> Run:
         begun = time.perf_counter()

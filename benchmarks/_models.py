@@ -27,6 +27,14 @@ def smollm2(folder: Path) -> Path:
     """Save the model of the GGUF file as any other checkpoint in bfloat16, and return where; once per folder."""
     saved = folder / "smollm2-135m-instruct-bfloat16"
     if (saved / "tokenizer_config.json").is_file():
+        if not list(saved.glob("*.safetensors")):  # it has travelled (`travel.py`): weights of its shape are drawn
+            import torch
+            from transformers import AutoConfig, AutoModelForCausalLM
+
+            torch.manual_seed(0)
+            auto: Any = AutoModelForCausalLM
+            drawn = auto.from_config(AutoConfig.from_pretrained(saved), dtype=torch.bfloat16)
+            drawn.save_pretrained(saved)
         return saved
     import lmkit
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import _data
 from _batches import measured
-from _context import in_fresh_process
+from _context import device, in_fresh_process
 from _harness import Report, Run, Side
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def logprob(bench: Bench, text: str) -> float:
     """Score one text as users of plain transformers do."""
     import torch
 
-    token_ids = torch.tensor([bench.tokenizer(text)["input_ids"]])
+    token_ids = torch.tensor([bench.tokenizer(text)["input_ids"]], device=device())
     with torch.no_grad():
         logprobs = bench.model(token_ids).logits[0, :-1].float().log_softmax(-1)
     return float(logprobs.gather(-1, token_ids[0, 1:, None]).sum())

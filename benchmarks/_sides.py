@@ -6,7 +6,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from _context import ends
+from _context import device, ends
 from _harness import Run, Side
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], budgets: Sequence[int
         [[0] * len(gap) + [1] * len(row) if decoder_only else [1] * len(row) + [0] * len(gap) for gap, row in rows]
     )
     settings = {"max_new_tokens": max(budgets), "do_sample": False, "num_beams": 1} | options
-    output = model.generate(ids, attention_mask=mask, **settings)
+    output = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **settings)
     new = output[:, longest if decoder_only else 1 :].tolist()
     return [useful(row, stops, budget) for row, budget in zip(new, budgets, strict=True)]
 
@@ -187,7 +187,7 @@ def prefill_side(model: Any, prompt: Sequence[int], times: int = 5) -> Side:
     """The median of a few bare forward passes over a prompt, with a new cache and the last position's scores."""
     import torch
 
-    ids = torch.tensor([list(prompt)])
+    ids = torch.tensor([list(prompt)], device=device())
 
     def once() -> float:
         begun = time.perf_counter()

@@ -30,7 +30,7 @@ import _scores
 import _shared
 import _streams
 import _structured
-from _context import Bench
+from _context import DEVICE, Bench, device
 from _harness import Finding, Report, say, table
 from _peers import Peers
 
@@ -86,6 +86,7 @@ def arguments() -> argparse.Namespace:
         default=os.environ.get("LMKIT_BENCH_CHECKPOINTS"),
         help="where the models made for this are kept (default: LMKIT_BENCH_CHECKPOINTS, else a temporary folder)",
     )
+    parser.add_argument("--device", default=device(), help="where models are put, such as cuda (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
     given = parser.parse_args()
     if unknown := [name for name in given.workloads if name not in WORKLOADS]:
@@ -96,6 +97,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Measure what the command line asks for."""
     given = arguments()
+    os.environ[DEVICE] = given.device
     warning = _machine.load_warning()
     machine = {**_machine.facts(), "load before": " ".join(f"{load:.2f}" for load in os.getloadavg())}
     say("\n".join(f"{name}: {value}" for name, value in machine.items()))

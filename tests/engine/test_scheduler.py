@@ -181,3 +181,18 @@ def test_long_prompts_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     chooser = Scheduler(MODEL, KEY_VALUES)
     assert [chooser.columns(rows, busy=False) for rows in (1, 8, 5000)] == [2048, 256, 1]
     assert [chooser.columns(rows, busy=True) for rows in (1, 8, 5000)] == [512, 64, 1]
+
+
+def test_each_card_of_a_divided_model_bounds_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values lie where their layers do: the card with least room for its part decides."""
+    places = {"embed": "cuda:0", **{f"layers.{n}": f"cuda:{int(n == 3)}" for n in range(4)}, "head": "cuda:1"}
+    model: Any = SimpleNamespace(config=MODEL.config, device=torch.device("meta"), hf_device_map=places)
+    free = {"cuda:0": 2**40, "cuda:1": 2 * 25 * TOKEN}
+    monkeypatch.setattr(module, "_free", lambda device: free[str(device)])
+    monkeypatch.setattr(module, "BATCH_TOKENS", {"cuda": 10**6})
+    # A quarter of the layers is on the second card, which has room for a hundred tokens of those: one row.
+    assert len(pick([ticket(*[row(80)] * 50)], scheduler=Scheduler(model, KEY_VALUES))) == 1
+    free["cuda:1"] = 2 * 100 * TOKEN
+    assert len(pick([ticket(*[row(80)] * 50)], scheduler=Scheduler(model, KEY_VALUES))) == 4
+    free["cuda:0"] = 2 * 150 * TOKEN
+    assert len(pick([ticket(*[row(80)] * 50)], scheduler=Scheduler(model, KEY_VALUES))) == 2

@@ -2,7 +2,7 @@ import psutil
 import pytest
 import torch
 
-from lmkit.planning.machine import accelerator, computes_bfloat16, this_machine
+from lmkit.planning.machine import accelerator, computes_bfloat16, give_back, memory, this_machine
 from machines import CPU, MPS, OLD_CPU, OLD_CUDA, TWO_CUDA
 
 
@@ -35,6 +35,8 @@ def test_accelerators_are_recorded_with_their_memory(
     monkeypatch.setattr("lmkit.planning.machine.accelerator", lambda: "cuda")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (10 + device.index, 40))
+    monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda _device: 0)
+    monkeypatch.setattr(torch.accelerator, "memory_allocated", lambda _device: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _number: capability)
     devices = this_machine().devices
     assert list(devices) == ["cuda:0", "cuda:1", "cpu"]
@@ -57,3 +59,39 @@ def test_without_them_bfloat16_is_not_native(monkeypatch: pytest.MonkeyPatch, fo
     """A processor without those instruction sets does not compute bfloat16 natively."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
     assert not computes_bfloat16()
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_what_torch_keeps_is_free(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Blocks that torch holds and nobody uses count as free, on the device that is asked about."""
+    kept = {0: (30, 12), 1: (5, 5)}
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (10 + device.index, 80))
+    monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda device: kept[device.index][0])
+    monkeypatch.setattr(torch.accelerator, "memory_allocated", lambda device: kept[device.index][1])
+    assert memory(torch.device(kind, 0)) == (10 + 30 - 12, 80)
+    assert memory(torch.device(kind, 1)) == (11, 80)
+
+
+def test_mps_is_asked_for_what_it_recommends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Mac's GPU has the part of the system's memory that torch may take, less what tensors hold."""
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 100)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 30)
+    assert memory(torch.device("mps")) == (70, 100)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("device-side assert triggered")])
+def test_memory_is_given_back(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
+    """Accelerators are asked to let go of what nobody uses, where there are some; a device that is dead stays so."""
+    asked: list[int] = []
+
+    def empty() -> None:
+        asked.append(1)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(torch.accelerator, "empty_cache", empty)
+    give_back()
+    assert not asked
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    give_back()
+    assert asked

@@ -74,12 +74,12 @@ def test_the_engine_counts_by_the_plan(name: str) -> None:
     assert batches._prefixes.limit == wrapper.plan.prefix_cache_bytes
 
 
-def test_an_accelerator_has_transformers_attention() -> None:
-    """Lmkit's attention is for a CPU; elsewhere the plan names what transformers chooses."""
+def test_an_accelerator_has_torchs_attention_with_lmkits_mask() -> None:
+    """Products of lmkit's own are for a CPU; elsewhere the mask is, and the reason says so."""
     folder = checkpoints.folder("llama")
     assert planned("causal", folder, CPU).attention == "lmkit"
     found = planned("causal", folder, CUDA, devices="cuda:0")
-    assert (found.attention, "attention" in found.reasons) == ("sdpa", False)
+    assert (found.attention, "one mask for all layers" in found.reasons["attention"]) == ("lmkit", True)
 
 
 def test_why_generate_prepares_steps() -> None:

@@ -13,17 +13,20 @@ from lmkit._tracebacks import without_frames
 from lmkit.engine.beam_search import Search
 from lmkit.engine.body_and_head import Reader
 from lmkit.engine.choice import Chooser
+from lmkit.engine.computing import one_token
 from lmkit.engine.decoders.beam import BeamDecoder, probe
 from lmkit.engine.decoders.causal import CausalDecoder
 from lmkit.engine.decoders.fallback import FallbackDecoder, SearchDecoder
 from lmkit.engine.decoders.seq2seq import Seq2SeqDecoder
-from lmkit.engine.failures import CLOSED, no_memory, out_of_memory, step_failed
+from lmkit.engine.failures import CLOSED, DEAD, dead, no_memory, out_of_memory, step_failed
+from lmkit.engine.inputs import filler
 from lmkit.engine.prefixes import FEWEST, SAVED, SHORTEST, PrefixStore, shared
 from lmkit.engine.row import Row
 from lmkit.engine.scheduler import Scheduler
 from lmkit.engine.speculative import guess
 from lmkit.errors import EngineError
 from lmkit.kernels import rotary
+from lmkit.planning.machine import give_back
 from lmkit.planning.running import pads
 from lmkit.results import EngineStats
 
@@ -54,6 +57,7 @@ class Batches:
 
     Attributes:
         closed: Whether no more work is to be done.
+        ended: Why that is.
     """
 
     def __init__(
@@ -73,8 +77,7 @@ class Batches:
         self._compiled: Any = compiled
         self._chooser: Chooser | Any = Chooser(model, codec, start)
         config = model.generation_config
-        known = (config.pad_token_id, getattr(model.config, "pad_token_id", None))
-        self._pad = next((token_id for token_id in known if token_id is not None), 0)
+        self._pad = filler(model, config.pad_token_id, getattr(model.config, "pad_token_id", None))
         self._drives = plan.engine == "lmkit"
         self._joins = self._drives and start is None
         self._searches = self._drives and start is not None
@@ -93,6 +96,7 @@ class Batches:
         self._steps = 0
         self._counts = dict.fromkeys(("forwards", "prompt_tokens", "reused_tokens", "generated_tokens"), 0)
         self.closed = False
+        self.ended = CLOSED
 
     def add(self, ticket: Ticket, requests: Sequence[Request]) -> None:
         """Let the rows of requests wait, behind those that a caller has given before."""
@@ -177,7 +181,7 @@ class Batches:
         gone = [ticket for ticket in self._tickets if self.closed or ticket.cancelled.is_set()]
         for ticket in gone:
             if self.closed:
-                ticket.error = EngineError(CLOSED)
+                ticket.error = EngineError(self.ended)
             ticket.cancelled.set()
         self._tickets = [other for other in self._tickets if not other.left]
         return gone
@@ -255,15 +259,23 @@ class Batches:
             yield
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the rows it concerns
             without_frames(error)
+            if dead(error, self._chooser.device):
+                self.ended = DEAD.format(error=error)
+                self.close()
+                return
+            memory = out_of_memory(error)
+            if memory:
+                self._prefixes.clear()
+                give_back()
             rows = [row for row in decoder.rows if not row.done]
             if len(rows) > 1:
                 logger.info("a step with %d rows failed, trying again with half of them: %s", len(rows), error)
-                self._scheduler.failed(len(rows), memory=out_of_memory(error))
+                self._scheduler.failed(len(rows), memory=memory)
                 self._begin_again(decoder)
                 return
-            self._scheduler.failed(1, memory=out_of_memory(error))
+            self._scheduler.failed(1, memory=memory)
             for row in rows:
-                row.error = self._no_memory(row, error) if out_of_memory(error) else step_failed(error)
+                row.error = self._no_memory(row, error) if memory else step_failed(error)
             self._begin_again(decoder)
         else:
             self._counts["forwards"] += 1
@@ -397,7 +409,7 @@ class Batches:
         guesses = row.fitting(guesses[: self._scaling.room(row.length)])
         logits = decoder.verify(guesses) if guesses else None
         if logits is None:
-            self._choose(decoder, decoder.step())
+            self._choose(decoder, one_token(self._chooser.device, decoder.step))
             return
         taken = 0
         for scores, expected in zip(logits, [*guesses, None], strict=True):

@@ -6,6 +6,7 @@ where a beam has several children.
 
 from __future__ import annotations
 
+import math
 import time
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from lmkit.engine.choice import NO_CHOICE, NO_SCORES, Chooser
+from lmkit.engine.inputs import fetched, sent
 from lmkit.engine.row import Row
 from lmkit.errors import EngineError
 from lmkit.kernels.logits import logprobs, top
@@ -223,7 +225,7 @@ def choose(chooser: Chooser, rows: Sequence[Search], hidden: torch.Tensor, head:
     scored = []
     for place, row in enumerate(rows):
         if (token_id := row.forced_end(step)) is not None:
-            row.force(token_id, chooser.processed(row, row.beams, _normalized(head(states[place]))))
+            row.force(token_id, chooser.processed(row, row.beams, _normalized(chooser, head(states[place]))))
         elif (token_id := chooser.steering(row).settled(None, step)) is None:
             scored.append(place)
         else:
@@ -236,51 +238,56 @@ def choose(chooser: Chooser, rows: Sequence[Search], hidden: torch.Tensor, head:
 def _extend(chooser: Chooser, rows: Sequence[Search], hidden: torch.Tensor, head: Head) -> None:
     """Choose by the model's scores. *Shape:* of what it has read: `(rows, width, size)`."""
     width, step = rows[0].width, len(rows[0].beams[0]) + 1
-    running = torch.tensor([row.scores for row in rows], dtype=torch.float32)
+    device, count = chooser.device, rows[0].candidates
+    running = sent([row.scores for row in rows], device, torch.float32)
     # The likeliest of each beam are enough, if no processor has a say in them: nothing else is normalized or sorted.
-    parts = [_likeliest(head(part), rows[0].candidates) for part in torch.split(hidden.flatten(0, 1), BEAMS_AT_A_TIME)]
+    parts = [_likeliest(head(part).to(device), count) for part in torch.split(hidden.flatten(0, 1), BEAMS_AT_A_TIME)]
     logprobs, token_ids = (torch.cat(kind).view(len(rows), width, -1) for kind in zip(*parts, strict=True))
-    usable = (logprobs[..., 0] > -torch.inf).all(-1).tolist()
-    found = _best(logprobs, running, rows[0].candidates, token_ids)
+    best = _best(logprobs, running, count, token_ids)
+    found, (worst, every) = _listed(*best, logprobs[..., 0].amin(-1), token_ids.flatten(1))
+    usable = [score > -math.inf for score in worst.tolist()]  # which NaN is not
     steered: dict[object, list[int]] = {}
     for place, row in enumerate(rows):
         steering = chooser.steering(row)
         if not usable[place]:
             row.error = EngineError(NO_SCORES.format(step=step))
-        elif steering.plain or (step not in steering.forced and steering.leaves(token_ids[place].flatten().tolist())):
+        elif steering.plain or (step not in steering.forced and steering.leaves(every[place].tolist())):
             row.advance(found[place])
         else:
             steered.setdefault(steering.key, []).append(place)
     for places in steered.values():
         for start in range(0, len(places), STEERED_AT_A_TIME):
             part = places[start : start + STEERED_AT_A_TIME]
-            _steer(chooser, [rows[place] for place in part], head(hidden[part].flatten(0, 1)), running[part])
+            index = sent(part, device)
+            states = hidden.index_select(0, index.to(hidden.device)).flatten(0, 1)
+            _steer(chooser, [rows[place] for place in part], head(states), running.index_select(0, index))
 
 
 def _likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the likeliest tokens of each row: their log-probabilities in float32, and which they are, on the CPU."""
+    """Find the likeliest tokens of each row: their log-probabilities in float32, and which they are."""
     token_ids = top(logits, min(count, logits.shape[-1]))
-    return logprobs(logits, token_ids).cpu(), token_ids.cpu()
+    return logprobs(logits, token_ids), token_ids
 
 
 def _steer(chooser: Chooser, rows: Sequence[Search], logits: torch.Tensor, running: torch.Tensor) -> None:
     """Choose among all continuations, as the rows' processors leave them."""
-    scores = chooser.processed(rows[0], [beam for row in rows for beam in row.beams], _normalized(logits))
+    scores = chooser.processed(rows[0], [beam for row in rows for beam in row.beams], _normalized(chooser, logits))
     shaped = scores.view(len(rows), -1, scores.shape[-1])
-    for row, candidates in zip(rows, _best(shaped, running, rows[0].candidates), strict=True):
+    found, _ = _listed(*_best(shaped, running, rows[0].candidates))
+    for row, candidates in zip(rows, found, strict=True):
         if candidates[0][0] == -torch.inf:
             row.error = row.error or EngineError(NO_CHOICE.format(step=len(row.beams[0]) + 1))
         else:
             row.advance(candidates)
 
 
-def _normalized(logits: torch.Tensor) -> torch.Tensor:
-    return logits.to("cpu", torch.float32).log_softmax(-1)
+def _normalized(chooser: Chooser, logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(chooser.device, torch.float32).log_softmax(-1)
 
 
 def _best(
     logprobs: torch.Tensor, running: torch.Tensor, count: int, token_ids: torch.Tensor | None = None
-) -> list[list[tuple[float, int, int]]]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Find the best continuations of each row: their log-probability, their slot, their token.
 
     Args:
@@ -293,4 +300,11 @@ def _best(
     best, places = every.topk(min(count, every.shape[-1]))
     tokens = places % logprobs.shape[-1] if token_ids is None else token_ids.flatten(1).gather(1, places)
     slots = places // logprobs.shape[-1]
-    return [list(zip(*row, strict=True)) for row in zip(best.tolist(), slots.tolist(), tokens.tolist(), strict=True)]
+    return best, slots, tokens
+
+
+def _listed(*parts: torch.Tensor) -> tuple[list[list[tuple[float, int, int]]], Sequence[torch.Tensor]]:
+    """Copy what `_best` has found to the CPU, as a list for each row, and other tensors with it."""
+    best, slots, tokens, *others = fetched(*parts)
+    columns = zip(best.tolist(), slots.tolist(), tokens.tolist(), strict=True)
+    return [list(zip(*row, strict=True)) for row in columns], others

@@ -1,7 +1,8 @@
 """The engine: requests in, completions out, one running batch for all callers.
 
 Threading contract. Any thread may call. There is no thread of the engine's own: of the callers that wait, one
-leads, running forward passes for all of them, until it has what it waits for; then another leads. So a stream that
+leads, running forward passes for all of them, until it has what it waits for; then another leads. (On an accelerator
+the passes themselves have a thread, which does what the leader asks for while that one waits.) So a stream that
 nobody reads costs nothing, and what a caller's thread has to suffer (Ctrl-C, an exception) ends its own rows only.
 """
 
@@ -17,8 +18,9 @@ from lmkit._interrupts import let_go, locked, owns, surely
 from lmkit._tracebacks import frameless
 from lmkit.engine.batches import Batches
 from lmkit.engine.compiled import CompiledDecoderStep, CompiledStep
-from lmkit.engine.computing import computed
-from lmkit.engine.failures import CLOSED, INSIDE
+from lmkit.engine.computing import Lane
+from lmkit.engine.failures import INSIDE
+from lmkit.engine.inputs import input_device
 from lmkit.engine.request import Caller
 from lmkit.engine.ticket import Ticket
 from lmkit.errors import EngineError
@@ -55,6 +57,7 @@ class Engine:
         compiled = graph(model) if plan.compiled else None
         self._lock = threading.RLock()
         self._batches = Batches(model, codec, plan, start, self._lock, compiled=compiled)
+        self._lane = Lane(input_device(model))
         self._leader: Ticket | None = None
         self._leads: int | None = None  # the leader's thread, while it runs steps
         self._waiters: list[Ticket] = []
@@ -139,7 +142,7 @@ class Engine:
         """Wait for the ticket's next news and return them, None at its end; nothing if it is to lead."""
         while not ticket.news:
             if ticket.error is None and self._batches.closed:
-                raise EngineError(CLOSED)
+                raise EngineError(self._batches.ended)
             if ticket.error is not None:
                 raise ticket.error
             if not ticket.unfinished:
@@ -208,7 +211,7 @@ class Engine:
 
         def steps() -> None:
             self._leads = threading.get_ident()
-            while not ticket.news and ticket.unfinished and ticket.error is None:
+            while not (ticket.news or self._lane.halted) and ticket.unfinished and ticket.error is None:
                 self._batches.advance()
 
         def over() -> None:
@@ -220,7 +223,7 @@ class Engine:
         """Do work of who leads; of what is interrupted nothing is kept."""
         try:
             with frameless:
-                computed(work)
+                self._lane(work)
         except BaseException:
             self._batches.begin_again()
             raise

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lmkit.errors import EngineError
 
+if TYPE_CHECKING:
+    import torch
+
 CLOSED = "the model was closed: load it again to go on."
+
+DEAD = (
+    "an error has left the device unusable for this process ({error}): restart the process. What other rows were "
+    "asked for is lost with it."
+)
+
+MEMORY = (
+    "allocate memory",
+    "not enough memory",
+    "out of memory",
+    "alloc_failed",
+    "allocation_failed",
+    "out_of_device_memory",
+)
+"""What errors say where memory is short and their class does not tell: of CUDA itself, cuBLAS, cuDNN, MPS, XPU."""
 
 INSIDE = (
     "this call comes from inside a forward pass of the same model, as a hook on it does, and would wait for itself: "
@@ -25,8 +45,20 @@ def out_of_memory(error: Exception) -> bool:
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    told = str(error).lower()
-    return isinstance(error, RuntimeError) and ("allocate memory" in told or "not enough memory" in told)
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in MEMORY)
+
+
+def dead(error: Exception, device: torch.device) -> bool:
+    """Say whether an error has left a device unusable, as a failed assertion in a kernel of CUDA does: ask it."""
+    import torch
+
+    if device.type == "cpu" or not isinstance(error, RuntimeError):
+        return False
+    try:
+        torch.accelerator.synchronize(device)
+    except RuntimeError as again:
+        return not out_of_memory(again)
+    return False
 
 
 def no_memory(tokens: int, key_values: int, error: Exception) -> EngineError:

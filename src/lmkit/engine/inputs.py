@@ -1,4 +1,4 @@
-"""Rows of token ids as tensors, where a model takes them."""
+"""What goes to a model's device and comes back: never a copy that waits, but for the one that fetches results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lmkit.planning.layout import embedded_rows
 from lmkit.planning.placement import main_device
 
 if TYPE_CHECKING:
@@ -22,6 +23,31 @@ def input_device(model: Any) -> torch.device:
     return device
 
 
+def filler(model: Any, *known: Any) -> int:
+    """Return the token that fills short rows: the first of those `known` that the model has an embedding for."""
+    rows = embedded_rows(model)
+    fine = (one for one in known if isinstance(one, int) and one >= 0 and (rows is None or one < rows))
+    return next(fine, 0)
+
+
+def sent(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Copy numbers to a device, without waiting for what it computes: from pageable memory CUDA would."""
+    found = torch.as_tensor(numbers, dtype=dtype, device="cpu")
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
+
+
+def fetched(*parts: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Copy tensors of one device to the CPU in one go: floating-point ones as float32, others as int32."""
+    if parts[0].device.type == "cpu":
+        return parts
+    packed = [part.float().view(torch.int32) if part.is_floating_point() else part.int() for part in parts]
+    here = torch.split(torch.cat([part.flatten() for part in packed]).cpu(), [part.numel() for part in parts])
+    return [
+        one.view(torch.float32 if part.is_floating_point() else torch.int32).view(part.shape)
+        for one, part in zip(here, parts, strict=True)
+    ]
+
+
 def padded(
     rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,4 +59,4 @@ def padded(
         place = slice(width - len(row), width) if left else slice(len(row))
         token_ids[number, place] = torch.tensor(row)
         mask[number, place] = 1
-    return token_ids.to(device), mask.to(device)
+    return sent(token_ids, device), sent(mask, device)

@@ -10,6 +10,8 @@ from lmkit.engine.stream_text import TextFeed
 from lmkit.results import Completion, FinishReason, Timing, TokenLogprob
 
 if TYPE_CHECKING:
+    from weakref import ref
+
     import torch
 
     from lmkit.engine.choice import Steering
@@ -33,6 +35,7 @@ class Row:
         streams: Whether its text is shown while it grows.
         error: Why the row failed, if it did.
         steering: What reshapes its scores, once built.
+        sofar: Rows that went through processors with this as their first, how many tokens they had, and all of these.
         matcher: What says which tokens may come next, if not all.
         shared: Whether other rows wait for what it reads first.
         behind: How many tokens it takes over from rows of its call, at the least; 0 if that is not known.
@@ -56,6 +59,7 @@ class Row:
         self.error: EngineError | None = None
         self._own: int | None = None
         self.steering: Steering | None = None
+        self.sofar: tuple[list[ref[Row]], list[int], torch.Tensor] | None = None
         self.matcher = self._new_matcher()
         self.shared = self.anew = False
         self.behind = 0

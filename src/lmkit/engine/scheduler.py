@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lmkit.engine.inputs import input_device
+from lmkit.planning.machine import memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    import torch
 
     from lmkit.engine.decoders.base import Decoder
     from lmkit.engine.row import Row
@@ -44,8 +47,9 @@ class Scheduler:
     """Chooses rows from the callers' tickets."""
 
     def __init__(self, model: Any, key_values: KeyValueBytes | None) -> None:
-        """Serve `model`, whose device sets the budget; `key_values` is what the plan says that rows take of it."""
+        """Serve `model`, whose devices set the budget; `key_values` is what the plan says that rows take of it."""
         self._device = input_device(model)
+        self._shares = _shares(model)
         self._encodes = bool(model.config.is_encoder_decoder)
         self._key_values = key_values
         self._most_rows: int | None = None  # after a step failed
@@ -106,7 +110,8 @@ class Scheduler:
         if not tickets:
             return []
         most = BATCH_TOKENS.get(self._device.type, BATCH_TOKENS_ELSEWHERE)
-        memory = _free(self._device) * SHARE_OF_FREE_MEMORY + sum(decoder.nbytes for decoder in decoders)
+        free = min(_free(device) / share for device, share in self._shares.items())
+        room = free * SHARE_OF_FREE_MEMORY + sum(decoder.nbytes for decoder in decoders)
         tokens = max(map(_tokens, running), default=0)
         key_values = max(map(self.bytes_for, running), default=0)
         picked: list[Row] = []
@@ -117,7 +122,7 @@ class Scheduler:
                 break
             rows = len(running) + len(picked) + 1
             tokens, key_values = max(tokens, _tokens(row)), max(key_values, self.bytes_for(row))
-            full = rows * tokens > most or rows * key_values > memory
+            full = rows * tokens > most or rows * key_values > room
             if (running or picked) and (full or (self._most_rows and rows > self._most_rows)):
                 # It is full: to take in a few rows at a time would read their prompts one by one.
                 return picked if len(picked) * REFILL >= len(running) or not joins else []
@@ -160,10 +165,17 @@ def _fair(tickets: Sequence[Ticket], *, joins: bool) -> Iterator[Row]:
             yield row
 
 
-def _free(device: Any) -> int:
-    import psutil
+def _shares(model: Any) -> dict[torch.device, float]:
+    """Return what part of a model's layers keeps its keys and values on each device."""
     import torch
 
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    main = input_device(model)
+    places = getattr(model, "hf_device_map", None) or {}
+    layers = [place for name, place in places.items() if name.rpartition(".")[2].isdigit()]
+    # What is offloaded computes where the inputs are.
+    devices = [main if place in ("cpu", "disk") else torch.device(place) for place in layers] or [main]
+    return {device: devices.count(device) / len(devices) for device in devices}
+
+
+def _free(device: torch.device) -> int:
+    return memory(device)[0]

@@ -1,4 +1,4 @@
-"""Attention on a CPU, where torch's own kernel is far from the processor's speed.
+"""Attention on a CPU, where torch's own kernel is far from the processor's speed; elsewhere by torch's own.
 
 By kernels of lmkit's own in C++ where they are asked for. Else in bfloat16 by two matrix products, whose scores are
 rounded to bfloat16 before the softmax, as in transformers' `eager`; what is not in bfloat16, not on a CPU, or too
@@ -47,6 +47,9 @@ UNKNOWN = "dropout", "output_attentions", "cache"
 ADDITIONS, FAMILYS = ("softcap", "s_aux"), "eager_attention_forward"
 """Arguments for soft caps and sinks, and what a family that has them calls its own attention."""
 
+ALIGNED = 16
+"""Of how many columns' size lines of a mask are a multiple, so that no kernel of CUDA's copies it in each layer."""
+
 ROOMS = 4
 """How many rooms are kept, of 10 MiB each: as many calls at a time find memory that is there already."""
 
@@ -75,12 +78,47 @@ def put_on(model: Any, kernels: Any = None) -> None:
         kernels: As `kernels.native.operators` returns them.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     name = NAME if kernels is None else str(kernels.name)
     AttentionInterface.register(name, attend if kernels is None else functools.partial(attend, kernels=kernels))
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(name, hiding)
     model.set_attn_implementation(name)  # all its parts'
+
+
+def hiding(
+    *,
+    q_length: int,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **rest: Any,
+) -> torch.Tensor | None:
+    """Make the mask of a forward pass, as transformers' `sdpa_mask` does, whose arguments these are.
+
+    On a CPU it is that one. Elsewhere it is made once in the dtype that is added to scores, where torch would convert
+    and copy one of bools in each layer; and at a step of one token nobody waits to hear whether it hides anything:
+    lmkit gives one where it does.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    here = torch.device(device).type == "cpu"
+    asks = here or attention_mask is None or q_length > 1
+    found = sdpa_mask(
+        q_length=q_length,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip and asks,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip and asks,
+        device=device,
+        dtype=dtype,
+        **rest,
+    )
+    if here or found is None:
+        return found
+    lines = torch.zeros(*found.shape[:-1], -(-found.shape[-1] // ALIGNED) * ALIGNED, dtype=dtype, device=device)
+    # Half of the least number: what it is added to may be negative.
+    return lines[..., : found.shape[-1]].masked_fill_(~found, torch.finfo(dtype).min / 2)
 
 
 def is_on(model: Any) -> bool:

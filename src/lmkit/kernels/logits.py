@@ -13,8 +13,8 @@ BLOCKS = 64
 COLUMNS = 256
 """In how many columns `top` lays a row out, for the same reason: 8 of 58,000 for 64 rows take 1.15 ms and 0.50."""
 
-WIDENED = 8
-"""How many rows are widened to float32 at a time, which a core's cache holds."""
+WIDENED, WIDENED_ELSEWHERE = 8, 128
+"""How many rows are widened to float32 at a time: on a CPU what a core's cache holds, elsewhere for few kernels."""
 
 
 def highest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,8 +69,29 @@ def logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     Returns:
         *Shape:* `(rows, some)`; NaN where a row has no finite score.
     """
-    pairs = zip(torch.split(logits, WIDENED), torch.split(token_ids, WIDENED), strict=True)
+    rows = WIDENED if logits.device.type == "cpu" else WIDENED_ELSEWHERE
+    pairs = zip(torch.split(logits, rows), torch.split(token_ids, rows), strict=True)
     return torch.cat([part.float().log_softmax(-1).gather(-1, some) for part, some in pairs])
+
+
+def sampled(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Draw a token for each row by inversion of the cumulative distribution; -1 where there is none to draw.
+
+    Args:
+        scores: *Shape:* `(rows, vocabulary)`.
+        uniform: Numbers in [0, 1), in the dtype that is added up in: `sums(device)`. *Shape:* `(rows,)`.
+    """
+    cumulative = scores.to(uniform.dtype).softmax(-1).cumsum(-1)
+    total = cumulative[:, -1]
+    # A number that rounds to 1 would be behind the last token.
+    wanted = uniform.clamp(max=1 - torch.finfo(uniform.dtype).eps) * total
+    found = torch.searchsorted(cumulative, wanted[:, None], right=True)[:, 0]
+    return found.masked_fill_(~torch.isfinite(total), -1)
+
+
+def sums(device: torch.device) -> torch.dtype:
+    """Return the dtype that probabilities are added up in on a device: not all have float64."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
 def forbidding(masks: torch.Tensor, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

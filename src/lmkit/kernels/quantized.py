@@ -1,4 +1,4 @@
-"""Linear layers whose weights are held in 8 or 4 bits, on kernels for CPUs: lmkit's own, or torch's.
+"""Linear layers whose weights are held in 8 or 4 bits, on kernels of lmkit's own for CPUs, or torch's.
 
 lmkit's own take any number of rows, and round them to 8 bits. With torch's, what is multiplied keeps its dtype. Few
 rows then go through torch's packed kernels. More rows go through matrix products on weights that are widened block by
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import torch
 from torch._subclasses import FakeTensor
 
+from lmkit.kernels import cuda
 from lmkit.kernels.native import linear as native
 from lmkit.kernels.ordered import DTYPES, Ordered, hold, native_linear
 from lmkit.kernels.together import Joinable
@@ -93,7 +94,7 @@ class QuantizedLinear(Ordered, Joinable):
         copies = None if trained or rows.shape[0] <= KERNEL_ROWS or isinstance(rows, FakeTensor) else self.copies
         if copies is not None and (wide := copies(self, rows)) is not None:
             product = self._scaled(wide)
-        elif rows.shape[0] <= self.FEW and not trained and self._has_kernel(rows.dtype):
+        elif rows.shape[0] <= self.most and not trained and self._has_kernel(rows.dtype):
             product = self._few(aligned(rows.contiguous()))
         else:
             products = [rows @ block for block in self.factors(rows.dtype)]
@@ -101,6 +102,16 @@ class QuantizedLinear(Ordered, Joinable):
         if self.bias is not None:
             product = product + self.bias
         return product.view(*leading, self.out_features)
+
+    @property
+    def _block(self) -> int:
+        """How many weights are widened at once: on an accelerator all, for few kernels."""
+        return BLOCK if self.weight.device.type == "cpu" else self.in_features * self.out_features
+
+    @property
+    def most(self) -> int:
+        """How many rows torch's kernel is taken for."""
+        return self.FEW if self.weight.device.type == "cpu" else cuda.FEW[self.BITS]
 
     @property
     def order(self) -> object:
@@ -166,13 +177,15 @@ class Int8Linear(QuantizedLinear):
             yield (part.to(dtype) * self.scales[first : first + len(part), None].to(dtype)).T
 
     def _parts(self) -> Iterator[tuple[int, torch.Tensor]]:
-        rows = _rows(self.in_features)
+        rows = _rows(self.in_features) if self.weight.device.type == "cpu" else self.out_features
         for first in range(0, self.out_features, rows):
             part = self.weight[first : first + rows]
             whole = part if self.native is None else native.unpack8(part)[: self.out_features - first]
             yield first, whole[:, : self.in_features]
 
     def _has_kernel(self, dtype: torch.dtype) -> bool:
+        if self.weight.device.type == "cuda":
+            return True
         # Other widths are read beyond their end in half precision, and torch crashes.
         return (
             self.native is None
@@ -182,9 +195,7 @@ class Int8Linear(QuantizedLinear):
         )
 
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
-        ops = torch.ops.aten  # torch has no public one
-        product: torch.Tensor = ops._weight_int8pack_mm(rows, self.weight, self.scales)  # noqa: SLF001
-        return product
+        return cuda.multiply8(rows, self.weight, self.scales)
 
     def factors(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """Yield whole numbers, so that products are scaled and not weights, but for float16, where sums overflow."""
@@ -230,9 +241,13 @@ class Int4Linear(QuantizedLinear):
         if self._width and self.weight.device.type == "cpu" and not self.packed and self.native is None:
             levels = torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(1)
             self.weight = torch.nn.Parameter(_packed(levels), requires_grad=False)
-            self.packed = True
+            self.packed = "cpu"
+        elif not self.packed and cuda.takes4(self.out_features, self.in_features, self.scales):
+            self.weight = torch.nn.Parameter(cuda.pack4(self.weight.data), requires_grad=False)
+            self.packed = "cuda"
 
-    packed = False
+    packed = ""
+    """The kind of device whose kernel's order the weight has."""
 
     @property
     def outputs(self) -> Mapping[str, int | None]:
@@ -242,7 +257,7 @@ class Int4Linear(QuantizedLinear):
     @property
     def order(self) -> object:
         """What the order of the weight depends on, and whether torch's kernel has one for this layer."""
-        return super().order, self.native is not None or self._width > 0
+        return super().order, self.native is not None or self.packed or self._width > 0
 
     @property
     def _width(self) -> int:
@@ -250,19 +265,22 @@ class Int4Linear(QuantizedLinear):
         width = _int4_kernel()
         return width if width and self.out_features % width == 0 else 0
 
-    def _has_kernel(self, dtype: torch.dtype) -> bool:  # noqa: ARG002 - it takes all of them
-        return self.packed
+    def _has_kernel(self, dtype: torch.dtype) -> bool:
+        return self.packed == self.weight.device.type and (self.packed == "cpu" or dtype is torch.bfloat16)
 
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.packed == "cuda":
+            return cuda.multiply4(rows, self.weight, GROUP, self.scales)
         ops = torch.ops.aten
         product: torch.Tensor = ops._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scales.contiguous())  # noqa: SLF001
         return product
 
     def blocks(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """Widen the weight. *Shape:* `(in_features, some of out_features)`."""
-        width = self._width if self.packed else 1
+        width = self._width if self.packed == "cpu" else 1
         for part, scaled in self._parts(width):
-            levels = torch.cat((part & 15, part >> 4), -1) if self.packed else torch.stack((part & 15, part >> 4), -1)
+            halves = (part & 15, part >> 4)
+            levels = torch.cat(halves, -1) if self.packed == "cpu" else torch.stack(halves, -1)
             levels = levels.view(len(part), -1, GROUP, width)
             scale, offset = scaled[:, :, None, :, 0].contiguous(), scaled[:, :, None, :, 1].contiguous()
             wide = torch.addcmul(offset, levels.to(dtype).sub_(8), scale).view(len(part), self.in_features, width)
@@ -277,9 +295,12 @@ class Int4Linear(QuantizedLinear):
                 scales = native.unpack_scales(self.scales, blocks)[:, :left, None]
                 yield native.unpack4(self.weight[first : first + count])[:left], scales.transpose(0, 1)
             return
-        count = max(BLOCK // (self.in_features * width), 1)
+        count = max(self._block // (self.in_features * width), 1)
         scales = self.scales.view(-1, self.out_features // width, width, 2).transpose(0, 1)
-        halves = self.weight.view(self.out_features // width, self.in_features, -1) if self.packed else self.weight
+        if self.packed == "cpu":
+            halves = self.weight.view(self.out_features // width, self.in_features, -1)
+        else:
+            halves = self.saved()[0]
         for first in range(0, len(halves), count):
             yield halves[first : first + count], scales[first : first + count]
 
@@ -290,23 +311,26 @@ class Int4Linear(QuantizedLinear):
     def to_native(self, isa: str) -> bool:
         """Bring weight and scales into the order of lmkit's own kernels, where they have one; return whether."""
         if there := super().to_native(isa):
-            self.packed = False
+            self.packed = ""
         return there
 
     @property
     def reordered(self) -> bool:
         """Whether the weight lies in a kernel's order."""
-        return self.packed or self.native is not None
+        return bool(self.packed) or self.native is not None
 
     def to_saved(self) -> Callable[[], object]:
         """Bring weight and scales into the order in which they are saved; return what undoes it."""
         if not self.packed:
             return super().to_saved()
         hold(self, *self.saved())
-        self.packed = False
+        self.packed = ""
         return self.pack
 
     def _unpacked(self) -> torch.Tensor:
+        if self.packed == "cuda":
+            levels = cuda.unpack4(self.weight)
+            return levels[:, ::2] | levels[:, 1::2] << 4
         part = self.weight.view(self.out_features // self._width, self.in_features, -1)
         levels = torch.cat((part & 15, part >> 4), -1).transpose(1, 2).reshape(self.out_features, self.in_features)
         return levels[:, ::2] | levels[:, 1::2] << 4

@@ -24,7 +24,7 @@ from lmkit.loading.turns import in_turn, silently, without_pool
 from lmkit.options.signatures import spelled_out
 from lmkit.planning import told_language
 from lmkit.planning.adapters import find_adapters, put_on
-from lmkit.planning.machine import this_machine
+from lmkit.planning.machine import give_back, this_machine
 from lmkit.planning.make import check_fits, make_plan
 from lmkit.planning.replicas import places, shared, threads, together
 from lmkit.planning.told_language import check_language
@@ -133,7 +133,11 @@ def load(
     reload = functools.partial(load, task, name, precision, devices, **again)
     if options.get("replicas") is not None:
         return _replicated(asked, access, options, source, reload)
-    decided, model, tokenizer, copies = in_turn(lambda: _loaded(asked, access, options, source))
+    try:
+        decided, model, tokenizer, copies = in_turn(lambda: _loaded(asked, access, options, source))
+    except Exception:
+        give_back()
+        raise
     hushed(lambda: tell(decided, model, tokenizer))
     with frameless:  # and silently: a compiler talks
         wrapper = silently(lambda: _WRAPPERS[kind](Loaded(model, tokenizer, decided, reload, copies)))

@@ -21,9 +21,9 @@ from lmkit.kernels.together import join
 from lmkit.kernels.wide_copies import Copies, keep_copies
 from lmkit.loading.turns import without_pool
 from lmkit.planning.adapters import bringing, templated
+from lmkit.planning.layout import embedded_rows
 from lmkit.planning.running import unexpected
 from lmkit.planning.weight_names import check_report
-from lmkit.wrappers.base import embedded_rows
 from lmkit.wrappers.progress import loading
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ def read_model(plan: LoadPlan, config: PreTrainedConfig, source: Source, wish: W
 
 def with_kernels(plan: LoadPlan, model: Any, wish: Wish) -> tuple[LoadPlan, Any]:
     """Put lmkit's own kernels into a model, as planned; return the plan, which says where that failed, and them."""
-    attends = wish.compile and plan.attention == attention.NAME and refusal() is None
+    here = plan.placement.device_type == "cpu"
+    attends = here and wish.compile and plan.attention == attention.NAME and refusal() is None
     if plan.kernels != "native" and not attends:
         return plan, None
     try:

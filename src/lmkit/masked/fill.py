@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import chain
 from random import Random
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -57,6 +58,12 @@ class Blanks:
     per_token: bool
     sample: Sample | None
     seed: int | None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All tokens that the model may be given."""
+        words = [word.token_ids for words in self.targets or () for word in words]
+        return [self.mask, *(token_id for part in self.parts for token_id, _ in part), *chain(*words)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lmkit.errors import PlacementError, listed, nearest
 from lmkit.planning.placement import BYTES_PER_SECOND, Placement, home, main_device
@@ -240,3 +240,10 @@ def summed_names(modules: Sequence[ModulePlan]) -> str:
         first, *others = (name.removeprefix(stem) for name in run)
         names.append(f"{stem}{first}-{others[-1]}" if others else f"{stem}{first}" or "(the model's own)")
     return ", ".join(names)
+
+
+def embedded_rows(model: Any) -> int | None:
+    """Return how many tokens a model has embeddings for; None where they are no plain table, as of bytes."""
+    table = model.get_input_embeddings()
+    weight = getattr(table, "weight", None)
+    return None if weight is None else getattr(table, "num_embeddings", len(weight))

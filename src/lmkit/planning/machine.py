@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +46,44 @@ class Machine:
 
 def this_machine() -> Machine:
     """Ask torch and the system what is here now."""
-    import psutil
     import torch
 
     found: dict[str, Device] = {}
     if (kind := accelerator()) is not None:
         for number in range(torch.accelerator.device_count()):
-            free, total = torch.accelerator.get_memory_info(torch.device(kind, number))
+            free, total = memory(torch.device(kind, number))
             # Of CUDA's devices, those before compute capability 8.0 have no units for bfloat16.
             old = kind == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(number) < (8, 0)
             found[f"{kind}:{number}"] = Device(total, free, not old)
-    memory = psutil.virtual_memory()
-    found["cpu"] = Device(memory.total, memory.available, computes_bfloat16())
+    free, total = memory(torch.device("cpu"))
+    found["cpu"] = Device(total, free, computes_bfloat16())
     return Machine(found)
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """Return how many bytes of a device are free, and how many it has; blocks that torch keeps for itself are free."""
+    import psutil
+    import torch
+
+    if device.type == "cpu":
+        system = psutil.virtual_memory()
+        return int(system.available), int(system.total)
+    if device.type == "mps":  # a part of the system's, of which torch tells what it may take
+        total = torch.mps.recommended_max_memory()
+        return total - torch.mps.current_allocated_memory(), total
+    free, total = torch.accelerator.get_memory_info(device)
+    kept = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+    return free + kept, total
+
+
+def give_back() -> None:
+    """Let other processes have the memory of accelerators that torch keeps for itself."""
+    import torch
+
+    if torch.accelerator.is_available():
+        gc.collect()  # modules refer to each other
+        with contextlib.suppress(RuntimeError):  # of a device that an error has left unusable
+            torch.accelerator.empty_cache()
 
 
 def accelerator() -> str | None:

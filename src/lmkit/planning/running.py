@@ -107,13 +107,14 @@ def how_rows_run(
             else f"lmkit's own loop: rows {begin} and end one by one, each with its own options"
         )
     chosen = model.config._attn_implementation  # noqa: SLF001 - it has no public name
-    ours = not asked and device_type == "cpu" and attention.fits(model, kernels=kernels)
+    here = device_type == "cpu"
+    ours = not asked and (here or why is None) and attention.fits(model, kernels=kernels and here)
     if compiled:
         _check_compiled(task, model, eager=str(chosen) == "eager" and not ours)
-    gain = f"lmkit's: {_GAIN[task]}"
-    if str(model.dtype) == "torch.bfloat16" and packs():
+    gain = f"lmkit's: {_GAIN[task]}" if here else "torch's kernels, with one mask for all layers, which lmkit makes"
+    if here and str(model.dtype) == "torch.bfloat16" and packs():
         gain += ", and products are those of this CPU's bfloat16 kernel"
-    if kernels:
+    if here and kernels:
         missing = refusal()
         gain += f"; {'one token a row by a kernel in C++' if missing is None else f'none in C++, since {missing}'}"
     most = None if task == "causal" else getattr(model.config, "max_position_embeddings", None)

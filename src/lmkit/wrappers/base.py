@@ -14,7 +14,8 @@ from lmkit.engine import Caller, Update
 from lmkit.errors import EngineError, LmkitError, OptionError, shown
 from lmkit.options.option import check_word, declared
 from lmkit.options.per_row import split
-from lmkit.planning.layout import ModulePlan
+from lmkit.planning.layout import ModulePlan, embedded_rows
+from lmkit.planning.machine import give_back
 from lmkit.results import ChunkKind, Generation, Results, TextChunk
 from lmkit.structured.grammars import Grammars
 from lmkit.structured.outputs import begun_json
@@ -71,24 +72,18 @@ class Loaded:
     def scorer(self, codec: Codec) -> Scorer:
         """Start what scores texts, for a model that writes."""
         from lmkit.engine import Scorer
+        from lmkit.engine.inputs import filler
 
-        return Scorer(self.model, codec.tokenizer.pad_token_id or 0, own=self.plan.engine == "lmkit")
+        return Scorer(self.model, filler(self.model, codec.tokenizer.pad_token_id), own=self.plan.engine == "lmkit")
 
     def mask_scorer(self) -> MaskScorer:
         """Start what fills masks, and scores texts by them."""
         from lmkit.engine import MaskScorer
+        from lmkit.engine.inputs import filler
 
         # Short rows are filled with the model's own token, by which some (mBART) find the ends of rows.
         known = getattr(self.model.config, "pad_token_id", None), self.tokenizer.pad_token_id
-        pad = next((token_id for token_id in known if isinstance(token_id, int)), 0)
-        return MaskScorer(self.model, pad, compiled=self.plan.compiled)
-
-
-def embedded_rows(model: Any) -> int | None:
-    """Return how many tokens a model has embeddings for; None where they are no plain table, as of bytes."""
-    table = model.get_input_embeddings()
-    weight = getattr(table, "weight", None)
-    return None if weight is None else getattr(table, "num_embeddings", len(weight))
+        return MaskScorer(self.model, filler(self.model, *known), compiled=self.plan.compiled)
 
 
 class Wrapper(FileJobs, ABC, Generic[JobT, ResultT]):
@@ -110,6 +105,20 @@ class Wrapper(FileJobs, ABC, Generic[JobT, ResultT]):
         self._reload = loaded.reload
         self._plan = loaded.plan
         self._codec = Codec(loaded.tokenizer)
+        self._rows = embedded_rows(loaded.model)
+
+    def _check_rows(self, token_ids: Iterable[int]) -> None:
+        """Refuse tokens of a tokenizer that has more than the model: no kernel may see them.
+
+        Raises:
+            OptionError: One has no row in the embeddings.
+        """
+        beyond = max(token_ids, default=0)
+        if self._rows is not None and beyond >= self._rows:
+            raise OptionError(
+                f"the text has the token {self._codec.token(beyond)!r} (number {beyond}), for which the model has no "
+                f"embedding: it has {self._rows}. Leave it out, or load a tokenizer that was made for this model."
+            )
 
     @abstractmethod
     def _job(self, given: Any, options: dict[str, Any], row: int) -> JobT:
@@ -180,7 +189,9 @@ class Wrapper(FileJobs, ABC, Generic[JobT, ResultT]):
         """Give the memory back; work in flight ends with an `EngineError` at its next step, and holds it until then."""
         if self._loaded is not None and self._loaded.copies is not None:
             self._loaded.copies.release()
-        self._loaded = None
+        if self._loaded is not None:
+            self._loaded = None
+            give_back()
 
     def __enter__(self) -> Self:
         """Return the wrapper; leaving the block closes it."""

@@ -481,6 +481,7 @@ class Translator(Writer[Translation]):
         forced = self._checkpoint_config.forced_bos_token_id if forced is None else forced
         assert self._start is not None  # noqa: S101 - of causal models alone
         found = [target(self._codec, text_of(one, row), self._start, forced, coded=coded) for one in answers]
+        self._check_rows([*source, *(token_id for token_ids, _ in found for token_id in token_ids)])
         return [
             made(one, *tokens, row=row, limit=limit, source=source) for one, tokens in zip(answers, found, strict=True)
         ]

@@ -268,7 +268,9 @@ class Unmasker(Wrapper[MaskedText, Unmasking]):
             raise OptionError(
                 f"{name} has a mask, {mask[0]!r}, and score takes whole texts: fill it first, or call the model."
             )
-        return hidden(self._codec, text, metric, name)
+        found = hidden(self._codec, text, metric, name)
+        self._check_rows(token_id for token_id, _ in found.tokens)
+        return found
 
     def _scored(self, given: Sequence[Hidden], ended: Callable[[object], None]) -> list[Score | LmkitError]:
         """Score texts, a bounded number of them at a time."""
@@ -317,9 +319,9 @@ class Unmasker(Wrapper[MaskedText, Unmasking]):
 
     def _job(self, given: Any, options: dict[str, Any], row: int) -> MaskedText:
         pair = (options["text_pair"],) if "text_pair" in options else ()
-        return self._texts.job(
-            text_of(given, row), *pair, targets=options.get("targets"), row=row, **self._how(options)
-        )
+        job = self._texts.job(text_of(given, row), *pair, targets=options.get("targets"), row=row, **self._how(options))
+        self._check_rows(job.blanks.token_ids)
+        return job
 
     def _run(self, jobs: Iterable[MaskedText | None], caller: Caller) -> Iterator[Update[Unmasking] | None]:
         source, number = iter(jobs), 0

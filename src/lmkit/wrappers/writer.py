@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmkit._interrupts import surely
 from lmkit.engine import Caller, Outcome, Request, Update
-from lmkit.errors import EngineError, LmkitError, OptionError, WeightsError
+from lmkit.errors import EngineError, LmkitError, WeightsError
 from lmkit.options.generation import REPLACED, RowOptions, Sample, build_config
 from lmkit.results import Completion, EngineStats, Generation, Timing
 from lmkit.text.words import Words
-from lmkit.wrappers.base import Loaded, Wrapper, embedded_rows
+from lmkit.wrappers.base import Loaded, Wrapper
 from lmkit.wrappers.scoring import Scores
 
 if TYPE_CHECKING:
@@ -151,7 +151,6 @@ class Writer(Wrapper[Job, ResultT]):
         for name in REPLACED:
             # generate() fills what a config leaves open from the model's own, so it has to be gone from there.
             setattr(model.generation_config, name, None)
-        self._rows = embedded_rows(model)
         outputs = getattr(model.get_output_embeddings(), "out_features", None)
         self._words = Words(self._codec, self._answer_ids, outputs or self._rows or len(loaded.tokenizer))
         self._start = decoder_start(model) if model.config.is_encoder_decoder else None
@@ -222,19 +221,6 @@ class Writer(Wrapper[Job, ResultT]):
     def _answer_ids(self, text: str) -> list[int]:
         """Return the tokens of a part of an answer."""
         return self._codec.encode(text, special=False)
-
-    def _check_rows(self, token_ids: Sequence[int]) -> None:
-        """Refuse tokens of a tokenizer that has more than the model.
-
-        Raises:
-            OptionError: One has no row in the embeddings.
-        """
-        beyond = max(token_ids, default=0)
-        if self._rows is not None and beyond >= self._rows:
-            raise OptionError(
-                f"the text has the token {self._codec.token(beyond)!r} (number {beyond}), for which the model has no "
-                f"embedding: it has {self._rows}. Leave it out, or load a tokenizer that was made for this model."
-            )
 
     def _options(self, given: Mapping[str, Any]) -> RowOptions:
         return RowOptions.of(given, self._checkpoint_config).with_seed()

@@ -10,7 +10,7 @@ import torch
 from lmkit._borrowed import cache_name
 from lmkit.engine.cache import KeyValues, Prefix
 from lmkit.engine.decoders.base import Decoder
-from lmkit.engine.inputs import input_device, padded
+from lmkit.engine.inputs import input_device, padded, sent
 from lmkit.kernels.rotary import read_as
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class CausalDecoder(Decoder):
         self.width = max(lengths) - rest
         self.reused = sum(used)
         self._pads = [max(lengths) - length for length in lengths]
+        self._sent: tuple[list[int], torch.Tensor] = [], torch.empty(0)  # the pads that the device has
         self._cache.expect(rest + max(row.remaining for row in rows))
         self._known: tuple[list[Prefix | None], list[int]] = [prefix for prefix, _ in prefixes], used
         self._unread, _ = padded(
@@ -85,8 +86,7 @@ class CausalDecoder(Decoder):
         """Read the newest tokens."""
         if self._compiled is not None and len(self.rows) <= self._compiled.most_rows:
             return self._compiled_step(self._compiled)
-        token_ids = torch.tensor([row.token_ids[-1:] for row in self.rows], device=self._device)
-        return self._forward(token_ids, 1)[:, -1]
+        return self._forward(sent([row.token_ids[-1:] for row in self.rows], self._device), 1)[:, -1]
 
     def _compiled_step(self, compiled: CompiledStep) -> torch.Tensor:
         """Read the newest tokens: the step computes with all columns reserved, and a mask hides the rest."""
@@ -109,7 +109,7 @@ class CausalDecoder(Decoder):
         """Read the newest token of the only row and a guess at the next ones; windows cannot be taken back."""
         if not self._cache.plain:
             return None
-        read = torch.tensor([[self.rows[0].token_ids[-1], *guesses]], device=self._device)
+        read = sent([[self.rows[0].token_ids[-1], *guesses]], self._device)
         return self._forward(read, len(guesses) + 1)[0]
 
     def crop(self, tokens: int) -> None:
@@ -162,7 +162,9 @@ class CausalDecoder(Decoder):
         """Read a column of tokens per row, or several; return the last `kept` scores of each row."""
         before, after = self.width, self.width + token_ids.shape[1]
         inputs: dict[str, Any] = {"input_ids": token_ids, "attention_mask": None}
-        pads = torch.tensor(self._pads, device=self._device)[:, None]
+        if self._sent[0] != self._pads:
+            self._sent = list(self._pads), sent(self._pads, self._device)[:, None]
+        pads = self._sent[1]
         if any(self._pads):
             inputs["attention_mask"] = (torch.arange(after, device=self._device) >= pads).long()
         if self._positions:

@@ -9,7 +9,7 @@ import torch
 from lmkit._borrowed import cache_name
 from lmkit.engine.cache import KeyValues
 from lmkit.engine.decoders.base import Decoder
-from lmkit.engine.inputs import input_device, padded
+from lmkit.engine.inputs import input_device, padded, sent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,6 +49,8 @@ class Seq2SeqDecoder(Decoder):
         self._start = start
         self._compiled = compiled
         self._token_ids, self._mask = padded([row.request.input_ids for row in rows], pad, self._device, left=False)
+        # On a CPU a mask that hides nothing is found out to do so; elsewhere to ask would be to wait.
+        self._padded = self._device.type == "cpu" or len({len(row.request.input_ids) for row in rows}) > 1
         self._encoded: Any = None
         self._own = KeyValues(model.config.get_text_config(decoder=True))
         self._own.expect(max(row.remaining for row in rows))
@@ -121,7 +123,8 @@ class Seq2SeqDecoder(Decoder):
         lengths = [len(row.request.input_ids) for row in self.rows]
         passes = similar(lengths, WORTH_A_PASS.get(self._device.type, WORTH_ELSEWHERE))
         if len(passes) == 1:
-            return encoder(input_ids=self._token_ids, attention_mask=self._mask, return_dict=True)
+            mask = self._mask if self._padded else None
+            return encoder(input_ids=self._token_ids, attention_mask=mask, return_dict=True)
         whole: Any = None
         for rows in passes:
             width = lengths[rows[0]]
@@ -137,8 +140,8 @@ class Seq2SeqDecoder(Decoder):
     def _forward(self, token_ids: list[list[int]]) -> torch.Tensor:
         inputs = {
             "encoder_outputs": self._encoded,
-            "attention_mask": self._mask,
-            "decoder_input_ids": torch.tensor(token_ids, device=self._device),
+            "attention_mask": self._mask if self._padded else None,
+            "decoder_input_ids": sent(token_ids, self._device),
             self._cached: self._cache,
             "use_cache": True,
         }

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from lmkit._forks import check_fork, renew, share
 from lmkit._interrupts import holding, surely
 from lmkit._tracebacks import frameless
-from lmkit.engine.computing import computed
-from lmkit.engine.failures import CLOSED, INSIDE, step_failed
+from lmkit.engine.computing import Lane
+from lmkit.engine.failures import CLOSED, DEAD, INSIDE, dead, out_of_memory, step_failed
 from lmkit.engine.inputs import input_device
 from lmkit.errors import EngineError, LmkitError
 from lmkit.kernels.openmp import release_pool
+from lmkit.planning.machine import give_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,9 +47,11 @@ class Runner(ABC, Generic[ItemT, FoundT]):
         self._model: Any = model
         self._pad = pad
         self._device = input_device(model)
+        self._lane = Lane(self._device)
         self._turn = threading.RLock()
         self._runs: int | None = None  # the thread whose turn it is
         self._closed = False
+        self._ended = CLOSED  # why it is
         self._reader: Reader | None = None  # known once the model was tried
         self._compiled: CompiledPass | None = None  # what reads in its place
         self._pads = True
@@ -86,10 +89,13 @@ class Runner(ABC, Generic[ItemT, FoundT]):
         if self._runs == threading.get_ident():
             raise EngineError(INSIDE)
 
-        def mine() -> ResultT:
+        def run() -> ResultT:
             self._runs = threading.get_ident()
+            return do()
+
+        def mine() -> ResultT:
             with frameless:
-                return computed(do)
+                return self._lane(run)
 
         def over() -> None:
             self._runs = None
@@ -144,11 +150,16 @@ class Runner(ABC, Generic[ItemT, FoundT]):
 
         def run() -> Mapping[int, FoundT | EngineError]:
             over = self._closed or (cancelled is not None and cancelled.is_set())
-            return dict.fromkeys(self._numbers(batch), EngineError(CLOSED)) if over else self._run(batch)
+            return dict.fromkeys(self._numbers(batch), EngineError(self._ended)) if over else self._run(batch)
 
         try:
             return self._in_turn(run)
         except Exception as error:  # noqa: BLE001 - what a pass raises ends its own rows only
+            if dead(error, self._device):
+                self._closed, self._ended = True, DEAD.format(error=error)
+                return dict.fromkeys(self._numbers(batch), EngineError(self._ended))
+            if out_of_memory(error):
+                give_back()
             parts = batch if len(batch) > 1 else self._parts(batch[0])
             if middle := len(parts) // 2:
                 halves = [self._attempt(half, cancelled) for half in (parts[:middle], parts[middle:])]

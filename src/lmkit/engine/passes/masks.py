@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import inspect
 import logging
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 
 from lmkit.engine.body_and_head import Reader
 from lmkit.engine.compiled import CompiledPass
 from lmkit.engine.graph import runs_torch_kernels
-from lmkit.engine.inputs import padded
+from lmkit.engine.inputs import fetched, padded, sent
 from lmkit.engine.passes.base import Runner
 from lmkit.engine.questions import Asking, Draw, Found, Query, Want, answered
 from lmkit.errors import EngineError, LmkitError
 from lmkit.kernels import rotary
+from lmkit.kernels.logits import sampled, sums
 from lmkit.results import EngineStats
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from lmkit._interrupts import Flag
+    from lmkit.options.generation import Sample
     from lmkit.text.codec import Typed
 
 logger = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ class MaskScorer(Runner["Asked", Found]):
 
     def _run(self, batch: Sequence[Asked]) -> dict[int, Found | EngineError]:
         places = [(row, place) for row, (_, asked, _) in enumerate(batch) for place in asked]
-        inputs, where = self._inputs([tokens for tokens, _, _ in batch]), torch.tensor(places, device=self._device).T
+        inputs, where = self._inputs([tokens for tokens, _, _ in batch]), sent(places, self._device).T
         self._counts["forwards"] += 1
         self._counts["prompt_tokens"] += inputs["input_ids"].numel()
         if self._compiled is not None and inputs["input_ids"].shape[1] <= self._compiled.most_positions:
@@ -111,7 +113,7 @@ class MaskScorer(Runner["Asked", Found]):
 
     def _inputs(self, rows: Sequence[Sequence[Typed]]) -> dict[str, torch.Tensor]:
         token_ids, mask = padded([[one for one, _ in row] for row in rows], self._pad, self._device, left=False)
-        inputs = {"input_ids": token_ids} | ({} if mask.all() else {"attention_mask": mask})
+        inputs = {"input_ids": token_ids} | ({"attention_mask": mask} if len({*map(len, rows)}) > 1 else {})
         types = [[kind for _, kind in row if kind is not None] for row in rows]
         if all(types):
             inputs["token_type_ids"], _ = padded(types, 0, self._device, left=False)
@@ -127,47 +129,61 @@ def _taken(logits: torch.Tensor, wants: Sequence[tuple[int, Want]]) -> list[Foun
     """
     scores = logits.float()
     totals = scores.logsumexp(-1)
-    usable = torch.isfinite(totals).tolist()
-    most = max((want for _, want in wants if isinstance(want, int)), default=0)
-    top = scores.topk(min(most, scores.shape[-1]))
-    likeliest = (top.indices.tolist(), (top.values - totals[:, None]).tolist())
-    named = [
-        (place, want if isinstance(want, tuple) else (drawn(scores[place], want),))
-        for place, want in wants
-        if usable[place] and not isinstance(want, int)
-    ]
-    where = [place for place, tokens in named for _ in tokens]
-    values = iter((scores[where, [token for _, tokens in named for token in tokens]] - totals[where]).tolist())
-    others = iter([[(token, next(values)) for token in tokens] for _, tokens in named])
+    wants = _drawn(scores, wants)
+    top = scores.topk(min(max((want for _, want in wants if isinstance(want, int)), default=0), scores.shape[-1]))
+    named = [(place, token) for place, want in wants if isinstance(want, tuple) for token in want]
+    where, tokens = sent(list(zip(*named, strict=True)) or [[], []], scores.device, torch.int64)
+    usable, *likeliest, values = fetched(
+        totals.isfinite(), top.indices, top.values - totals[:, None], scores[where, tokens] - totals[where]
+    )
+    columns, others = [part.tolist() for part in likeliest], iter(values.tolist())
     found: list[Found | EngineError] = []
     for place, want in wants:
-        if not usable[place]:
-            found.append(EngineError(NO_SCORE))
-        elif isinstance(want, int):
-            found.append(list(zip(*(column[place][:want] for column in likeliest), strict=True)))
+        if isinstance(want, int):
+            taken = list(zip(*(column[place][:want] for column in columns), strict=True))
         else:
-            found.append(next(others))
+            taken = [(token, next(others)) for token in cast("tuple[int, ...]", want)]
+        found.append(taken if usable[place] else EngineError(NO_SCORE))
+    return found
+
+
+def _drawn(scores: torch.Tensor, wants: Sequence[tuple[int, Want]]) -> list[tuple[int, Want]]:
+    """Put drawn tokens in the places of draws, reshaped by transformers' own processors.
+
+    Args:
+        scores: *Shape:* `(places, vocabulary)`.
+        wants: Places, and what is wanted there.
+    """
+    alike: dict[Sample, list[tuple[int, int, float]]] = {}
+    for number, (place, want) in enumerate(wants):
+        if isinstance(want, Draw):
+            alike.setdefault(want.mode, []).append((number, place, want.uniform))
+    found = list(wants)
+    for mode, draws in alike.items():
+        numbers, places, uniform = zip(*draws, strict=True)
+        rows = scores.index_select(0, sent(places, scores.device))
+        for warper in _warpers(mode):
+            rows = warper(None, rows)
+        (token_ids,) = fetched(sampled(rows, sent(uniform, scores.device, sums(scores.device))))
+        for number, place, token_id in zip(numbers, places, token_ids.tolist(), strict=True):
+            found[number] = place, (max(token_id, 0),)
     return found
 
 
 def drawn(scores: torch.Tensor, draw: Draw) -> int:
-    """Draw a token by inversion of the cumulative distribution, reshaped by transformers' own processors.
+    """Draw one token. *Shape:* of its scores `(vocabulary,)`."""
+    ((_, want),) = _drawn(scores[None], [(0, draw)])
+    return cast("tuple[int]", want)[0]
 
-    Args:
-        scores: *Shape:* `(vocabulary)`.
-        draw: How it is reshaped, and a number in [0, 1).
-    """
+
+def _warpers(mode: Sample) -> list[Any]:
     from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    row, mode = scores.to("cpu", torch.float32)[None], draw.mode
     warpers: list[Any] = [TemperatureLogitsWarper(float(mode.temperature))] if mode.temperature != 1 else []
     warpers += [TopKLogitsWarper(mode.top_k)] if mode.top_k else []
     warpers += [TopPLogitsWarper(float(mode.top_p))] if mode.top_p < 1 else []
     warpers += [MinPLogitsWarper(mode.min_p)] if mode.min_p is not None else []
-    for warper in warpers:
-        row = warper(None, row)
-    cumulative = row[0].double().softmax(-1).cumsum(-1)
-    return int(torch.searchsorted(cumulative, draw.uniform * cumulative[-1], right=True))
+    return warpers
 
 
 NO_SCORE = "the model gave no finite score at a mask: load with precision='float32' or 'bfloat16'."

@@ -12,7 +12,7 @@ import torch
 
 from lmkit._borrowed import cache_name
 from lmkit.engine.body_and_head import Reader, alike, with_states
-from lmkit.engine.inputs import padded
+from lmkit.engine.inputs import fetched, padded, sent
 from lmkit.engine.passes.base import Runner
 from lmkit.engine.request import Reading, Scored
 from lmkit.errors import EngineError, OptionError
@@ -212,7 +212,7 @@ class Scorer(Runner["Group", Scored]):
         def inputs(owners: list[int], columns: int) -> dict[str, Any]:
             own = copy.copy(cache)
             own.layers = [copy.copy(layer) for layer in cache.layers]
-            own.batch_select_indices(torch.tensor(owners, device=self._device))
+            own.batch_select_indices(sent(owners, self._device))
             return cached | {name: own} | self._columns(pad[owners], width, width + columns)
 
         return width, inputs
@@ -250,13 +250,12 @@ def _scored(
         for number, (row, shared) in enumerate(zip(rows, shares, strict=True))
         for column in range(row.start, len(row.token_ids))
     ]
-    found: list[float] = []
-    likeliest: list[bool] = []
-    for first in range(0, len(places), size):
-        number, column, target = torch.tensor(places[first : first + size]).T
+    every = sent(places, hidden.device).T
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for number, column, target in zip(*(torch.split(one, size) for one in every), strict=True):
         scores = head(hidden[number, column])
         chosen = target.to(scores.device)[:, None]
-        found += logprobs(scores, chosen)[:, 0].tolist()
-        likeliest += (scores.gather(-1, chosen)[:, 0] >= scores.amax(-1)).tolist()
-    values, firsts = iter(found), iter(likeliest)
+        parts.append((logprobs(scores, chosen)[:, 0], scores.gather(-1, chosen)[:, 0] >= scores.amax(-1)))
+    found, likeliest = fetched(*(torch.cat(kind) for kind in zip(*parts, strict=True)))
+    values, firsts = iter(found.tolist()), iter(likeliest.tolist())
     return [Scored(tuple(islice(values, n)), all(list(islice(firsts, n)))) for n in lengths]
