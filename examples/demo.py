@@ -50,7 +50,7 @@ def main() -> int:
             print(f"{chunk.text}|", end="", flush=True)
         print()
         right += map(show, generator.chat(CHATS, max_new_tokens=24), ("Paris", ""))
-    print(f"\n{time.perf_counter() - started:.0f} s in all, {right.count(False)} of {len(right)} not as expected")
+    print(f"\n{time.perf_counter() - started:.0f} s in all, {right.count(True)} of {len(right)} answers as expected")
     return 0 if all(right) else 1
 
 

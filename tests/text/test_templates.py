@@ -43,7 +43,7 @@ def test_what_a_template_does_not_read_is_an_error(given: Any, told: str) -> Non
 def test_tools_for_a_template_without_are_an_error() -> None:
     """Tools, and calls of them in messages, do not vanish."""
     here = chats(chat_templates.TEMPLATES["chatml"])
-    with pytest.raises(lmkit.OptionError, match=r"does not read 'tools'.*Besides messages it reads: nothing"):
+    with pytest.raises(lmkit.OptionError, match=r"does not read 'tools'.*made for tools.*it reads: nothing"):
         here.encode(CHAT, {"tools": [{"name": "f"}]})
     with pytest.raises(lmkit.OptionError, match=r"message 1 has 'tool_calls'.*does not read them"):
         here.encode([*CHAT, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}], {})

@@ -479,6 +479,13 @@ def test_messages_of_a_wrong_shape_are_an_error(wrong: Any) -> None:
         wrapper("qwen3").chat(wrong)
 
 
+@pytest.mark.parametrize("wrong", [["a", "b"], [("user", "a")]], ids=str)
+def test_a_list_of_something_else_than_messages_is_called_so(wrong: Any) -> None:
+    """Where one prompt is taken, the texts in a list are not said to be no texts."""
+    with pytest.raises(lmkit.OptionError, match=r"row 0 is a list with .*no message: pass a text, or a list of mess"):
+        wrapper("qwen3").count_tokens(wrong)
+
+
 def test_no_chats_give_no_answers() -> None:
     """An empty list of chats is an empty list."""
     assert wrapper("qwen3").chat([]) == []

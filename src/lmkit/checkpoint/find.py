@@ -167,7 +167,7 @@ def _asking_hub(name: str, access: Access, absent: Exception) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelNotFoundError(
             f"{name!r}{revision} was not found: {where}, and {constants.ENDPOINT} answered: {reason.rstrip('.')}. "
-            "Check the spelling and the connection; a private or gated model needs token=."
+            "Check the spelling and the connection; a private or gated model needs token= or `hf auth login`."
         ) from error
 
 

@@ -67,7 +67,8 @@ def unmask(checkpoint: Loading, given: Given, filling: Filling, output: Output) 
 def chat(checkpoint: Loading, given: Given, chatting: Chatting, output: Output) -> None:
     """Answer a message; without one, talk in the terminal.
 
-    In the talk, /help lists what there is. Ctrl-C ends an answer, and Ctrl-D the talk.
+    In the talk, /help lists what there is. Ctrl-C ends an answer, and Ctrl-D the talk. There an answer ends where the
+    model ends it, unless --max-new-tokens is given.
     """
     options = chatting.chosen()
     system = options.pop("system", None)

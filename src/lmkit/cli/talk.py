@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lmkit.results import Generation, TextChunk
 
 HELP = '''\
-/system [TEXT]         what the model is told before all else
+/system [TEXT]         what the model is told before all else; alone, nothing
 /options [NAME=VALUE]  set an option, as temperature=0.7; alone, show them
 /reset                 forget what was said
 /save FILE             add the talk to FILE, as a line of JSON

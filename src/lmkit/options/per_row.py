@@ -27,6 +27,9 @@ _ELSEWHERE = {
     "bad_words_ids": "lmkit calls it bad_words, which takes texts too",
     "sequence_bias": "lmkit calls it logit_bias, which is for single tokens",
     "logits_processor": "lmkit calls it processors",
+    "response_format": "lmkit calls it output, which takes a type, or a schema in lmkit.JSONSchema",
+    "system": "It is the first message of a chat, with the role 'system'",
+    **dict.fromkeys(("batch_size", "padding", "pad_token_id"), "Batches are lmkit's business: leave it out"),
     **dict.fromkeys(
         ("return_full_text", "echo"),
         "The result's text is the new part only: result.prompt + result.text is all of a prompt that was continued",

@@ -60,8 +60,8 @@ def _described(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
     except Exception as error:
         name = getattr(function, "__name__", repr(function))
         raise OptionError(
-            f"the tool {name} cannot be described: {str(error)[:300]} Annotate every argument, and describe each "
-            "under 'Args:' in the docstring, as Google does; or pass a definition in JSON."
+            f"the tool {name} cannot be described: {str(error)[:300].rstrip('.!')}. Annotate every argument, and "
+            "describe each under 'Args:' in the docstring, as Google does; or pass a definition in JSON."
         ) from error
 
 

@@ -78,9 +78,10 @@ class Template:
                 )
         for name in given:
             if name not in {*self.variables, "chat_template"}:
+                made = " Load a checkpoint that is made for tools, or bring a template: template={'chat_template': …}."
                 raise OptionError(
                     f"this checkpoint's chat template does not read {shown(name)}, so it would change nothing."
-                    f"{nearest(str(name), self.variables)} "
+                    f"{made if name == 'tools' else nearest(str(name), self.variables)} "
                     f"Besides messages it reads: {listed(sorted(self.variables)) or 'nothing'}."
                 )
 

@@ -603,8 +603,7 @@ def chat_of(messages: Any, row: int) -> Chat:
     parts = [] if single else rows
     wrong = [part for part in parts if not (isinstance(part, Mapping) and isinstance(part.get("role"), str))]
     if wrong or not parts:
-        told = shown(wrong[0] if wrong else messages)
-        raise OptionError(
-            f"row {row} has {told}, not a text and not {_MESSAGE}, with roles such as 'system', 'user', 'assistant'."
-        )
+        told = f"is a list with {shown(wrong[0])}, and that is" if wrong else f"has {shown(messages)},"
+        kind = "no message: pass a text, or" if wrong else "not a text and not"
+        raise OptionError(f"row {row} {told} {kind} {_MESSAGE}, with roles such as 'system', 'user', 'assistant'.")
     return parts
