@@ -120,6 +120,7 @@ def test_commands(tmp_path: Path) -> None:
         assert "error: temperature=-1 is not accepted" in entered(screen, "/options temperature=-1")
         assert "Did you mean 'temperature'?" in entered(screen, "/options tempratur=1")
         assert "not written as NAME=VALUE" in entered(screen, "/options seed")
+        assert "'prompts' is not an option of chats" in entered(screen, "/options prompts=1")
         entered(screen, '/options stop=["a"]')
         entered(screen, "/options max_new_tokens=")
         assert entered(screen, "/options").startswith('\r\x1b[2mstop=["a"]\x1b[0m')

@@ -52,19 +52,21 @@ def test_a_compiled_step_gives_the_tokens_of_generate(cache: Path) -> None:
     assert len(list(cache.rglob("*.step"))) == 1
 
 
-def test_a_compiled_step_is_kept_for_the_next_load(cache: Path) -> None:
-    """A second load finds the step on disk, and a damaged file is compiled again."""
+def test_a_compiled_step_is_kept_for_the_next_load(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A second load finds the step on disk, and a damaged file is compiled again, with a word in the log."""
     compiled("llama").close()
     (kept,) = cache.rglob("*.step")
     before = kept.stat().st_mtime_ns
     compiled("llama").close()
     assert kept.stat().st_mtime_ns == before
+    assert "does not load" not in caplog.text
     kept.write_bytes(b"damaged")
     generator = compiled("llama")
     assert list(generator("She", max_new_tokens=6).token_ids) == list(
         wrapper("llama")("She", max_new_tokens=6).token_ids
     )
     assert kept.stat().st_mtime_ns != before
+    assert "does not load, and is compiled again" in caplog.text
 
 
 def noisy(scores: torch.Tensor) -> torch.Tensor:
@@ -109,6 +111,7 @@ def test_a_quantized_model_is_compiled(
     run = CompiledStep.__call__
     monkeypatch.setattr(CompiledStep, "__call__", lambda self, *args: (steps.append(len(args[0])), run(self, *args))[1])
     with lmkit.load("causal", folder, word, "cpu", compile=True) as generator:
+        assert ("for one row at a time" in generator.plan.reasons["compiled"]) is not native
         steps.clear()
         assert [generator(prompt, max_new_tokens=12).token_ids for prompt in prompts] == expected
         assert set(steps) == {1}
@@ -216,15 +219,14 @@ def test_a_compiled_pass_fills_masks_as_the_pipeline_does(name: str, monkeypatch
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_pass_on_torchs_quantized_kernels_is_not_compiled(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Where torch multiplies what is quantized, masked models run as they are, and the log says why."""
+def test_a_pass_on_torchs_quantized_kernels_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch multiplies what is quantized, masked models run as they are, and the plan says why."""
     monkeypatch.setenv("CXX", "no-such-compiler")
     folder = str(checkpoints.folder("bert"))
-    with caplog.at_level("INFO"), lmkit.load("masked", folder, "int8", "cpu", compile=True) as unmasker:
+    with lmkit.load("masked", folder, "int8", "cpu", compile=True) as unmasker:
         found = unmasker(texts("bert"))
-    assert "is not compiled, since torch's kernels multiply" in caplog.text
+    assert not unmasker.plan.compiled
+    assert unmasker.plan.reasons["compiled"] == "not compiled, since torch's kernels multiply what is quantized"
     with lmkit.load("masked", folder, "int8", "cpu") as plain:
         assert [str(one) for one in found] == [str(one) for one in plain(texts("bert"))]
 

@@ -137,7 +137,12 @@ class Talk:
             raise OptionError(f"{written!r} is not written as NAME=VALUE.")
         options = {one: kept for one, kept in self._options.items() if one != name}
         options |= {name: value_of(value)} if value else {}
-        self._check(self._messages, options)
+        try:
+            self._check(self._messages, options)
+        except LmkitError:
+            raise
+        except TypeError as error:  # a name of what is not an option, as `prompts`
+            raise OptionError(f"{name!r} is not an option of chats.") from error
         self._options = options
 
     def _check(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> None:

@@ -14,8 +14,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from lmkit._borrowed import cache_name
 from lmkit.engine.body_and_head import Reader
 from lmkit.engine.cache import KeyValues, WindowLayer
-from lmkit.engine.graph import Graph, Taken, runs_torch_kernels
+from lmkit.engine.graph import Graph, Taken
 from lmkit.kernels import attention
+from lmkit.kernels.quantized import runs_torch_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

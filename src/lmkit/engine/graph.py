@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import shutil
 import sys
 import tempfile
@@ -27,6 +28,8 @@ from lmkit.kernels.together import WithWholes
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+logger = logging.getLogger("lmkit.engine")
+
 TOLERANCE = 0.1
 """How far compiled scores of the median row may be from the model's own, as a share of their spread: fused steps round
 bfloat16 elsewhere, SmolLM2's by 0.08 in the median with two tokens of context, single rows more."""
@@ -43,11 +46,6 @@ STEP, KERNELS = "compiled.step", "kernels"
 
 Taken: TypeAlias = "tuple[tuple[int | str, ...], torch.dtype]"
 """An input's shape, whose words name sizes that may be any, and its dtype."""
-
-
-def runs_torch_kernels(model: torch.nn.Module) -> bool:
-    """Say whether torch's quantized kernels multiply in a model: many rows are no faster compiled."""
-    return any(module.native is None for module in model.modules() if isinstance(module, QuantizedLinear))
 
 
 class Graph(ABC):
@@ -138,8 +136,12 @@ class Graph(ABC):
         from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
         from torch._inductor.standalone_compile import CompiledArtifact
 
-        with contextlib.suppress(Exception), temporary_cache_dir(str(folder / KERNELS)):  # absent or damaged
-            return CompiledArtifact.load(path=str(folder / STEP))
+        if folder.exists():
+            try:
+                with temporary_cache_dir(str(folder / KERNELS)):
+                    return CompiledArtifact.load(path=str(folder / STEP))
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with it, it can be made again
+                logger.warning("the graph kept in %s does not load, and is compiled again: %s", folder, error)
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
         try:

@@ -336,6 +336,11 @@ class Int4Linear(QuantizedLinear):
         return levels[:, ::2] | levels[:, 1::2] << 4
 
 
+def runs_torch_kernels(model: torch.nn.Module) -> bool:
+    """Say whether torch's quantized kernels multiply in a model: many rows are no faster compiled."""
+    return any(module.native is None for module in model.modules() if isinstance(module, QuantizedLinear))
+
+
 def _rows(numbers: int) -> int:
     """Return how many rows of so many numbers are widened at once, as whole blocks of lmkit's own kernels."""
     return -(-max(BLOCK // numbers, 1) // native.BLOCK) * native.BLOCK

@@ -19,7 +19,7 @@ from lmkit.errors import OptionError, shown
 from lmkit.jobs.job import check_files
 from lmkit.kernels.openmp import release_pool
 from lmkit.loading.options import LoadOptions, check_options
-from lmkit.loading.reading import carry_out, read_model, read_tokenizer, tell, with_kernels
+from lmkit.loading.reading import as_compiled, carry_out, read_model, read_tokenizer, tell, with_kernels
 from lmkit.loading.turns import in_turn, silently, without_pool
 from lmkit.options.signatures import spelled_out
 from lmkit.planning import told_language
@@ -200,7 +200,7 @@ def _loaded(
         without_pool(lambda: put_on(model, wish.adapters))
         told_language.put_on(model, check_language(config, wish.language, source.name))
         plan, kernels = with_kernels(plan, model, wish)
-        return plan, model, tokenizer(), carry_out(plan, model, wish, kernels)
+        return as_compiled(plan, model), model, tokenizer(), carry_out(plan, model, wish, kernels)
 
 
 def _replicated(

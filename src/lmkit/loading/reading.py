@@ -17,6 +17,7 @@ from lmkit.kernels import attention, norms, ordered, rotary, tied
 from lmkit.kernels.native.build import NoKernelsError, instructions
 from lmkit.kernels.native.operators import operators, refusal
 from lmkit.kernels.packed import pack
+from lmkit.kernels.quantized import runs_torch_kernels
 from lmkit.kernels.together import join
 from lmkit.kernels.wide_copies import Copies, keep_copies
 from lmkit.loading.turns import without_pool
@@ -109,6 +110,15 @@ def with_kernels(plan: LoadPlan, model: Any, wish: Wish) -> tuple[LoadPlan, Any]
         ordered.put_on(model, isa)
         tied.put_on_head(model, isa)
     return plan, kernels
+
+
+def as_compiled(plan: LoadPlan, model: Any) -> LoadPlan:
+    """Say in the plan how far a model is compiled whose quantized layers torch's kernels multiply."""
+    if not (plan.compiled and runs_torch_kernels(model)):
+        return plan
+    why, masked = "since torch's kernels multiply what is quantized", plan.task == "masked"
+    told = f"not compiled, {why}" if masked else f"{plan.reasons['compiled']}; for one row at a time, {why}"
+    return replace(plan, compiled=not masked, reasons={**plan.reasons, "compiled": told})
 
 
 def carry_out(plan: LoadPlan, model: Any, wish: Wish, kernels: Any) -> Copies | None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 
 from lmkit.engine.body_and_head import Reader
 from lmkit.engine.compiled import CompiledPass
-from lmkit.engine.graph import runs_torch_kernels
 from lmkit.engine.inputs import fetched, padded, sent
 from lmkit.engine.passes.base import Runner
 from lmkit.engine.questions import Asking, Draw, Found, Query, Want, answered
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
     from lmkit._interrupts import Flag
     from lmkit.options.generation import Sample
     from lmkit.text.codec import Typed
-
-logger = logging.getLogger(__name__)
 
 PADDING_SENSITIVE = frozenset({"convbert", "fnet", "funnel", "mobilebert", "nystromformer", "perceiver", "yoso"})
 """Masked model types whose result padding on the right changes: these run in groups of equal length. Found by running
@@ -51,9 +47,7 @@ class MaskScorer(Runner["Asked", Found]):
         self._pads = model.config.model_type not in PADDING_SENSITIVE and not rotary.scaling(model).kind
         self._takes = inspect.signature(model.forward).parameters.keys()
         self._counts = {"forwards": 0, "prompt_tokens": 0}
-        if compiled and runs_torch_kernels(model):
-            logger.info("%s is not compiled, since torch's kernels multiply what is quantized", type(model).__name__)
-        elif compiled:
+        if compiled:
             middle = model.config.get_text_config(decoder=True).vocab_size // 2
             probe = self._inputs([[(middle + n, None) for n in range(PROBE)]] * 2)
             self._compiled = CompiledPass(model, probe, typed="token_type_ids" in self._takes)
