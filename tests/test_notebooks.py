@@ -7,14 +7,14 @@ import pytest
 from jupyter_client.manager import start_new_kernel
 
 import hub_stub
-import kernels
+import notebooks
 from lmkit.loading import LoadOptions
 from lmkit.options.generation import GeneratorOptions
 
 LOADED = """import lmkit
 unmasker = lmkit.load("masked", "checkpoints/world-bert")"""
 MORE = f"""import sys
-sys.path.insert(0, {str(kernels.ROOT / "tests" / "helpers")!r})
+sys.path.insert(0, {str(notebooks.ROOT / "tests" / "helpers")!r})
 import checkpoints
 generator, translator = checkpoints.wrapper("llama"), checkpoints.wrapper("t5")
 def processor(token_ids, scores):
@@ -23,10 +23,10 @@ def processor(token_ids, scores):
 
 
 @pytest.fixture(scope="module")
-def notebook() -> Iterator[kernels.Notebook]:
+def notebook() -> Iterator[notebooks.Notebook]:
     """Start a kernel that has loaded models."""
-    manager, client = start_new_kernel(kernel_name="python3", cwd=str(kernels.EXAMPLES))
-    found = kernels.Notebook(client)
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(notebooks.EXAMPLES))
+    found = notebooks.Notebook(client)
     found.run(LOADED)
     found.run(MORE)
     yield found
@@ -43,15 +43,15 @@ def notebook() -> Iterator[kernels.Notebook]:
         ("unmasker('a', targ", ["targets"]),
     ],
 )
-def test_the_tab_key_offers_options(notebook: kernels.Notebook, code: str, options: list[str]) -> None:
+def test_the_tab_key_offers_options(notebook: notebooks.Notebook, code: str, options: list[str]) -> None:
     """Behind an open parenthesis there is every option of the call."""
     assert {f"{name}=" for name in options} <= {*notebook.complete(code)}
 
 
-def test_a_question_mark_shows_all_options(notebook: kernels.Notebook) -> None:
+def test_a_question_mark_shows_all_options(notebook: notebooks.Notebook) -> None:
     """`generator?` has each in the signature, and says what it does."""
     ((kind, told),) = notebook.run("generator?")
-    (text,) = ["\n".join(kernels.lines(told["data"]["text/plain"]))]
+    (text,) = ["\n".join(notebooks.lines(told["data"]["text/plain"]))]
     assert kind == "help"
     for name in GeneratorOptions.__annotations__:
         assert f"\n    {name}: " in text.partition("Options:")[0]
@@ -68,7 +68,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("code", ERRORS)
-def test_an_error_is_short(notebook: kernels.Notebook, code: str) -> None:
+def test_an_error_is_short(notebook: notebooks.Notebook, code: str) -> None:
     """It has the caller's own line and the message: no frames of lmkit, nor of what it calls."""
     ((kind, error),) = notebook.run(code)
     first, line, *marks, message = error["traceback"]
@@ -78,7 +78,7 @@ def test_an_error_is_short(notebook: kernels.Notebook, code: str) -> None:
     assert message.startswith(ERRORS[code])
 
 
-def test_an_error_of_the_callers_code_shows_where(notebook: kernels.Notebook) -> None:
+def test_an_error_of_the_callers_code_shows_where(notebook: notebooks.Notebook) -> None:
     """A processor that fails is the caller's to mend: its line is there."""
     ((_, error),) = notebook.run("generator('She', processors=[processor])")
     assert "    return scores / (1 // 0)" in error["traceback"]
@@ -87,7 +87,7 @@ def test_an_error_of_the_callers_code_shows_where(notebook: kernels.Notebook) ->
 
 
 @pytest.mark.parametrize("rows, count", [("rows", 3), ("rows[1:]", 2)])
-def test_lists_are_tables(notebook: kernels.Notebook, rows: str, count: int) -> None:
+def test_lists_are_tables(notebook: notebooks.Notebook, rows: str, count: int) -> None:
     """So are slices of them."""
     notebook.run("rows = generator(['She', 'He', 'It'], max_new_tokens=2)")
     ((kind, found),) = notebook.run(rows)
@@ -108,21 +108,21 @@ BARS = {
 
 
 @pytest.mark.parametrize("code", BARS)
-def test_a_bar_is_one_line(notebook: kernels.Notebook, code: str) -> None:
+def test_a_bar_is_one_line(notebook: notebooks.Notebook, code: str) -> None:
     """Of rows, of texts that are scored, and of the pieces of a document."""
     line, *rest = notebook.screen(code)
     assert BARS[code] in line
     assert rest == [""]
 
 
-def test_a_load_has_a_bar_that_goes(notebook: kernels.Notebook) -> None:
+def test_a_load_has_a_bar_that_goes(notebook: notebooks.Notebook) -> None:
     """Who loads many weights sees how far it is; nothing of it is left, and a load that is quick shows nothing."""
     assert notebook.run(LOADED) == []
     slow = "from lmkit.wrappers import progress\nprogress.DELAY_SECONDS = -1\n"
     outputs = notebook.run(f"{slow}{LOADED}\nprogress.DELAY_SECONDS = 2.0")
     text = "".join(content["text"] for _, content in outputs)
     assert "Loading weights:" in text
-    assert kernels.lines(text) == [""]
+    assert notebooks.lines(text) == [""]
 
 
 HUB = """from huggingface_hub import constants
@@ -132,10 +132,10 @@ lmkit.load("masked", "nobody/world", cache_dir={cache!r}).close()
 """
 
 
-def test_a_download_has_a_bar(notebook: kernels.Notebook, tmp_path: Path) -> None:
+def test_a_download_has_a_bar(notebook: notebooks.Notebook, tmp_path: Path) -> None:
     """What is fetched is shown as it comes; of what is here already there is nothing to show."""
     with hub_stub.serving() as hub:
-        hub.repositories["nobody/world"] = {"main": kernels.EXAMPLES / "checkpoints" / "world-bert"}
+        hub.repositories["nobody/world"] = {"main": notebooks.EXAMPLES / "checkpoints" / "world-bert"}
         code = HUB.format(endpoint=hub.endpoint, cache=str(tmp_path))
         assert any("Fetching" in line and "100%" in line for line in notebook.screen(code))
         assert notebook.run(code) == []
@@ -143,7 +143,7 @@ def test_a_download_has_a_bar(notebook: kernels.Notebook, tmp_path: Path) -> Non
 
 def test_the_tour_runs() -> None:
     """From its first cell to its last nothing goes to standard error, and results draw themselves."""
-    outputs = [output for cell in kernels.executed().cells for output in cell.get("outputs", [])]
+    outputs = [output for cell in notebooks.executed().cells for output in cell.get("outputs", [])]
     assert [one for one in outputs if one.get("name") == "stderr"] == []
     drawn = [one["data"].get("text/html", "") for one in outputs if one["output_type"] == "execute_result"]
     assert len([html for html in drawn if html.startswith(("<div", "<table"))]) >= 4

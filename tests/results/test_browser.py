@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import kernels
+import notebooks
 import picture_page
 from browser import CHROMIUM, Browser
 
@@ -57,7 +57,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Pat
     from nbconvert import HTMLExporter
 
     helpers = f"import sys\nsys.path.insert(0, {str(Path(picture_page.__file__).parent)!r})"
-    notebook: Any = kernels.executed(helpers, *CELLS)
+    notebook: Any = notebooks.executed(helpers, *CELLS)
     found = {}
     for theme in picture_page.THEMES:
         shown = HTMLExporter(template_name="lab", theme=theme).from_notebook_node(notebook)[0]

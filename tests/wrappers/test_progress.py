@@ -14,8 +14,8 @@ import pytest
 
 import lmkit
 from checkpoints import texts, wrapper
-from kernels import lines
 from lmkit.wrappers import progress
+from notebooks import lines
 
 
 def test_a_bar_shows_rows_and_speed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,9 +172,12 @@ class WindowLayer(GrowingLayer):  # type: ignore[no-untyped-call]  # as above
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append columns; returns those that they see. *Shape:* as of plain layers."""
-        self._trim()
+        self._trim()  # behind a compiled step
         self.cumulative_length += key_states.shape[-2]
-        return super().update(key_states, value_states)
+        seen = super().update(key_states, value_states)
+        self._trim()
+        self._live()
+        return seen
 
     def _trim(self) -> None:
         self.start = max(self.start, self.end - self.sliding_window + 1)
