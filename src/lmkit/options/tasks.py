@@ -63,7 +63,7 @@ def _words(value: Any) -> bool:
 class UnmaskOptions(ModeOptions, total=False):
     """The options of every call that fills masks; each takes one value, or a list with one per row.
 
-    [Filling masks](fill-mask.md#its-options) says what each takes and does, and what it is when left out.
+    The page on filling masks says what each takes and does, and what it is when left out.
     """
 
     top_k: Annotated[PerRow[int], whole(1, "How many candidates to give", "5, or as many as there are targets")]
