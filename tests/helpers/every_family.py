@@ -68,6 +68,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "blenderbot": {"encoder_layers": 4},
     "cohere_compass_text": {"sliding_window": 8, "layer_types": ["full_attention"] * 4},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    # Its indexer scores many columns 0, and which of these it picks depends on where padding lies, in transformers too.
+    "deepseek_v32": {"index_topk": 64},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "gemma3n_text": _SHARED,
     "gemma4_text": {"hidden_size_per_layer_input": 8},
