@@ -12,6 +12,7 @@ import sys
 import termios
 import time
 from functools import partial
+from pathlib import Path
 from typing import Self
 
 
@@ -57,6 +58,14 @@ class Screen:
         self.shown = ""
         os.write(self.master, keys.encode())
         return self.wait_for(text)
+
+    def settle(self) -> None:
+        """Wait until the process sleeps: Python's readline sees a signal that comes just before only with the next key."""
+        asleep = 0
+        while asleep < 5:
+            state = Path(f"/proc/{self.process.pid}/stat").read_text("utf-8").rpartition(") ")[2][0]
+            asleep = asleep + 1 if state == "S" else 0
+            time.sleep(0.02)
 
     def interrupt(self, text: str = "") -> str:
         """Send what Ctrl-C sends, and wait for a text."""
