@@ -60,7 +60,7 @@ class Screen:
         return self.wait_for(text)
 
     def settle(self) -> None:
-        """Wait until the process sleeps: readline of Python answers a signal just before that with the next key only."""
+        """Wait until the process sleeps, as it does where it waits for keys."""
         asleep = 0
         while asleep < 5:
             state = Path(f"/proc/{self.process.pid}/stat").read_text("utf-8").rpartition(") ")[2][0]
