@@ -60,7 +60,11 @@ class Screen:
         return self.wait_for(text)
 
     def settle(self) -> None:
-        """Wait until the process sleeps, as it does where it waits for keys."""
+        """Wait until the process sleeps, as it does where it waits for keys.
+
+        A signal that comes while it still answers a key may go to another of its threads (seen by strace): Python's
+        readline, which looks for signals where its own `select` was interrupted, then answers the next one only.
+        """
         asleep = 0
         while asleep < 5:
             state = Path(f"/proc/{self.process.pid}/stat").read_text("utf-8").rpartition(") ")[2][0]
