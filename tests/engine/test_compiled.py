@@ -152,7 +152,13 @@ def test_without_a_home_a_load_says_where_to_keep_graphs(monkeypatch: pytest.Mon
         compiled("llama")
 
 
-@pytest.mark.parametrize("name, why", [("mamba", "cache"), ("gpt_neo", "takes no mask that is not made for it")])
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("mamba", "(takes no cache|beside plain keys and values)"),  # with transformers 5.23, and since 5.24
+        ("gpt_neo", "takes no mask that is not made for it"),
+    ],
+)
 def test_a_family_without_a_compiled_step_is_refused(name: str, why: str) -> None:
     """A model whose cache or attention no graph is made for is refused, by name."""
     with pytest.raises(lmkit.OptionError, match=f"compile=True is not to be had for .*{why}"):

@@ -264,6 +264,7 @@ class CompiledDecoderStep(Graph):
         sources: list[Any] = [_Source(*pair) for pair in zip(across[:layers], across[layers:], strict=True)]
         seen = torch.arange(width, device=self._device) <= slot
         size = self._sample[3]["encoder_outputs"].last_hidden_state.shape[2]
+        mask = mask.expand(-1, -1, -1, across[0].shape[2])  # as in `CompiledStep._traced`
         hidden = states[0].new_zeros(token_ids.shape[0], mask.shape[3], size)  # only its shape is asked for
         outputs: Any = self._model(
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
