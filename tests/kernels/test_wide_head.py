@@ -1,5 +1,6 @@
 """Output layers that share their weight with several embeddings: a copy in 8 bits multiplies."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import checkpoints
 import lmkit
+from lmkit.engine.compiled import CompiledDecoderStep
 from lmkit.kernels.native.operators import refusal
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason="there are no kernels here")
@@ -47,3 +49,18 @@ def test_the_plan_counts_the_copy() -> None:
     wrapper = loaded("int8", "kernels")
     assert "is held in 8 bits as well" in wrapper.plan.reasons["kernels"]
     assert "held in 8 bits" not in loaded("int8", compile=False).plan.reasons.get("kernels", "")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's imports
+def test_a_compiled_step_multiplies_by_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled step's scores are those of the step that is not compiled; by the weight they are others."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = loaded("int8", "kernels").model
+    with torch.no_grad():
+        step = CompiledDecoderStep(model)
+        del step._sample  # each try goes on behind it
+        found, expected = step._tried()
+        del step._sample, model.get_output_embeddings().forward
+        by_weight = step._tried()[1]
+    off, else_off = (float((one - expected).norm() / expected.norm()) for one in (found, by_weight))
+    assert off < else_off / 4

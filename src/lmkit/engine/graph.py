@@ -23,6 +23,7 @@ from lmkit.engine.inputs import input_device
 from lmkit.errors import EngineError
 from lmkit.kernels.native.build import cache_folder
 from lmkit.kernels.quantized import QuantizedLinear
+from lmkit.kernels.tied import head_copies
 from lmkit.kernels.together import WithWholes
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Graph(ABC):
         """Load the graph of `model`, whose plan says that it has one, from the cache folder; or compile and keep it."""
         self._model = model
         self._device = input_device(model)
-        self._named = every = WithWholes(model)
+        self._named = every = WithWholes(model, head_copies(model))
         named = [*every.named_parameters(remove_duplicate=False), *every.named_buffers(remove_duplicate=False)]
         once = {id(tensor): tensor for _, tensor in named}
         places = {key: place for place, key in enumerate(once)}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 
 from lmkit.kernels.native import linear
 from lmkit.kernels.ordered import DTYPES, Ordered, hold
@@ -99,7 +99,8 @@ def wide_head(model: Any, quantizer: Any) -> torch.nn.Linear | None:
 def put_on_head(model: Any, isa: str) -> bool:
     """Have a `wide_head` multiply by a copy of its weight in 8 bits, as other output layers do; return whether.
 
-    The module keeps its weight, which is the embeddings', and uses it where it is traced, trained or was changed.
+    The module keeps its weight, which is the embeddings', and uses it where it is trained, was changed, or is traced by
+    others: lmkit's own graphs are given the copy.
     """
     head = wide_head(model, model.hf_quantizer)
     if head is None or head.weight.device.type != "cpu":
@@ -108,13 +109,32 @@ def put_on_head(model: Any, isa: str) -> bool:
     hold(layer, *Int8Linear.quantize(head.weight.detach(), head.weight.dtype))
     layer.bias = head.bias
     layer.to_native(isa)
-    head.forward = functools.partial(_by_copy, head, layer, head.weight.data_ptr())  # type: ignore[method-assign]
+    head.forward = _ByCopy(head, layer)  # type: ignore[method-assign]
     return True
 
 
-def _by_copy(head: torch.nn.Linear, layer: Int8Linear, address: int, rows: torch.Tensor) -> torch.Tensor:
-    weight = head.weight
-    trained = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
-    if type(rows) is not torch.Tensor or trained or torch.compiler.is_compiling() or weight.data_ptr() != address:
-        return torch.nn.functional.linear(rows, weight, head.bias)
-    return layer.product(rows)
+def head_copies(model: Any) -> list[Int8Linear]:
+    """Return the layers of `put_on_head`, which are no modules of the model."""
+    ways = (vars(module).get("forward") for module in model.modules())
+    return [way.layer for way in ways if isinstance(way, _ByCopy)]
+
+
+class _ByCopy:
+    """The forward of an output layer that multiplies by a copy of its weight.
+
+    Attributes:
+        layer: What holds the copy.
+    """
+
+    def __init__(self, head: torch.nn.Linear, layer: Int8Linear) -> None:
+        self._head, self._address, self.layer = head, head.weight.data_ptr(), layer
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        weight = self._head.weight
+        if type(self.layer.weight) is FakeTensor:  # a graph's input
+            return self.layer.product(rows)
+        trained = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
+        traced = type(rows) is not torch.Tensor or torch.compiler.is_compiling()
+        if traced or trained or weight.data_ptr() != self._address:
+            return torch.nn.functional.linear(rows, weight, self._head.bias)
+        return self.layer.product(rows)

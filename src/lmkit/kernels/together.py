@@ -207,13 +207,13 @@ def join(model: torch.nn.Module, groups: Iterable[Sequence[str]]) -> int:
 
 
 class WithWholes(torch.nn.Module):
-    """A model, and beside it the layers that multiply for several of its own: so all its tensors have names."""
+    """A model, and beside it the layers that multiply for its own: so all tensors that it computes with have names."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        """Hold a model."""
+    def __init__(self, model: torch.nn.Module, beside: Iterable[torch.nn.Module] = ()) -> None:
+        """Hold a model, its `wholes`, and other layers `beside` them."""
         super().__init__()
         self.model = model
-        self.wholes = torch.nn.ModuleList(wholes(model))
+        self.wholes = torch.nn.ModuleList([*wholes(model), *beside])
 
     def forward(self, run: Callable[..., ResultT], *inputs: Any) -> ResultT:
         """Call what runs the model."""
