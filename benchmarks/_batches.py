@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import _data
 import _models
-from _context import device
+from _context import WIDE, device, tried
 from _harness import Report, Side, best, contenders, interleave, say
 from _sides import lmkit_side, pipeline_side, static_sides
 
@@ -22,7 +22,7 @@ PIPELINE_EVERY = 8
 
 RAGGED = 256
 RAGGED_SIZES = (32, 64)
-WIDE: dict[str, float | None] = dict.fromkeys(("bfloat16", "bfloat16, kernels", "bfloat16, compiled"))
+OURS: dict[str, float | None] = dict.fromkeys((WIDE, f"{WIDE}, kernels", f"{WIDE}, compiled"))
 NARROW: dict[str, float | None] = dict.fromkeys(("int8, kernels", "int8, compiled"))
 """lmkit's ways in the precision of vLLM, and in a narrower one."""
 
@@ -41,7 +41,7 @@ def chat_prompts(bench: Bench) -> Report:
     prompts = [_data.encode(bench.tokenizer, chat) for chat in chats]
     budgets = [NEW_TOKENS] * len(chats)
     written = [result.generated_tokens for result in bench.lmkit()(chats, max_new_tokens=NEW_TOKENS)]
-    sides = lmkit_sides(bench, WIDE, chats, prompts, max_new_tokens=NEW_TOKENS)
+    sides = lmkit_sides(bench, OURS, chats, prompts, max_new_tokens=NEW_TOKENS)
     sides += lmkit_sides(bench, NARROW, chats, prompts, max_new_tokens=written, suppress_tokens=bench.ends)
     static = contenders(static_sides(bench.model, prompts, budgets))
     few = range(0, len(chats), PIPELINE_EVERY)
@@ -51,10 +51,10 @@ def chat_prompts(bench: Bench) -> Report:
     report = measured(bench, "A", [*sides, *static, pipe, *vllm], warm=[*sides, *vllm])
     report.notes.append(f"prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens")
     note = f"on {len(few)} of the {len(chats)} prompts"
-    report.each({"bfloat16": 18}, pipe.name, rows=few, note=note)
-    report.each({"bfloat16": 1.4, "bfloat16, compiled": 1.4}, best(static, report.runs))
+    report.each({WIDE: 18}, pipe.name, rows=few, note=note)
+    report.each({WIDE: 1.4, f"{WIDE}, compiled": 1.4}, best(static, report.runs))
     for side in vllm:
-        report.each(WIDE | {"bfloat16, compiled": 0.95} | NARROW | {"int8, compiled": 1.3}, side.name)
+        report.each(OURS | {f"{WIDE}, compiled": 0.95} | NARROW | {"int8, compiled": 1.3}, side.name)
     return report
 
 
@@ -64,13 +64,13 @@ def ragged_budgets(bench: Bench) -> Report:
     prompts = [_data.encode(bench.tokenizer, chat) for chat in chats]
     budgets = _data.budgets(RAGGED)
     forced = {"suppress_tokens": bench.ends}
-    sides = lmkit_sides(bench, WIDE | NARROW, chats, prompts, max_new_tokens=budgets, **forced)
+    sides = lmkit_sides(bench, OURS | NARROW, chats, prompts, max_new_tokens=budgets, **forced)
     static = contenders(static_sides(bench.model, prompts, budgets, RAGGED_SIZES, **forced))
     vllm = vllm_side(bench, prompts, budgets, forced=True)
     report = measured(bench, "B", [*sides, *static, *vllm], warm=[*sides, *vllm])
-    report.each({"bfloat16": 2.5, "bfloat16, compiled": 2.5}, best(static, report.runs))
+    report.each({WIDE: 2.5, f"{WIDE}, compiled": 2.5}, best(static, report.runs))
     for side in vllm:
-        report.each(WIDE | {"bfloat16, compiled": 0.9} | NARROW | {"int8, compiled": 1.2}, side.name)
+        report.each(OURS | {f"{WIDE}, compiled": 0.9} | NARROW | {"int8, compiled": 1.2}, side.name)
     return report
 
 
@@ -78,18 +78,18 @@ def lmkit_sides(
     bench: Bench, ways: Iterable[str], inputs: Sequence[Any], prompts: Sequence[Sequence[int]], **options: Any
 ) -> list[Side]:
     """One call with all rows, in each of lmkit's ways: elsewhere than on a CPU those without kernels for it."""
-    here = [way for way in ways if device() == "cpu" or "," not in way]
+    here = filter(tried, ways)
     return [lmkit_side(bench.lmkit(way), inputs, prompts, f"lmkit {way}", **options) for way in here]
 
 
 def encoder_decoder(bench: Bench) -> Report:
     """J: 64 sentences of 5 to 60 tokens through a Marian-size model of random weights, 32 new tokens each."""
-    return translation(bench, "J", SOURCES, 1.5, {"bfloat16": None, "bfloat16, kernels": None, "int8, kernels": 1.1})
+    return translation(bench, "J", SOURCES, 1.5, {WIDE: None, f"{WIDE}, kernels": None, "int8, kernels": 1.1})
 
 
 def beams(bench: Bench) -> Report:
     """U: the same sentences, searched with 4 beams."""
-    ways = {"bfloat16": None, "bfloat16, kernels": None, "int8, kernels": 1.1}
+    ways = {WIDE: None, f"{WIDE}, kernels": None, "int8, kernels": 1.1}
     return translation(bench, "U", SOURCES, 2.2, ways, beams=BEAMS)
 
 
@@ -106,17 +106,17 @@ def translation(
     from transformers import AutoModelForSeq2SeqLM
 
     folder = _models.marian(bench.folder)
-    loaded = {way: bench.lmkit(way, "seq2seq", folder) for way in ways or ("bfloat16",)}
-    texts = sentences(loaded["bfloat16"], count)
-    sources: list[list[int]] = [list(loaded["bfloat16"].tokenizer(text)["input_ids"]) for text in texts]
+    loaded = {way: bench.lmkit(way, "seq2seq", folder) for way in ways or (WIDE,)}
+    texts = sentences(loaded[WIDE], count)
+    sources: list[list[int]] = [list(loaded[WIDE].tokenizer(text)["input_ids"]) for text in texts]
     ours = [lmkit_side(one, texts, sources, f"lmkit {way}", **forced(beams)) for way, one in loaded.items()]
-    model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.bfloat16).to(device())
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=getattr(torch, WIDE)).to(device())
     options: dict[str, Any] = {"num_beams": beams} if beams > 1 else {}
     static = contenders(static_sides(model, sources, [FORCED] * count, min_new_tokens=FORCED, **options))
     peers = contenders(ctranslate2_sides(bench, sources, beams)) if ways else []
     report = measured(bench, workload, [*ours, *static, *peers], warm=ours)
     report.notes.append(f"sources of {min(map(len, sources))} to {max(map(len, sources))} tokens")
-    report.each({"bfloat16": target}, best(static, report.runs))
+    report.each({WIDE: target}, best(static, report.runs))
     if peers:
         report.each(ways, best(peers, report.runs))
     return report
@@ -143,7 +143,7 @@ def sentences(translator: Any, count: int) -> list[str]:
 def vllm_side(bench: Bench, prompts: Sequence[Sequence[int]], budgets: Sequence[int], *, forced: bool) -> list[Side]:
     """Give vLLM the same token ids, if it is wanted."""
     peer = bench.peers.get("vllm", model=str(bench.checkpoint), rows=PEER_ROWS)
-    return [] if peer is None else [peer.side(prompts, budgets, "vLLM bfloat16", forced=forced)]
+    return [] if peer is None else [peer.side(prompts, budgets, f"vLLM {WIDE}", forced=forced)]
 
 
 def ctranslate2_sides(bench: Bench, sources: Sequence[Sequence[int]], beams: int = 1) -> list[Side]:

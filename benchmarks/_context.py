@@ -23,6 +23,9 @@ Task: TypeAlias = Literal["causal", "masked", "seq2seq"]
 DEVICE = "LMKIT_BENCH_DEVICE"
 """The variable that says where models are put; a CPU without it. Processes that are started find it too."""
 
+WIDE: str = os.environ.get("LMKIT_BENCH_WIDE", "bfloat16")
+"""The precision of what is not quantized, on all sides: `float32` is it on a processor that multiplies no bfloat16."""
+
 CHILD = Path(__file__).parent / "_child.py"
 
 
@@ -41,7 +44,7 @@ class Bench:
     peers: Peers
     _loaded: dict[tuple[str, Path], Any] = field(default_factory=dict)
 
-    def lmkit(self, way: str = "bfloat16", task: Task = "causal", folder: Path | None = None) -> Any:
+    def lmkit(self, way: str = WIDE, task: Task = "causal", folder: Path | None = None) -> Any:
         """Load a checkpoint with lmkit, SmolLM2 by default; once for each way.
 
         Args:
@@ -70,16 +73,16 @@ class Bench:
 
     @cached_property
     def model(self) -> Any:
-        """SmolLM2 for transformers, in bfloat16: another copy than lmkit's."""
+        """SmolLM2 for transformers, in `WIDE`: another copy than lmkit's."""
         import torch
         from transformers import AutoModelForCausalLM
 
-        model: Any = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=getattr(torch, WIDE))
         return model.to(device())
 
     @property
     def generator(self) -> Any:
-        """SmolLM2 for lmkit, in bfloat16."""
+        """SmolLM2 for lmkit, in `WIDE`."""
         return self.lmkit()
 
     @cached_property
@@ -93,13 +96,18 @@ def device() -> str:
     return os.environ.get(DEVICE, "cpu")
 
 
+def tried(way: str) -> bool:
+    """Say whether a way of lmkit's is measured where models are: kernels and compiled steps are a CPU's."""
+    return device() == "cpu" or "," not in way
+
+
 def ends(model: Any) -> list[int]:
     """Return the tokens that end a model's texts."""
     own = model.generation_config.eos_token_id
     return [own] if isinstance(own, int) else list(own)
 
 
-def load(task: Task, folder: Path, precision: Any = "bfloat16", *, reuse: bool = False, **options: Any) -> Any:
+def load(task: Task, folder: Path, precision: Any = WIDE, *, reuse: bool = False, **options: Any) -> Any:
     """Load a checkpoint with lmkit.
 
     Prefixes are not kept from one call to the next unless `reuse`: a repeat would find the prompts of the one before.

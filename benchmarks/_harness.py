@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from _context import tried
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -120,10 +122,10 @@ class Report:
     ) -> None:
         """Add for each of lmkit's ways how many times as fast it was as another side; None is a way without target.
 
-        One that was not tried, as on another device, is left out.
+        One that is not tried on this device is left out.
         """
         for way, target in ways.items():
-            if f"lmkit {way}" in self.runs:
+            if tried(way):
                 self.faster(f"lmkit {way}", other, target, rows=rows, note=note)
 
     def share(self, ours: str, other: str, target: float) -> None:

@@ -5,6 +5,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from _context import WIDE
+
 BUSY = 0.5
 """A load average above this, before anything was started, means that something else is running."""
 
@@ -25,6 +27,7 @@ def facts() -> dict[str, str]:
         "cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}",
         "instructions": " ".join(flag for flag in TELLING_FLAGS if flag in flags) or "unknown",
         "memory": f"{memory / GIB:.0f} GiB",
+        "wide precision": WIDE,
         "torch threads": str(torch.get_num_threads()),
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "versions": ", ".join(f"{name} {installed(name)}" for name in PACKAGES),

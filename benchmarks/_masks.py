@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import _data
 import _models
-from _context import device
+from _context import WIDE, device
 from _harness import Report, Run, Side, interleave
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def filled(bench: Bench, workload: str, folder: Path, targets: tuple[float, floa
     """
     import torch
 
-    ways = {"bfloat16": targets[1], "bfloat16, kernels": None, "int8, kernels": targets[2]}
-    unmasker = bench.lmkit("bfloat16", "masked", folder)
+    ways = {WIDE: targets[1], f"{WIDE}, kernels": None, "int8, kernels": targets[2]}
+    unmasker = bench.lmkit(WIDE, "masked", folder)
     given = texts(unmasker.tokenizer)
     tokens = [len(unmasker.tokenizer(text)["input_ids"]) for text in given]
     few = range(0, len(given), PIPELINE_EVERY)
@@ -48,16 +48,17 @@ def filled(bench: Bench, workload: str, folder: Path, targets: tuple[float, floa
         lmkit_side(bench.lmkit(way, "masked", folder), given, tokens, f"lmkit {way}", order="independent")
         for way in ways
     ]
-    joint = lmkit_side(unmasker, given, tokens, "lmkit bfloat16, two masks jointly")
+    joint = lmkit_side(unmasker, given, tokens, f"lmkit {WIDE}, two masks jointly")
     some = [given[row] for row in few], [tokens[row] for row in few]
     as_it_comes = pipeline_side(folder, *some, "pipeline as it comes")
-    best = pipeline_side(folder, given, tokens, "pipeline, bfloat16, batches of 32", dtype=torch.bfloat16, size=BATCH)
+    name, dtype = f"pipeline, {WIDE}, batches of {BATCH}", getattr(torch, WIDE)
+    best = pipeline_side(folder, given, tokens, name, dtype=dtype, size=BATCH)
     for side in ours:
         side.run()
     report = Report(workload, runs=interleave([*ours, joint, as_it_comes, best], bench.repeats))
     report.notes.append(f"texts of {min(tokens)} to {max(tokens)} tokens; tokens are those that are read")
     note = f"on {len(few)} of the {len(given)} texts"
-    report.each({"bfloat16": targets[0]}, as_it_comes.name, rows=few, note=note)
+    report.each({WIDE: targets[0]}, as_it_comes.name, rows=few, note=note)
     report.each(ways, best.name)
     report.faster(joint.name, best.name, note="which fills each mask alone")
     return report

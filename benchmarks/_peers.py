@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from _context import WIDE
 from _harness import Run, Side, say
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class Peers:
             return None
         self.only(name)
         if self._up is None:
-            self._up = Peer(name, python, settings)
+            self._up = Peer(name, python, {"dtype": WIDE, **settings})
             self.facts[name] = self._up.facts
         return self._up
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import _billion
 import _data
 import _models
-from _context import load
+from _context import WIDE, load
 from _harness import Finding, Report, Run, Side, interleave, say
 from _sides import decoding, generate_side, lmkit_side, stream_side
 from _streams import NEW_TOKENS
@@ -31,7 +31,7 @@ TEXT_TOKENS, WINDOW = 24 * 1024, 1024
 ROWS, ROW_TOKENS = 32, 48
 OWN = ("int8", "int4")
 STREAMS: dict[str, float | None] = dict.fromkeys(
-    f"{word}{how}" for word in ("bfloat16", *OWN) for how in ("", ", kernels", ", compiled")
+    f"{word}{how}" for word in (WIDE, *OWN) for how in ("", ", kernels", ", compiled")
 )
 BEGINNING = "Once upon a time, there was a"
 
@@ -123,15 +123,15 @@ def one_stream(bench: Bench) -> Report:
         for way in ("nf4", *STREAMS)
     ]
     plain = generate_side(bench.model, prompt, NEW_TOKENS, suppress_tokens=bench.ends)
-    sides.append(decoding(plain, "generate bfloat16"))
+    sides.append(decoding(plain, f"generate {WIDE}"))
     peer = bench.peers.get("llama", gguf=str(_models.smollm2_gguf()), threads=os.cpu_count() or 1)
     if peer is not None:
         sides.append(decoding(peer.side([prompt], [NEW_TOKENS], "llama.cpp Q4_1")))
     for side in sides:
         side.run()
     report = Report("L", runs=interleave(sides, bench.repeats))
-    report.each(STREAMS | {"int8, kernels": 2.0, "int4, kernels": 2.3}, "lmkit bfloat16")
-    report.each(STREAMS, "generate bfloat16")
+    report.each(STREAMS | {"int8, kernels": 2.0, "int4, kernels": 2.3}, f"lmkit {WIDE}")
+    report.each(STREAMS, f"generate {WIDE}")
     report.each({"int4": None}, "lmkit nf4", note="bitsandbytes")
     if peer is not None:
         report.each({"int4, kernels": None, "int4, compiled": 1.1}, "llama.cpp Q4_1")
@@ -151,10 +151,10 @@ def rows(bench: Bench) -> Report:
     for side in sides:
         side.run()
     report = Report("M", runs=interleave(sides, bench.repeats))
-    report.each(ways, "lmkit bfloat16")
+    report.each(ways, f"lmkit {WIDE}")
     for name, one in copied.items():
         held = one.memory_bytes / 1e6
-        report.faster(name, "lmkit bfloat16", note=f"wide_copy_bytes, {held:.0f} MB in all")
+        report.faster(name, f"lmkit {WIDE}", note=f"wide_copy_bytes, {held:.0f} MB in all")
     return report
 
 
@@ -162,8 +162,8 @@ def loading(bench: Bench) -> Report:
     """N: the time to load, with everything imported and the files in the system's cache."""
     saved = _saved_int4(bench)
     ways: dict[str, Callable[[], object]] = {
-        "load bfloat16": lambda: load("causal", bench.checkpoint),
-        "bare bfloat16": lambda: _bare(bench.checkpoint),
+        f"load {WIDE}": lambda: load("causal", bench.checkpoint),
+        f"bare {WIDE}": lambda: _bare(bench.checkpoint),
         "load int4": lambda: load("causal", bench.checkpoint, "int4"),
         "load int4, saved": lambda: load("causal", saved, "auto"),
     }
@@ -172,8 +172,9 @@ def loading(bench: Bench) -> Report:
     runs = interleave([_timed(name, way) for name, way in ways.items()], max(bench.repeats, 5))
     report = Report("N", runs=runs)
     seconds = {name: statistics.median(run.seconds for run in taken) for name, taken in runs.items()}
-    share = seconds["load bfloat16"] / seconds["bare bfloat16"]
-    shown = (f"{seconds['load bfloat16']:.2f} s", f"{seconds['bare bfloat16']:.2f} s")
+    ours, bare = seconds[f"load {WIDE}"], seconds[f"bare {WIDE}"]
+    share = ours / bare
+    shown = (f"{ours:.2f} s", f"{bare:.2f} s")
     report.bound("load : safetensors' load_file and the model on meta", shown, share, 1.3, (f"{share:.2f}x", "≤ 1.3x"))
     for name, most in (("load int4", 4.0), ("load int4, saved", 1.0)):
         report.bound(f"{name}, from {'4' if 'saved' in name else '16'} bits", (f"{seconds[name]:.2f} s", ""),
@@ -222,7 +223,7 @@ def billion(bench: Bench) -> Report:
     prompt = list(range(100, 116))
     forced: dict[str, Any] = {"max_new_tokens": 24, "suppress_tokens": bench.ends}
     speed = _billion.read_bytes_per_second()
-    ways = ("bfloat16", "int8, kernels", "int4, kernels", "int4, compiled")
+    ways = (WIDE, "int8, kernels", "int4, kernels", "int4, compiled")
     loaded = {f"lmkit {way}": bench.lmkit(way, folder=folder) for way in ways}
     text = bench.tokenizer.decode(prompt)
     ids = bench.tokenizer(text)["input_ids"]
@@ -244,7 +245,7 @@ def billion(bench: Bench) -> Report:
             Finding("O", f"{name}: weights read : what the machine reads", f"{1 / taken:.1f} tokens/s",
                     f"{speed / 1e9:.1f} GB/s", f"{share:.0%}", "≥ 70%" if met is not None else "", met)
         )  # fmt: skip
-    report.each(dict.fromkeys(ways[1:]), "lmkit bfloat16")
+    report.each(dict.fromkeys(ways[1:]), f"lmkit {WIDE}")
     if peer is not None:
         report.each({"int4, kernels": None, "int4, compiled": 1.0}, "llama.cpp Q4_0")
     return report

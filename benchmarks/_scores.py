@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import _data
 from _batches import measured
-from _context import device, in_fresh_process
+from _context import WIDE, device, in_fresh_process
 from _harness import Report, Run, Side
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ def texts_alone(bench: Bench) -> Report:
     """Q: 128 texts of 10 to 200 tokens, against plain transformers one by one in the same precision."""
     texts = scored_texts(bench.tokenizer)
     counts = [len(bench.tokenizer(text)["input_ids"]) - 1 for text in texts]
-    ways = {"bfloat16": 1.9, "bfloat16, kernels": None, "int8, kernels": 2.0}
+    ways = {WIDE: 1.9, f"{WIDE}, kernels": None, "int8, kernels": 2.0}
     ours = [timed(f"lmkit {way}", counts, functools.partial(bench.lmkit(way).score, texts)) for way in ways]
-    plain = timed("one by one, bfloat16", counts, lambda: [logprob(bench, text) for text in texts])
+    plain = timed(f"one by one, {WIDE}", counts, lambda: [logprob(bench, text) for text in texts])
     report = measured(bench, "Q", [*ours, plain], warm=[*ours, plain])
     report.notes.append(f"{sum(counts)} tokens in texts of {min(counts) + 1} to {max(counts) + 1}")
     report.each(ways, plain.name)

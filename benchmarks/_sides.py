@@ -6,7 +6,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from _context import device, ends
+from _context import WIDE, device, ends
 from _harness import Run, Side
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def static_sides(
                     tokens[row] = count
             return Run(time.perf_counter() - begun, tuple(tokens))
 
-        return Side(f"generate bfloat16, batches of {size}", run)
+        return Side(f"generate {WIDE}, batches of {size}", run)
 
     return [side(size) for size in sizes]
 
@@ -113,7 +113,7 @@ def pipeline_side(
             raise ValueError(msg)
         return Run(seconds, tuple(len(ids) - len(prompt) for ids, prompt in zip(whole, prompts, strict=True)))
 
-    return Side("pipeline as it comes, bfloat16", run)
+    return Side(f"pipeline as it comes, {WIDE}", run)
 
 
 def stream_side(start: Callable[[], Iterator[Any]], name: str = "lmkit") -> Side:

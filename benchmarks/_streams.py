@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import _data
 import _models
-from _context import in_fresh_process, load
+from _context import WIDE, in_fresh_process, load
 from _harness import Finding, Report, Run, Side, interleave, same_work
 from _sides import lmkit_side, prefill_side, single_side, stream_side
 
@@ -36,7 +36,7 @@ def one_stream(bench: Bench) -> Report:
     chat = longest_chat(bench)
     prompt = _data.encode(bench.tokenizer, chat)
     forced = {"suppress_tokens": bench.ends}
-    ways = {"bfloat16": None, "bfloat16, kernels": 1.6, "bfloat16, compiled": 2.2}
+    ways = {WIDE: None, f"{WIDE}, kernels": 1.6, f"{WIDE}, compiled": 2.2}
     wanted = {"max_new_tokens": NEW_TOKENS, **forced}
     ours = [stream_side(functools.partial(bench.lmkit(way).stream, chat, **wanted), f"lmkit {way}") for way in ways]
     plain = single_side(bench.model, prompt, NEW_TOKENS, **forced)
@@ -62,7 +62,7 @@ def long_prompts(bench: Bench) -> Report:
     texts = {size: bench.tokenizer.decode(ids[:size]) for size in PROMPTS}
     prompts = {size: bench.tokenizer(text)["input_ids"] for size, text in texts.items()}
     report = Report("X")
-    ways = ("bfloat16", "bfloat16, kernels", "int8, kernels")
+    ways = (WIDE, f"{WIDE}, kernels", "int8, kernels")
     sides = {
         f"lmkit {way}, {size}": reading(lmkit_side(bench.lmkit(way), [text], [prompts[size]], max_new_tokens=1), size)
         for size, text in texts.items()
@@ -70,7 +70,7 @@ def long_prompts(bench: Bench) -> Report:
     }
     _measure_prompts(report, bench, sides)
     peers = {
-        "vllm": ("vLLM bfloat16", {"model": str(bench.checkpoint), "rows": 256}),
+        "vllm": (f"vLLM {WIDE}", {"model": str(bench.checkpoint), "rows": 256}),
         "llama": ("llama.cpp Q4_1", {"gguf": str(_models.smollm2_gguf()), "threads": os.cpu_count() or 1}),
     }
     for name, (label, settings) in peers.items():
@@ -80,7 +80,7 @@ def long_prompts(bench: Bench) -> Report:
             _measure_prompts(report, bench, their)
             for size in prompts:
                 for way in ways:
-                    target = 1.0 if (name, way) == ("vllm", "bfloat16, kernels") else None
+                    target = 1.0 if (name, way) == ("vllm", f"{WIDE}, kernels") else None
                     report.faster(f"lmkit {way}, {size}", f"{label}, {size}", target)
     short, *_, long = PROMPTS
     for way in ways:
@@ -184,7 +184,7 @@ def editing(bench: Bench) -> Report:
     report.faster(looked.name, plain.name, 2)
     report.notes += [
         f"a prompt of {len(ids)} tokens; {copied(written[0], wanted):.0%} of what is written is the edited text",
-        f"with lookup the first {agreeing(*written)} of {len(wanted)} tokens are the same, in bfloat16",
+        f"with lookup the first {agreeing(*written)} of {len(wanted)} tokens are the same, in {WIDE}",
     ]
     return report
 

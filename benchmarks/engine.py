@@ -4,7 +4,11 @@
 python benchmarks/engine.py                     # every workload
 python benchmarks/engine.py A B --peers         # two of them, with the peers
 python benchmarks/engine.py D --repeats 5 --json d.json
+LMKIT_BENCH_WIDE=float32 python benchmarks/engine.py J --peers  # what is not quantized, on all sides
 ```
+
+A processor without instructions for bfloat16 (AVX2 alone) multiplies it many times slower than float32: `lmkit.load`
+takes float32 there, so measure that.
 
 Prints a Markdown table to stdout. Exits with 1 if a target is missed or a workload fails.
 """

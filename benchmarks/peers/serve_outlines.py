@@ -19,7 +19,7 @@ def start(settings: Job) -> tuple[Answer, dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
-    plain = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=getattr(torch, settings["dtype"]))
     model: Any = outlines.from_transformers(plain, tokenizer)
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
 
@@ -40,7 +40,7 @@ def start(settings: Job) -> tuple[Answer, dict[str, Any]]:
         counts = [row.index(end) + 1 if end in row and job.get("schema") else len(row) for row in written]
         return {"seconds": seconds, "tokens": [min(pair) for pair in zip(counts, job["budgets"], strict=True)]}
 
-    return answer, {"version": importlib.metadata.version("outlines"), "settings": "bfloat16, one batch"}
+    return answer, {"version": importlib.metadata.version("outlines"), "settings": f"{settings['dtype']}, one batch"}
 
 
 if __name__ == "__main__":

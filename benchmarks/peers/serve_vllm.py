@@ -20,7 +20,7 @@ def start(settings: Job) -> tuple[Answer, dict[str, Any]]:
     # Without prefix caching, for a repeat would find the prompts of the one before it.
     model = vllm.LLM(
         model=settings["model"],
-        dtype="bfloat16",
+        dtype=settings["dtype"],
         max_model_len=8192,
         max_num_seqs=settings["rows"],
         enable_prefix_caching=False,
@@ -41,7 +41,8 @@ def start(settings: Job) -> tuple[Answer, dict[str, Any]]:
         seconds = time.perf_counter() - begun
         return {"seconds": seconds, "tokens": [len(output.outputs[0].token_ids) for output in outputs]}
 
-    return answer, {"version": vllm.__version__, "settings": f"bfloat16, up to {settings['rows']} rows at a time"}
+    told = f"{settings['dtype']}, up to {settings['rows']} rows at a time"
+    return answer, {"version": vllm.__version__, "settings": told}
 
 
 if __name__ == "__main__":
