@@ -212,6 +212,16 @@ def test_errors_name_options_as_they_are_written_here(
     assert not re.search(r"\b[a-z_]+=", done.stderr)
 
 
+@pytest.mark.parametrize("command", ["generate", "chat", "translate", "unmask", "score"])
+def test_a_value_that_no_model_takes_needs_no_model(command: str) -> None:
+    """It is refused before the checkpoint is looked for, which is not there."""
+    wrong = {"unmask": ("--order", "least_certain"), "score": ("--truncate", "up")}.get(command, ("--top-p", "7"))
+    done = run(command, *(("causal",) if command == "score" else ()), "no-such-model", "a text", *wrong)
+    assert done.exit_code in (1, 2)
+    assert wrong[0] in done.stderr
+    assert "no-such-model" not in done.stderr
+
+
 def test_devices_are_one_or_several(saved: dict[str, str]) -> None:
     """--device takes a number as Python does, and several devices when it is repeated."""
     done = run("generate", saved["gpt2"], SAILOR, "--device", "99")

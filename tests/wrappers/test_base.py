@@ -3,7 +3,7 @@ import itertools
 import pickle
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -224,6 +224,18 @@ def test_cancelling_an_acall_ends_a_beam_search_between_batches() -> None:
     assert asyncio.run(main()) <= 45
 
 
+async def steps_until_cancelled(work: Coroutine[Any, Any, None]) -> int:
+    """Cancel what steps "bloom" at its first step; return how many steps it took in all."""
+    with checkpoints.forwards(wrapper("bloom").model) as seen:
+        task = asyncio.create_task(work)
+        while not seen:  # noqa: ASYNC110 - the model's hook knows no event of the loop
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return len(seen)
+
+
 def test_leaving_an_astream_ends_its_rows() -> None:
     """Closing an async stream, or cancelling its task, stops the model and leaves it usable."""
 
@@ -235,23 +247,12 @@ def test_leaving_an_astream_ends_its_rows() -> None:
                     break
             return len(seen)
 
-    async def cancel() -> int:
-        with checkpoints.forwards(wrapper("bloom").model) as seen:
-
-            async def consume() -> None:
-                async for _chunk in wrapper("bloom").astream("She", max_new_tokens=5000):
-                    pass
-
-            task = asyncio.create_task(consume())
-            while not seen:  # noqa: ASYNC110 - the model's hook knows no event of the loop
-                await asyncio.sleep(0.001)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            return len(seen)
+    async def cancel() -> None:
+        async for _chunk in wrapper("bloom").astream("She", max_new_tokens=5000):
+            pass
 
     assert asyncio.run(leave()) < 10
-    assert asyncio.run(cancel()) < 200
+    assert asyncio.run(steps_until_cancelled(cancel())) < 200
     assert wrapper("bloom")("She", max_new_tokens=2).generated_tokens == 2
 
 
@@ -259,17 +260,10 @@ def test_a_cancelled_astream_does_not_wait_for_its_next_chunk() -> None:
     """A row whose text is held back, for it may become a stop string, ends at the next step all the same."""
     held = wrapper("bloom")("She", max_new_tokens=300, min_new_tokens=300).text + "!"
 
-    async def main() -> int:
-        with checkpoints.forwards(wrapper("bloom").model) as seen:
-            task = asyncio.create_task(anext(wrapper("bloom").astream("She", max_new_tokens=5000, stop=held)))  # type: ignore[arg-type]
-            while not seen:  # noqa: ASYNC110 - the model's hook knows no event of the loop
-                await asyncio.sleep(0.001)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            return len(seen)
+    async def first() -> None:
+        await anext(wrapper("bloom").astream("She", max_new_tokens=5000, stop=held))
 
-    assert asyncio.run(main()) < 100
+    assert asyncio.run(steps_until_cancelled(first())) < 100
     assert wrapper("bloom")("She", max_new_tokens=2).generated_tokens == 2
 
 

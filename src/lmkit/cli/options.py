@@ -10,10 +10,10 @@ import inspect
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TextIO, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, TextIO, get_args, get_type_hints
 
 import typer
 from typer.models import OptionInfo
@@ -21,7 +21,7 @@ from typer.models import OptionInfo
 from lmkit.cli.screen import FLAGS, busy, reported
 from lmkit.errors import OptionError
 from lmkit.options.generation import GeneratorOptions
-from lmkit.options.option import declared
+from lmkit.options.option import Option, checked, declared
 from lmkit.options.tasks import PairOptions, TranslationOptions, UnmaskOptions
 from lmkit.structured.outputs import JSONSchema
 
@@ -187,15 +187,20 @@ def _standard_input() -> TextIO:
 class LibraryOptions:
     """Options that the library declares; what was not given is the library's to decide."""
 
+    _known: ClassVar[Mapping[str, Option]] = {}
+
     def __init_subclass__(cls, declared_in: type = GeneratorOptions, names: str = "") -> None:
         """Make a field of each of the names."""
         for name in names.split():
             cls.__annotations__[name] = _written(declared_in, name)
             setattr(cls, name, None)
+        cls._known = {**cls._known, **{name: declared(declared_in)[name] for name in names.split()}}
 
     def chosen(self) -> dict[str, Any]:
-        """Return the options that were given, by name."""
-        return {name: value for name, value in vars(self).items() if value not in (None, [])}
+        """Return the options that were given, by name, each a value that it takes: nothing is loaded for a wrong one."""
+        given = {name: value for name, value in vars(self).items() if value not in (None, [])}
+        checked({name: value for name, value in given.items() if name in self._known}, self._known)
+        return given
 
 
 def _written(declared_in: type, name: str) -> Any:
