@@ -146,14 +146,14 @@ def _html(block: Block) -> str:
 
 
 def _text_html(block: Text) -> str:
-    name = f"lmkit-{crc32(repr(block).encode('utf-8', 'replace')):08x}"
     groups = sorted({span.group for column in block.columns for span in column if span.group is not None})
-    rules = "".join(
-        f'#{name}:has([data-n="{n}"]:hover) [data-n="{n}"]{{background:rgba(76,120,168,.4)}}' for n in groups
-    )
     columns = "".join(
         f'<div dir="auto" style="white-space:pre-wrap">{"".join(map(_span_html, column))}</div>'
         for column in block.columns
+    )
+    name = f"lmkit-{crc32(columns.encode('utf-8', 'replace')):08x}"
+    rules = "".join(
+        f'#{name}:has([data-n="{n}"]:hover) [data-n="{n}"]{{background:rgba(76,120,168,.4)}}' for n in groups
     )
     style = f"<style>{rules}</style>" if rules else ""
     grid = "display:grid;grid-template-columns:repeat(auto-fit,minmax(min(16em,100%),1fr));gap:0 1.5em;margin:.3em 0"

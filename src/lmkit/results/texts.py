@@ -419,7 +419,7 @@ class TextChunk(Result):
 
 def _span(one: TokenLogprob) -> Span:
     """Tint a token by how unlikely it was, with what else might have come."""
-    others = "".join(f"\n{math.exp(other.logprob):7.3f}  {other.token!r}" for other in one.top)
+    others = "".join([f"\n{math.exp(other.logprob):7.3f}  {other.token!r}" for other in one.top])
     share = math.exp(one.logprob)
     return Span(one.token, 1 - share, f"{share:.3f}{others}")
 
