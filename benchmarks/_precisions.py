@@ -140,21 +140,16 @@ def one_stream(bench: Bench) -> Report:
 
 
 def rows(bench: Bench) -> Report:
-    """M: 32 rows of 48 tokens, quantized, with copies for many rows and without, and bfloat16."""
+    """M: 32 rows of 48 tokens in every precision."""
     chats = _data.steady_chats()[:ROWS]
     prompts = [_data.encode(bench.tokenizer, chat) for chat in chats]
     forced = {"max_new_tokens": ROW_TOKENS, "suppress_tokens": bench.ends}
     ways = STREAMS | {"int4, kernels": 1.3}
     sides = [lmkit_side(bench.lmkit(way), chats, prompts, f"lmkit {way}", **forced) for way in ways]
-    copied = {f"{word}, copies": load("causal", bench.checkpoint, word, wide_copy_bytes=2**30) for word in OWN}
-    sides += [lmkit_side(one, chats, prompts, name, **forced) for name, one in copied.items()]
     for side in sides:
         side.run()
     report = Report("M", runs=interleave(sides, bench.repeats))
     report.each(ways, f"lmkit {WIDE}")
-    for name, one in copied.items():
-        held = one.memory_bytes / 1e6
-        report.faster(name, f"lmkit {WIDE}", note=f"wide_copy_bytes, {held:.0f} MB in all")
     return report
 
 

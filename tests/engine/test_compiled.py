@@ -1,3 +1,4 @@
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,18 @@ def test_a_compiled_step_that_gives_other_scores_is_refused(spoil: Any, monkeypa
     monkeypatch.setattr(CompiledStep, "_artifact", spoilt)
     with pytest.raises(lmkit.EngineError, match=r"load it without compile=True \(its compiled step gave other scores"):
         compiled("llama")
+
+
+def test_what_killed_compilers_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A day later, for until then somebody may compile there; whole graphs stay."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept, new, old = (tmp_path / "lmkit" / "compiled" / name for name in ("0" * 32, "unfinished-new", "unfinished-old"))
+    for folder in (kept, new, old):
+        (folder / "kernels").mkdir(parents=True)
+    for folder in (kept, old):
+        os.utime(folder, (0, 0))
+    compiled("llama").close()
+    assert (kept.exists(), new.exists(), old.exists()) == (True, True, False)
 
 
 @pytest.mark.parametrize("word", ["int8", "int4"])

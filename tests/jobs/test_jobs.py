@@ -463,13 +463,14 @@ def test_parquet_keeps_types(tmp_path: Path) -> None:
 
 
 def test_parquet_becomes_text_with_every_column(tmp_path: Path) -> None:
-    """Dates and decimals are texts without quotes; of two columns with one name none is dropped: they are refused."""
+    """Dates and decimals are texts without quotes, bytes are base64; of two columns with one name none is dropped: they are refused."""
     pa, pq = pytest.importorskip("pyarrow", reason="the extra parquet"), pytest.importorskip("pyarrow.parquet")
     columns = [pa.array(["a"]), pa.array([date(2026, 1, 2)]), pa.array([Decimal("1.50")]), pa.array([float("nan")])]
-    pq.write_table(pa.Table.from_arrays(columns, ["text", "day", "price", "x"]), tmp_path / "in.parquet")
+    columns.append(pa.array([b"\xff\x00"]))
+    pq.write_table(pa.Table.from_arrays(columns, ["text", "day", "price", "x", "image"]), tmp_path / "in.parquet")
     echo().run_job(tmp_path / "in.parquet", tmp_path / "out.csv")
-    assert (tmp_path / "out.csv").read_text().splitlines()[1] == "a,2026-01-02,1.50,nan,a!,eos,"
-    pq.write_table(pa.Table.from_arrays(columns, ["text", "day", "day", "x"]), tmp_path / "twice.parquet")
+    assert (tmp_path / "out.csv").read_text().splitlines()[1] == "a,2026-01-02,1.50,nan,/wA=,a!,eos,"
+    pq.write_table(pa.Table.from_arrays(columns, ["text", "day", "day", "x", "y"]), tmp_path / "twice.parquet")
     with pytest.raises(lmkit.OptionError, match=r"twice\.parquet must name columns, each once"):
         echo().run_job(tmp_path / "twice.parquet", tmp_path / "twice.jsonl")
 

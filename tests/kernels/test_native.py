@@ -325,14 +325,12 @@ def test_a_model_is_put_on_kernels_and_saved_without(name: str, word: Any, tmp_p
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_a_plan_counts_no_wide_copies_beside_kernels() -> None:
-    """They would never be made; and what is not quantized by lmkit is planned as without the option."""
+def test_a_plan_counts_nothing_beside_kernels() -> None:
+    """Integers are brought into another order; and what is not quantized by lmkit is planned as without the option."""
     folder = str(checkpoints.folder("llama"))
-    asked: Any = {"compile": "kernels", "wide_copy_bytes": 2**30}
-    found = lmkit.plan("causal", folder, "int8", "cpu", **asked)
+    found = lmkit.plan("causal", folder, "int8", "cpu", compile="kernels")
     assert (found.kernels, found.compiled) == ("native", False)
     assert found.beside_bytes == lmkit.plan("causal", folder, "int8", "cpu").beside_bytes
-    assert found.reasons["copies"] == "none: lmkit's own kernels need no wide copies"
     assert lmkit.plan("causal", folder, "float32", "cpu", compile="kernels").kernels == "torch"
     assert lmkit.plan("causal", folder, "int8", "cpu").kernels == "torch"
 

@@ -12,6 +12,7 @@ import logging
 import shutil
 import sys
 import tempfile
+import time
 from abc import ABC, abstractmethod
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +45,9 @@ its pool of compiling threads would stay behind, for a start that is a tenth sho
 
 STEP, KERNELS = "compiled.step", "kernels"
 """What a graph's folder holds: the graph, and inductor's own cache with the kernels that it calls."""
+
+UNFINISHED, ABANDONED = "unfinished-", 24 * 3600
+"""What the folder of a graph that is being compiled begins with, and after how many seconds nobody compiles there."""
 
 Taken: TypeAlias = "tuple[tuple[int | str, ...], torch.dtype]"
 """An input's shape, whose words name sizes that may be any, and its dtype."""
@@ -144,7 +148,11 @@ class Graph(ABC):
             except Exception as error:  # noqa: BLE001 - whatever is wrong with it, it can be made again
                 logger.warning("the graph kept in %s does not load, and is compiled again: %s", folder, error)
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+        for left in folder.parent.glob(f"{UNFINISHED}*"):  # by processes that were killed
+            with contextlib.suppress(OSError):  # another process was faster
+                if time.time() - left.stat().st_mtime > ABANDONED:
+                    shutil.rmtree(left, ignore_errors=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
         try:
             with temporary_cache_dir(str(unfinished / KERNELS)):
                 artifact = self._compiled()

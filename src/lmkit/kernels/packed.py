@@ -82,11 +82,6 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def packed_bytes(packed: torch.Tensor) -> int:
-    """Count the bytes of a packed weight, the kernel's padding included."""
-    return int(torch.ops.mkldnn._nbytes(packed))  # noqa: SLF001
-
-
 def multiply_packed(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Multiply by a packed weight. *Shape:* `(…, in_features)` to `(…, out_features)`."""
     ops = torch.ops.mkldnn  # torch has no public one

@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 GROUP: Final = 32
 """How many weights of a row share a scale and an offset in 4 bits. Chosen by perplexity: docs/performance.md."""
 
-KERNEL_ROWS: Final = 4
-"""How many rows torch's kernels are better for than a product on a wide weight that is there already: with each four
-rows more they widen the weight once more. Measured on shapes of 576 x 1536 to 2048 x 8192."""
-
 BLOCK: Final = 2**20
 """How many weights are widened at once: 2 MiB in bfloat16, so that a core's cache holds them."""
 
@@ -46,7 +42,6 @@ class QuantizedLinear(Ordered, Joinable):
         transposed: Whether the checkpoint has the weight the other way round, as GPT-2 does.
         scales: What turns them into weights, in the dtype that is computed in.
         bias: Added to the product, or None.
-        copies: What multiplies more than `KERNEL_ROWS` rows by a wide copy of the weight, where it has room for one.
     """
 
     FEW: ClassVar[int]
@@ -54,7 +49,6 @@ class QuantizedLinear(Ordered, Joinable):
     OUTPUTS: ClassVar[Mapping[str, int]] = {"weight": 0, "scales": 0, "bias": 0}
 
     transposed = False
-    copies: Callable[[QuantizedLinear, torch.Tensor], torch.Tensor | None] | None = None
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, *, bias: bool) -> None:
         """Make a layer without values, for weights to be loaded into."""
@@ -91,13 +85,10 @@ class QuantizedLinear(Ordered, Joinable):
         if (isa := self.native) is not None and not trained and self._native_takes(rows):
             return native_linear(isa)(rows, self.weight, self.scales, self.bias, self.BITS, self.out_features)
         leading, rows = rows.shape[:-1], rows.reshape(-1, self.in_features)
-        copies = None if trained or rows.shape[0] <= KERNEL_ROWS or isinstance(rows, FakeTensor) else self.copies
-        if copies is not None and (wide := copies(self, rows)) is not None:
-            product = self._scaled(wide)
-        elif rows.shape[0] <= self.most and not trained and self._has_kernel(rows.dtype):
+        if rows.shape[0] <= self.most and not trained and self._has_kernel(rows.dtype):
             product = self._few(aligned(rows.contiguous()))
         else:
-            products = [rows @ block for block in self.factors(rows.dtype)]
+            products = [rows @ block for block in self._factors(rows.dtype)]
             product = self._scaled(products[0] if len(products) == 1 else torch.cat(products, -1))
         if self.bias is not None:
             product = product + self.bias
@@ -130,7 +121,7 @@ class QuantizedLinear(Ordered, Joinable):
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def factors(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    def _factors(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """Yield what many rows are multiplied by, before `_scaled`. *Shape:* as `blocks`."""
         return self.blocks(dtype)
 
@@ -197,7 +188,7 @@ class Int8Linear(QuantizedLinear):
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
         return cuda.multiply8(rows, self.weight, self.scales)
 
-    def factors(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    def _factors(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """Yield whole numbers, so that products are scaled and not weights, but for float16, where sums overflow."""
         return self.blocks(dtype) if dtype is torch.float16 else (part.to(dtype).T for _, part in self._parts())
 

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from typing_extensions import Unpack
 
-    from lmkit.kernels.wide_copies import Copies
     from lmkit.loading.options import PrecisionArgument
     from lmkit.planning.placement import Devices
     from lmkit.planning.plan import LoadPlan
@@ -134,13 +133,13 @@ def load(
     if options.get("replicas") is not None:
         return _replicated(asked, access, options, source, reload)
     try:
-        decided, model, tokenizer, copies = in_turn(lambda: _loaded(asked, access, options, source))
+        decided, model, tokenizer = in_turn(lambda: _loaded(asked, access, options, source))
     except Exception:
         give_back()
         raise
     hushed(lambda: tell(decided, model, tokenizer))
     with frameless:  # and silently: a compiler talks
-        wrapper = silently(lambda: _WRAPPERS[kind](Loaded(model, tokenizer, decided, reload, copies)))
+        wrapper = silently(lambda: _WRAPPERS[kind](Loaded(model, tokenizer, decided, reload)))
     release_pool()
     return wrapper
 
@@ -180,9 +179,7 @@ def run_job(
         return model.run_job(in_file, out_file, **options)
 
 
-def _loaded(
-    asked: Asked, access: Access, options: LoadOptions, source: Source
-) -> tuple[LoadPlan, Any, Any, Copies | None]:
+def _loaded(asked: Asked, access: Access, options: LoadOptions, source: Source) -> tuple[LoadPlan, Any, Any]:
     """Plan, read what is planned, and carry out the rest of the plan."""
     tensors = tensors_of(source, allow_pickle=access.allow_pickle)
     wish = _wish(asked, access, options)
@@ -200,7 +197,9 @@ def _loaded(
         without_pool(lambda: put_on(model, wish.adapters))
         told_language.put_on(model, check_language(config, wish.language, source.name))
         plan, kernels = with_kernels(plan, model, wish)
-        return as_compiled(plan, model), model, tokenizer(), carry_out(plan, model, wish, kernels)
+        plan = as_compiled(plan, model)
+        carry_out(plan, model, kernels)
+        return plan, model, tokenizer()
 
 
 def _replicated(

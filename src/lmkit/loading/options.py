@@ -29,9 +29,6 @@ class LoadOptions(TypedDict, total=False):
             all of them active.
         reserve_tokens: For how many tokens of one row keys and values must fit beside the weights; 0 if left out. What
             does not fit is a `PlacementError` of `load`, and `fits=False` in a plan.
-        wide_copy_bytes: How many bytes an `"int8"` or `"int4"` model on a CPU may take beside its weights, for bfloat16
-            copies of its layers with which prompts and batches of more than four rows are faster. They are made when
-            such rows first come, and given back by `close()`; 0 if left out.
         attn_implementation: Which attention transformers computes with, in its own words, such as `"sdpa"` or
             `"flash_attention_2"`; if left out, lmkit's own on a CPU, and elsewhere what the config asks for.
         language: Which language the model works in, of a checkpoint that has weights for each: XLM with language
@@ -63,7 +60,6 @@ class LoadOptions(TypedDict, total=False):
     context_length: int | None
     compile: bool | Literal["kernels"]
     prefix_cache_bytes: int
-    wide_copy_bytes: int
     attn_implementation: str | None
     language: str | None
     trust_remote_code: bool
@@ -114,6 +110,5 @@ _WHOLE = {
     "reserve_tokens": ("tokens", 0),
     "context_length": ("tokens", 1),
     "prefix_cache_bytes": ("bytes", 0),
-    "wide_copy_bytes": ("bytes", 0),
 }
 """Options that are whole numbers, of what, and the least."""

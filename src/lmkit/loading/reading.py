@@ -19,7 +19,6 @@ from lmkit.kernels.native.operators import operators, refusal
 from lmkit.kernels.packed import pack
 from lmkit.kernels.quantized import runs_torch_kernels
 from lmkit.kernels.together import join
-from lmkit.kernels.wide_copies import Copies, keep_copies
 from lmkit.loading.turns import without_pool
 from lmkit.planning.adapters import bringing, templated
 from lmkit.planning.layout import embedded_rows
@@ -121,8 +120,8 @@ def as_compiled(plan: LoadPlan, model: Any) -> LoadPlan:
     return replace(plan, compiled=not masked, reasons={**plan.reasons, "compiled": told})
 
 
-def carry_out(plan: LoadPlan, model: Any, wish: Wish, kernels: Any) -> Copies | None:
-    """Replace of a model that was read what the plan says; return what keeps wide copies of its layers."""
+def carry_out(plan: LoadPlan, model: Any, kernels: Any) -> None:
+    """Replace of a model that was read what the plan says."""
     if plan.kernels == "packed":
         pack(model, plan._together)  # noqa: SLF001 - names that are for this alone
     else:
@@ -132,8 +131,6 @@ def carry_out(plan: LoadPlan, model: Any, wish: Wish, kernels: Any) -> Copies | 
     if kernels is not None:
         norms.put_on(model, kernels)
     rotary.put_on(model)
-    on_cpu = wish.wide_copy_bytes and plan.placement.device_type == "cpu" and plan.kernels != "native"
-    return keep_copies(model, wish.wide_copy_bytes) if on_cpu else None
 
 
 def _warn_of_tokens(model: Any, tokenizer: Any, name: str) -> None:

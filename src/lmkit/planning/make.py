@@ -17,7 +17,6 @@ from lmkit.errors import PlacementError, listed
 from lmkit.kernels.native.build import instructions
 from lmkit.kernels.native.linear import SHARE
 from lmkit.kernels.native.operators import refusal
-from lmkit.kernels.quantized import KERNEL_ROWS
 from lmkit.planning.adapters import bringing, templated
 from lmkit.planning.layout import offload, size
 from lmkit.planning.placement import Placement, resolve_placement
@@ -181,7 +180,6 @@ def _reasons(trial: Trial) -> dict[str, str | None]:
         "untied": _untied(trial),
         "kernels": _kernels(trial),
         "together": _together(trial),
-        "copies": _copies(trial),
         "adapter": _adapters(trial),
         **skeleton.running.reasons,
         "prefixes": _prefixes(trial),
@@ -238,16 +236,6 @@ def _together(trial: Trial) -> str | None:
         return "none: which linear layers read the same input only shows when this model runs"
     layers = sum(map(len, trial.together))
     return f"{layers} linear layers that read the same input are {len(trial.together)} products" if layers else None
-
-
-def _copies(trial: Trial) -> str | None:
-    if not trial.case.wish.wide_copy_bytes:
-        return None
-    if trial.native:
-        return "none: lmkit's own kernels need no wide copies"
-    if not trial.copies:
-        return "none: wide copies are for int8 and int4 on a CPU that computes bfloat16"
-    return f"up to {size(trial.copies)} of bfloat16 copies, made when more than {KERNEL_ROWS} rows first come"
 
 
 def _adapters(trial: Trial) -> str | None:

@@ -115,7 +115,7 @@ class LoadPlan(Result):
 
     @property
     def beside_bytes(self) -> int:
-        """What is held beside the weights: buffers that no file has, adapters, layers held twice, wide copies."""
+        """What is held beside the weights: buffers that no file has, adapters, layers held twice."""
         return self._layout.beside
 
     @property

@@ -11,7 +11,6 @@ from lmkit.checkpoint.files import Source, mapped_weights, reading
 from lmkit.checkpoint.find import Access
 from lmkit.errors import PrecisionError, listed
 from lmkit.kernels.native.operators import refusal
-from lmkit.kernels.wide_copies import copies_bytes
 from lmkit.planning.adapters import Adapter, check_base, rows_of
 from lmkit.planning.layout import Layout, lay_out, longest, measured_again, on_devices, shortage, size
 from lmkit.planning.precision import Precision, possible_words, resolve_precision
@@ -52,7 +51,6 @@ class Wish:
         compile: Whether the decode step and lmkit's own kernels are to be compiled, or `"kernels"` alone.
         prefix_cache_bytes: How many bytes of keys and values of recent prompts may be kept.
         attn_implementation: Which attention is asked for; None leaves it to lmkit.
-        wide_copy_bytes: How many bytes quantized layers may take for wide copies.
         language: Which one the model is to work in, of a checkpoint with weights for each.
         adapters: What will be put on the model.
         access: How files are found, and whether the checkpoint's own code may run.
@@ -65,7 +63,6 @@ class Wish:
     context_length: int | None = None
     compile: bool | Literal["kernels"] = False
     prefix_cache_bytes: int = PREFIX_CACHE_BYTES
-    wide_copy_bytes: int = 0
     attn_implementation: str | None = None
     language: str | None = None
     adapters: Sequence[Adapter] = ()
@@ -132,7 +129,6 @@ class Trial:
         skeleton: The model without memory.
         layout: Where its parts go.
         adapters: What adapters take, in bytes.
-        copies: What wide copies of quantized layers may come to, in bytes.
         native: Whether quantized layers will be multiplied by lmkit's own kernels, unless they fail to build.
     """
 
@@ -141,7 +137,6 @@ class Trial:
     skeleton: Skeleton
     layout: Layout
     adapters: int
-    copies: int
     native: bool
 
     @classmethod
@@ -162,11 +157,9 @@ class Trial:
             check_base(adapter, skeleton)
         adapters = sum(adapter.elements for adapter in wish.adapters) * skeleton.precision.dtype.itemsize
         native = skeleton.native and refusal() is None
-        copied = wish.wide_copy_bytes if kind == "cpu" and not native else 0
-        copies = min(copied, copies_bytes(skeleton.model)) if copied else 0
         twice = skeleton.twice_bytes if skeleton.packs else skeleton.head_bytes if native else 0
-        layout = lay_out(skeleton, placed, beside=adapters + copies + skeleton.buffers_bytes + twice)
-        trial = cls(case, placed, skeleton, layout, adapters, copies, native=native)
+        layout = lay_out(skeleton, placed, beside=adapters + skeleton.buffers_bytes + twice)
+        trial = cls(case, placed, skeleton, layout, adapters, native=native)
         return trial._measured_again() if trial._left_wide else trial
 
     @property
@@ -238,8 +231,6 @@ class Trial:
         if on_devices(self.layout):
             tokens = longest(self.skeleton.key_values, self.layout, most)
             return f"In {self.skeleton.precision.name}, up to {tokens:,} tokens fit."
-        if self.copies and on_devices(replace(self.layout, beside=self.layout.beside - self.copies)):
-            return "Without wide_copy_bytes it would fit."
         own = sum(module.bytes for module in self.layout.modules)
         possible = possible_words(self.placed.device_type, self.case.saved_quantization)
         for word in (word for word in NARROWER if word in possible):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -128,7 +129,7 @@ def _set_state(self: Any, state: list[Any]) -> None:
 
 
 def plain(value: object) -> Any:
-    """Turn dataclasses and tuples into dicts and lists, and floats JSON cannot write into None."""
+    """Turn dataclasses and tuples into dicts and lists, bytes into base64, and floats JSON cannot write into None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -138,6 +139,8 @@ def plain(value: object) -> Any:
         return {name: plain(_asked(value, name)) for name in [*_names(value), *more]}
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
     if callable(dumped := getattr(value, "model_dump", None)):  # of pydantic
         return dumped(mode="json")
     value = value.value if isinstance(value, Enum) else value

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lmkit.engine import Engine, MaskScorer, Scorer
-    from lmkit.kernels.wide_copies import Copies
     from lmkit.planning.plan import LoadPlan
 
 VERBS = {"__call__", "chat", "map", "stream", "score", "rank"}
@@ -55,7 +54,6 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     plan: LoadPlan
     reload: Callable[[], object]
-    copies: Copies | None = None
 
     def engine(self, codec: Codec, start: int | None) -> Engine:
         """Start what writes rows; answers of an encoder-decoder begin with the token `start`."""
@@ -175,9 +173,8 @@ class Wrapper(FileJobs, ABC, Generic[JobT, ResultT]):
 
     @property
     def memory_bytes(self) -> int:
-        """How many bytes the weights and buffers hold, scales of quantized ones and their wide copies included."""
-        copies = self._opened.copies
-        return sum(module.bytes for module in self.modules) + (copies.held_bytes if copies else 0)
+        """How many bytes the weights and buffers hold, scales of quantized ones included."""
+        return sum(module.bytes for module in self.modules)
 
     @property
     def _opened(self) -> Loaded:
@@ -187,8 +184,6 @@ class Wrapper(FileJobs, ABC, Generic[JobT, ResultT]):
 
     def close(self) -> None:
         """Give the memory back; work in flight ends with an `EngineError` at its next step, and holds it until then."""
-        if self._loaded is not None and self._loaded.copies is not None:
-            self._loaded.copies.release()
         if self._loaded is not None:
             self._loaded = None
             give_back()
