@@ -142,7 +142,7 @@ BORROWED: Final = tuple(
         ("torch.overrides:_pop_mode", "loading.turns", _FAILS),
         ("torch.overrides:_push_mode", "loading.turns", _FAILS),
         ("torch:Tensor._version", "kernels.together", _NO_ROWS),
-        ("torch._subclasses:FakeTensor", "kernels.quantized, kernels.together", _FAILS),
+        ("torch._subclasses:FakeTensor", "kernels.quantized, kernels.together, kernels.tied", _FAILS),
         ("torch._subclasses:FakeTensorMode", "engine.graph", _NOT_COMPILED),
         ("torch._inductor:standalone_compile", "engine.graph", _NOT_COMPILED),
         ("torch._inductor.standalone_compile:CompiledArtifact", "engine.graph", _NOT_COMPILED),

@@ -463,7 +463,7 @@ def test_parquet_keeps_types(tmp_path: Path) -> None:
 
 
 def test_parquet_becomes_text_with_every_column(tmp_path: Path) -> None:
-    """Dates and decimals are texts without quotes, bytes are base64; of two columns with one name none is dropped: they are refused."""
+    """Dates and decimals are texts without quotes, bytes base64; two columns with one name are refused."""
     pa, pq = pytest.importorskip("pyarrow", reason="the extra parquet"), pytest.importorskip("pyarrow.parquet")
     columns = [pa.array(["a"]), pa.array([date(2026, 1, 2)]), pa.array([Decimal("1.50")]), pa.array([float("nan")])]
     columns.append(pa.array([b"\xff\x00"]))

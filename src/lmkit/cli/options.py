@@ -197,7 +197,7 @@ class LibraryOptions:
         cls._known = {**cls._known, **{name: declared(declared_in)[name] for name in names.split()}}
 
     def chosen(self) -> dict[str, Any]:
-        """Return the options that were given, by name, each a value that it takes: nothing is loaded for a wrong one."""
+        """Return the options that were given, by name, each a value that it takes: none loads a model in vain."""
         given = {name: value for name, value in vars(self).items() if value not in (None, [])}
         checked({name: value for name, value in given.items() if name in self._known}, self._known)
         return given

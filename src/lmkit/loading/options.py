@@ -106,9 +106,5 @@ def check_options(options: Mapping[str, object]) -> None:
             raise OptionError(f"{option}={told} is not accepted: pass a whole number of {unit}, {least} or more.")
 
 
-_WHOLE = {
-    "reserve_tokens": ("tokens", 0),
-    "context_length": ("tokens", 1),
-    "prefix_cache_bytes": ("bytes", 0),
-}
+_WHOLE = {"reserve_tokens": ("tokens", 0), "context_length": ("tokens", 1), "prefix_cache_bytes": ("bytes", 0)}
 """Options that are whole numbers, of what, and the least."""

@@ -139,11 +139,10 @@ def plain(value: object) -> Any:
         return {name: plain(_asked(value, name)) for name in [*_names(value), *more]}
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
     if callable(dumped := getattr(value, "model_dump", None)):  # of pydantic
         return dumped(mode="json")
     value = value.value if isinstance(value, Enum) else value
+    value = base64.b64encode(value).decode() if isinstance(value, bytes) else value
     return value if value is None or isinstance(value, (str, int)) else str(value)
 
 
