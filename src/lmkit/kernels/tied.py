@@ -109,7 +109,7 @@ def put_on_head(model: Any, isa: str) -> bool:
     hold(layer, *Int8Linear.quantize(head.weight.detach(), head.weight.dtype))
     layer.bias = head.bias
     layer.to_native(isa)
-    head.forward = _ByCopy(head, layer)  # type: ignore[method-assign]
+    head.forward = _ByCopy(head, layer)  # type: ignore[method-assign, assignment]
     return True
 
 
