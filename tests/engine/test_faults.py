@@ -185,18 +185,25 @@ def test_a_row_that_failed_alone_lets_the_others_run_together_again() -> None:
     model = wrapper("llama")
     bad = tuple(checkpoints.encoded("llama", texts("llama")[2]))
     sizes: list[int] = []
+    alone = left = 0
 
     def when(_step: int, kwargs: dict[str, Any]) -> bool:
+        nonlocal alone
         sizes.append(rows_in(kwargs))
-        return bad in running(model, kwargs)
+        if broken := bad in running(model, kwargs):
+            alone = len(sizes)  # it fails once more by itself
+        return broken
 
     prompts = [*texts("llama"), *texts("llama")[3:], *texts("llama")[3:]] * 2
     prompts = [prompt for prompt in prompts if prompt != texts("llama")[2]] + [texts("llama")[2]]
     with whole(model), checkpoints.before_forwards(model.model, raising(ValueError("this row"), when)):
-        list(model.map(prompts, max_new_tokens=20, min_new_tokens=20, on_error="return"))
+        while left <= len(prompts) // 4:  # which rows are there when it ends is up to how fast map reads them
+            sizes.clear()
+            list(model.map(prompts, max_new_tokens=20, min_new_tokens=20, on_error="return"))
+            left = -(-sum(sizes[alone:]) // 20)
+            assert max(sizes[alone:], default=0) == left
         failed = len(sizes)
         list(model.map(prompts[:-1], max_new_tokens=4, min_new_tokens=4, on_error="return"))
-    assert max(sizes[failed - 8 : failed]) > len(prompts) // 4
     assert sizes[failed] == len(prompts) - 1
 
 
