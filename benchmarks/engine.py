@@ -7,8 +7,8 @@ python benchmarks/engine.py D --repeats 5 --json d.json
 LMKIT_BENCH_WIDE=float32 python benchmarks/engine.py J --peers  # what is not quantized, on all sides
 ```
 
-A processor without instructions for bfloat16 (AVX2 alone) multiplies it many times slower than float32: `lmkit.load`
-takes float32 there, so measure that.
+A processor without instructions for bfloat16 (AVX2 alone) takes many rows of it several times as long as of float32:
+`lmkit.load` takes float32 there, so measure that.
 
 Prints a Markdown table to stdout. Exits with 1 if a target is missed or a workload fails.
 """
