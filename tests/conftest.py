@@ -1,6 +1,7 @@
-"""What every test gets: no network, no files of the user's, and a reason where it is skipped."""
+"""What every test gets: no network, no files of the user's, Ctrl-C, and a reason where it is skipped."""
 
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ for _name in list(os.environ):
 # Tests neither see nor fill the user's own cache.
 _HUB_HOME = tempfile.TemporaryDirectory(prefix="lmkit-tests-")
 os.environ["HF_HOME"] = _HUB_HOME.name
+# A shell starts what runs in the background with SIGINT ignored, in what that starts too: no Ctrl-C would come.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +107,9 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def started(*arguments: Any, **streams: Any) -> "subprocess.Popen[bytes]":
     """Start the command in a process of its own."""
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
     return subprocess.Popen(
         [sys.executable, "-m", "lmkit", "run", "causal", str(checkpoints.folder("gpt2")), *map(str, arguments)],
-        stderr=subprocess.PIPE, env={**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"},
-        preexec_fn=heed, **streams,  # noqa: PLW1509 - it does nothing else
+        stderr=subprocess.PIPE, env={**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}, **streams,
     )  # fmt: skip
 
 

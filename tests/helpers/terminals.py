@@ -11,7 +11,6 @@ import subprocess
 import sys
 import termios
 import time
-from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -25,11 +24,10 @@ class Screen:
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.shown = ""
         environment = {**os.environ, "TERM": term, "PYTHONUTF8": "1", "INPUTRC": os.devnull}
-        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
         command = [program] if program else [sys.executable, "-m", "lmkit"]
         self.process = subprocess.Popen(
             [*command, *arguments], stdin=terminal, stdout=terminal, stderr=terminal,
-            env=environment, start_new_session=True, preexec_fn=heed,  # noqa: PLW1509 - it does nothing else
+            env=environment, start_new_session=True,
         )  # fmt: skip
         os.close(terminal)
 
