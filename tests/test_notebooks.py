@@ -1,11 +1,13 @@
 """A real kernel of Jupyter: completion, help, errors, lists and bars, and the tour in examples/."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from jupyter_client.manager import start_new_kernel
 
+import gguf_tiny
 import hub_stub
 import notebooks
 from lmkit.loading import LoadOptions
@@ -22,16 +24,27 @@ def processor(token_ids, scores):
 """
 
 
-@pytest.fixture(scope="module")
-def notebook() -> Iterator[notebooks.Notebook]:
-    """Start a kernel that has loaded models."""
+PLAIN = """import sys
+sys.modules["ipywidgets"] = None"""
+
+
+@contextmanager
+def kernel(*cells: str) -> Iterator[notebooks.Notebook]:
+    """Start a kernel that has run some cells."""
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(notebooks.EXAMPLES))
     found = notebooks.Notebook(client)
-    found.run(LOADED)
-    found.run(MORE)
+    for cell in cells:
+        found.run(cell)
     yield found
     client.stop_channels()
     manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture(scope="module")
+def notebook() -> Iterator[notebooks.Notebook]:
+    """Start a kernel without widgets that has loaded models."""
+    with kernel(PLAIN, LOADED, MORE) as found:
+        yield found
 
 
 @pytest.mark.parametrize(
@@ -115,14 +128,36 @@ def test_a_bar_is_one_line(notebook: notebooks.Notebook, code: str) -> None:
     assert rest == [""]
 
 
-def test_a_load_has_a_bar_that_goes(notebook: notebooks.Notebook) -> None:
+@pytest.mark.parametrize("named", ["", ".gguf"])
+def test_a_load_has_a_bar_that_goes(notebook: notebooks.Notebook, tmp_path: Path, named: str) -> None:
     """Who loads many weights sees how far it is; nothing of it is left, and a load that is quick shows nothing."""
-    assert notebook.run(LOADED) == []
+    load = LOADED
+    if named:
+        gguf_tiny.save(tmp_path / "tiny.gguf", "<|endoftext|>")
+        load = f"import lmkit\nlmkit.load('causal', {str(tmp_path / 'tiny.gguf')!r}).close()"
+    assert notebook.run(load) == []
     slow = "from lmkit.wrappers import progress\nprogress.DELAY_SECONDS = -1\n"
-    outputs = notebook.run(f"{slow}{LOADED}\nprogress.DELAY_SECONDS = 2.0")
+    outputs = notebook.run(f"{slow}{load}\nprogress.DELAY_SECONDS = 2.0")
     text = "".join(content["text"] for _, content in outputs)
     assert "Loading weights:" in text
+    assert ("de-quantizing" in text) == bool(named)
     assert notebooks.lines(text) == [""]
+
+
+def test_where_there_are_widgets_a_bar_is_one() -> None:
+    """It is drawn by ipywidgets, and counts to the end; that of a load goes."""
+    with kernel(LOADED, MORE) as notebook:
+        told = notebook.run("generator(['She'] * 9, max_new_tokens=2, progress=True);")
+        (drawn,) = [content["data"] for kind, content in told if kind == "display_data"]
+        assert "application/vnd.jupyter.widget-view+json" in drawn
+        states = [str(content["data"].get("state")) for kind, content in told if kind == "comm_msg"]
+        assert any("9/9" in state and "rows/s" in state for state in states)
+        assert not [content for kind, content in told if kind == "stream"]
+        told = notebook.run(f"from lmkit.wrappers import progress\nprogress.DELAY_SECONDS = -1\n{LOADED}")
+        (drawn,) = [content["data"] for kind, content in told if kind == "display_data"]
+        assert drawn["text/plain"].startswith("Loading weights")
+        shown = drawn["application/vnd.jupyter.widget-view+json"]["model_id"]
+        assert [content["comm_id"] for kind, content in told if kind == "comm_close"] == [shown]
 
 
 HUB = """from huggingface_hub import constants

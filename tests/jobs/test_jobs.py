@@ -574,6 +574,22 @@ def test_arguments_that_are_wrong_say_so(tmp_path: Path) -> None:
     assert not out.with_name("out.jsonl.lmkit").exists()
 
 
+def test_a_column_that_no_row_has_is_an_error_before_any_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """JSONL may have options in later rows only, and says so; what cannot be read, or is empty, has no columns yet."""
+    write(tmp_path / "in.jsonl", ["{", {"id": 1, "text": "a"}])
+    (tmp_path / "in.csv").write_text("id,text\n1,a\n")
+    for name in ("in.jsonl", "in.csv"):
+        with pytest.raises(lmkit.OptionError, match=rf"{name} has no column 'txt': .*it has 'id', 'text'"):
+            echo().run_job(tmp_path / name, tmp_path / "out.jsonl", column="txt")
+    limited: dict[str, Any] = {"columns": {"max_new_tokens": "limit"}}
+    with pytest.raises(lmkit.OptionError, match=r"in\.csv has no column 'limit'"):
+        echo().run_job(tmp_path / "in.csv", tmp_path / "out.jsonl", **limited)
+    assert not (tmp_path / "out.jsonl.lmkit").exists()
+    assert echo().run_job(tmp_path / "in.jsonl", tmp_path / "out.jsonl", **limited).failed == 1
+    assert "in.jsonl has no column 'limit': in its first rows, up to 100, it has 'id', 'text'." in caplog.text
+    assert echo().run_job(write(tmp_path / "odd.jsonl", ["{"]), tmp_path / "odd.csv", column="txt").failed == 1
+
+
 @pytest.mark.parametrize("options, told", [
     ({"verb": "rank"}, r"rank needs choices=, or in columns= the name of the column"),
     ({"verb": "rank", "choices": [["a"]] * 4}, r"choices=.* is not accepted: pass a list of texts for all rows"),

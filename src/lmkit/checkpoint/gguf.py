@@ -16,7 +16,7 @@ ResultT = TypeVar("ResultT")
 
 
 def gguf_read_once(source: Source, do: Callable[[], ResultT]) -> ResultT:
-    """Call `do`, and let transformers parse a GGUF file once, without the bar it draws past its own switch for bars.
+    """Call `do`, and let transformers parse a GGUF file once, with the bar of tensors that its switch for bars knows.
 
     It parses the whole header, in Python, for the config, for the tokenizer and for the weights again: with a
     vocabulary of 49,152 that is four seconds each time. Loads take turns, so that nobody else is reading meanwhile.
@@ -26,6 +26,7 @@ def gguf_read_once(source: Source, do: Callable[[], ResultT]) -> ResultT:
     with reading(source.name):  # a missing package is an error that says so
         import gguf
     from transformers import modeling_gguf_pytorch_utils
+    from transformers.utils import logging
 
     package: Any = gguf
     utilities: Any = modeling_gguf_pytorch_utils
@@ -33,7 +34,7 @@ def gguf_read_once(source: Source, do: Callable[[], ResultT]) -> ResultT:
 
     def once() -> ResultT:
         package.GGUFReader = functools.cache(reader)
-        utilities.tqdm = functools.partial(bar, disable=True)
+        utilities.tqdm = logging.tqdm
         return do()
 
     def undo() -> None:

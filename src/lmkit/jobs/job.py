@@ -24,7 +24,7 @@ from lmkit.jobs.journal import Journal, alone, sync_folder
 from lmkit.results import JobReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
 logger = logging.getLogger("lmkit.jobs")
@@ -124,10 +124,8 @@ class Job:
         self._new = {**work.columns, work.error: ""}
         if self._source is not None and self._output is not None and self._output.kind == "parquet":
             schema_of(self._source)  # rather now than when all is done
-        if self._source is not None and (names := self._source.columns()) is not None:
-            taken = [work.column, *(one for one in work.options.values() if one.needed)]
-            if missing := [one.column for one in taken if one.column not in names]:
-                raise OptionError(f"{self._source.path} has no column {listed(missing)}: it has {listed(names)}.")
+        if self._source is not None:
+            check_columns(self._source, [work.column, *work.options.values()])
         self._asking: dict[int, int] = {}
         self._seen = self._done = self._kept = self._changed = self._failed = self._tokens = 0
 
@@ -280,6 +278,27 @@ def check_files(source: str | os.PathLike[str], output: str | os.PathLike[str]) 
     if last is not None and last.path.is_dir():
         raise OptionError(f"{str(last.path)!r} is a folder: name a file to write to.")
     return first, last
+
+
+def check_columns(source: Table, taken: Sequence[Taken]) -> None:
+    """Refuse a file without a column that is read; lines of JSON may lack one that is not needed.
+
+    Raises:
+        OptionError: There is none, in JSONL in none of the first rows.
+    """
+    if (names := source.columns()) is not None:
+        some, needed = "it", taken
+    else:
+        with contextlib.closing(source.lines()) as lines:  # type: ignore[type-var]  # a generator
+            names = list(dict.fromkeys(name for line in islice(lines, LOOKED_AT) for name in line.values))
+        some, needed = f"in its first rows, up to {LOOKED_AT}, it", [one for one in taken if one.needed]
+    if not names:
+        return  # of an empty file, or of lines that cannot be read
+    missing = [one.column for one in taken if one.column not in names]
+    if any(one.column in missing for one in needed):
+        raise OptionError(f"{source.path} has no column {listed(missing)}: {some} has {listed(names)}.")
+    if missing:
+        logger.warning("%s has no column %s: %s has %s.", source.path, listed(missing), some, listed(names))
 
 
 def key_of(asked: Asked) -> int:
