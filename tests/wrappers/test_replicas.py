@@ -31,6 +31,9 @@ from lmkit.replies.scanner import Scanner
 from lmkit.wrappers.replica_worker import answer, asked, read
 
 TEXTS = [f"The train number {number} was late again. " * (1 + number % 4) for number in range(40)]
+TOP = 2
+"""Draws are from two tokens: from 400, one in 77,000 was another one beside other rows, by the last bit of a sum."""
+
 MASKED = ["Birds [MASK].", "The [MASK] was late, so we walked [MASK].", "[MASK] morning the baker opens the shop."] * 5
 
 
@@ -69,14 +72,15 @@ def likelihoods(scores: Any) -> list[Any]:
 
 def long_call(model: Any) -> Any:
     """Ask for more than is done in a moment."""
-    return model(TEXTS, max_new_tokens=60, min_new_tokens=60, num_return_sequences=8, sample=True, seed=list(range(40)))
+    options = {"max_new_tokens": 60, "min_new_tokens": 60, "num_return_sequences": 8}
+    return model(TEXTS, **options, sample=True, top_k=TOP, seed=list(range(40)))
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"max_new_tokens": 8},
-        {"max_new_tokens": 8, "sample": True, "seed": 7, "num_return_sequences": 2},
+        {"max_new_tokens": 8, "sample": True, "top_k": TOP, "seed": 7, "num_return_sequences": 2},
         {"max_new_tokens": [1 + number % 9 for number in range(40)], "logprobs": 2},
         {"max_new_tokens": 6, "num_beams": 2},
     ],
