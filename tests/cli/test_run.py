@@ -17,6 +17,9 @@ from lmkit.cli.commands import app
 
 ROWS = 400
 SAILOR = "The old sailor"
+DRAWN: dict[str, Any] = {"temperature": 0.8, "top_k": 2, "seed": 3, "max_new_tokens": 8}
+"""Of two tokens, since the last bit of a sum may move a draw, and which rows are beside one depends on time."""
+
 
 
 def run(*arguments: str, given: bytes = b"") -> Result:
@@ -37,7 +40,7 @@ def answers(text: str) -> list[str]:
 
 def drawn(*more: str) -> list[str]:
     """Say how rows are drawn, all alike."""
-    return ["--temperature", "0.8", "--seed", "3", "--max-new-tokens", "8", *more]
+    return [*(f"--{name.replace('_', '-')}={value}" for name, value in DRAWN.items()), *more]
 
 
 def test_a_file_is_done_as_by_the_library(tmp_path: Path) -> None:
@@ -90,7 +93,7 @@ def test_pipes_have_the_same_rows(tmp_path: Path) -> None:
     """From standard input to standard output, with what is said of them on standard error."""
     folder, source = str(checkpoints.folder("gpt2")), rows(tmp_path / "in.jsonl", 5)
     piped = run("causal", folder, "-", "-", *drawn("--json"), given=source.read_bytes())
-    checkpoints.wrapper("gpt2").run_job(source, tmp_path / "o.jsonl", temperature=0.8, seed=3, max_new_tokens=8)
+    checkpoints.wrapper("gpt2").run_job(source, tmp_path / "o.jsonl", **DRAWN)
     assert piped.stdout == (tmp_path / "o.jsonl").read_text(encoding="utf-8")
     assert "5 rows in standard output" in piped.stderr
 
@@ -101,7 +104,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
     source = rows(folder / "in.jsonl")
     with lmkit.load("causal", str(checkpoints.folder("gpt2"))) as generator:
-        generator.run_job(source, folder / "whole.jsonl", temperature=0.8, seed=3, max_new_tokens=8)
+        generator.run_job(source, folder / "whole.jsonl", **DRAWN)
     return folder
 
 
