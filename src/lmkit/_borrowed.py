@@ -147,6 +147,7 @@ BORROWED: Final = tuple(
         ("torch._inductor:standalone_compile", "engine.graph", _NOT_COMPILED),
         ("torch._inductor.standalone_compile:CompiledArtifact", "engine.graph", _NOT_COMPILED),
         ("torch._inductor.runtime.cache_dir_utils:temporary_cache_dir", "engine.graph", _NOT_COMPILED),
+        ("torch._inductor.async_compile:AsyncCompile.pool.cache_clear", "engine.graph", _NOT_COMPILED),
         ("torch.fx.experimental.proxy_tensor:make_fx", "engine.graph", _NOT_COMPILED),
         ("torch.fx.experimental.symbolic_shapes:DimDynamic", "engine.graph", _NOT_COMPILED),
         ("torch.fx.experimental.symbolic_shapes:ShapeEnv", "engine.graph", _NOT_COMPILED),

@@ -21,7 +21,6 @@ DRAWN: dict[str, Any] = {"temperature": 0.8, "top_k": 2, "seed": 3, "max_new_tok
 """Of two tokens, since the last bit of a sum may move a draw, and which rows are beside one depends on time."""
 
 
-
 def run(*arguments: str, given: bytes = b"") -> Result:
     """Run a command in this process, its input and output as pipes."""
     return CliRunner().invoke(app, ["run", *arguments], input=given)

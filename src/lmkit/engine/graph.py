@@ -6,6 +6,7 @@ Much of a pass is Python and calls of small kernels. Inductor compiles it; other
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -20,9 +21,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from lmkit._interrupts import surely
 from lmkit.engine.inputs import input_device
 from lmkit.errors import EngineError
 from lmkit.kernels.native.build import cache_folder
+from lmkit.kernels.native.operators import refusal
 from lmkit.kernels.quantized import QuantizedLinear
 from lmkit.kernels.tied import head_copies
 from lmkit.kernels.together import WithWholes
@@ -39,9 +42,8 @@ bfloat16 elsewhere, SmolLM2's by 0.08 in the median with two tokens of context, 
 TRACED = 5
 """The number of what is traced: another one where a `_traced` or the order of its inputs has changed."""
 
-SETTINGS = {"pattern_matcher": False, "size_asserts": False, "alignment_asserts": False, "compile_threads": 1}
-"""For inductor: packed weights (`kernels.packed`) have no strides to assert, and as inputs fit none of its patterns;
-its pool of compiling threads would stay behind, for a start that is a tenth shorter."""
+SETTINGS = {"pattern_matcher": False, "size_asserts": False, "alignment_asserts": False}
+"""For inductor: packed weights (`kernels.packed`) have no strides to assert, and as inputs fit none of its patterns."""
 
 STEP, KERNELS = "compiled.step", "kernels"
 """What a graph's folder holds: the graph, and inductor's own cache with the kernels that it calls."""
@@ -51,6 +53,17 @@ UNFINISHED, ABANDONED = "unfinished-", 24 * 3600
 
 Taken: TypeAlias = "tuple[tuple[int | str, ...], torch.dtype]"
 """An input's shape, whose words name sizes that may be any, and its dtype."""
+
+
+def _without_pool() -> None:
+    """End the threads that inductor compiled kernels in, which it would keep."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    pool: Any = AsyncCompile.pool
+    if pool.cache_info().currsize:
+        threads = pool()
+        pool.cache_clear()  # first, so that who else compiles takes a new one
+        threads.shutdown()
 
 
 class Graph(ABC):
@@ -165,10 +178,17 @@ class Graph(ABC):
         return artifact
 
     def _compiled(self) -> Any:
+        """Compile the computation, on a CPU its kernels at the same time: compilers take most of the time of a graph.
+
+        Where lmkit's own kernels were built, inductor need not try first whether a compiler knows the processor.
+        """
         inductor: Any = torch._inductor  # noqa: SLF001 - this part of torch is all there is for the purpose
         graph, inputs = self._trace()
-        settings = {"config_patches": dict(SETTINGS)}
-        return inductor.standalone_compile(graph, inputs, dynamic_shapes="from_graph", options=settings)
+        threads = torch.get_num_threads() if self._device.type == "cpu" else 1  # else it starts processes
+        known = True if refusal() is None else None
+        settings = {"config_patches": {**SETTINGS, "compile_threads": threads, "cpp.vec_isa_ok": known}}
+        compile_it = functools.partial(inductor.standalone_compile, dynamic_shapes="from_graph", options=settings)
+        return surely(lambda: compile_it(graph, inputs), _without_pool)
 
     def _trace(self) -> tuple[Any, list[torch.Tensor]]:
         """Write the computation down as a graph, without computing: for any sizes."""
