@@ -19,13 +19,17 @@ PAGES: dict[str, list[tuple[type, type | None]]] = {
 
 def table(kind: type, without: type | None = None) -> str:
     """Write the options of a class as a table in Markdown."""
-    options = declared(kind)
-    shown = [name for name in options if without is None or options[name] != declared(without).get(name)]
-    rows = [
+    elsewhere = [] if without is None else rows(without)
+    own = [row for row in rows(kind) if row not in elsewhere]
+    return "\n".join(["| option | takes | left out | what it does |", "| --- | --- | --- | --- |", *own])
+
+
+def rows(kind: type) -> list[str]:
+    """Write each option of a class as a row."""
+    return [
         f"| `{name}` | {one.accepts} | {one.default or 'none'} | {one.meaning} |"
-        for name, one in ((name, options[name]) for name in shown)
+        for name, one in declared(kind).items()
     ]
-    return "\n".join(["| option | takes | left out | what it does |", "| --- | --- | --- | --- |", *rows])
 
 
 def list_options() -> list[str]:
