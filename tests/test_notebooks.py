@@ -33,11 +33,13 @@ def kernel(*cells: str) -> Iterator[notebooks.Notebook]:
     """Start a kernel that has run some cells."""
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(notebooks.EXAMPLES))
     found = notebooks.Notebook(client)
-    for cell in cells:
-        found.run(cell)
-    yield found
-    client.stop_channels()
-    manager.shutdown_kernel(now=True)
+    try:
+        for cell in cells:
+            found.run(cell)
+        yield found
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
 @pytest.fixture(scope="module")
