@@ -92,6 +92,26 @@ def noisy(scores: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("cache")
+def test_kernels_are_compiled_by_threads_that_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two threads inductor hands its kernels to a pool, of which nothing is left when the graph is there."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    pools, pool = [], AsyncCompile.pool
+    submit = AsyncCompile.submit
+    monkeypatch.setattr(AsyncCompile, "submit", lambda _self, task: (pools.append(pool()), submit(task))[1])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        compiled("gpt2").close()
+    finally:
+        torch.set_num_threads(threads)
+    assert len(pools) > 1
+    assert not pool.cache_info().currsize
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pools[0].submit(int)
+
+
+@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize(
     "spoil", [noisy, lambda scores: scores.roll(1, -1), lambda scores: scores * torch.nan], ids=["near", "far", "nan"]
 )
