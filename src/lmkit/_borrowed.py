@@ -145,6 +145,7 @@ BORROWED: Final = tuple(
         ("torch._subclasses:FakeTensor", "kernels.quantized, kernels.together, kernels.tied", _FAILS),
         ("torch._subclasses:FakeTensorMode", "engine.graph", _NOT_COMPILED),
         ("torch._inductor:standalone_compile", "engine.graph", _NOT_COMPILED),
+        ("torch._inductor:config.patch", "engine.graph", _NOT_COMPILED),
         ("torch._inductor.standalone_compile:CompiledArtifact", "engine.graph", _NOT_COMPILED),
         ("torch._inductor.runtime.cache_dir_utils:temporary_cache_dir", "engine.graph", _NOT_COMPILED),
         ("torch._inductor.async_compile:AsyncCompile.pool.cache_clear", "engine.graph", _NOT_COMPILED),

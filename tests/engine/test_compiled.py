@@ -56,7 +56,7 @@ def test_a_compiled_step_gives_the_tokens_of_generate(cache: Path) -> None:
     assert list(generator(prompts[0], max_new_tokens=24, processors=lower).token_ids) == expected
     one = {"output": lmkit.OneOf("yes", "no"), "max_new_tokens": 24}
     assert generator(prompts[0], **one).token_ids == wrapper("llama")(prompts[0], **one).token_ids
-    assert len(list(cache.rglob("*.step"))) == 1
+    assert len(list(cache.rglob("calls.json"))) == 1
 
 
 def test_a_compiled_step_is_kept_for_the_next_load(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -65,7 +65,7 @@ def test_a_compiled_step_is_kept_for_the_next_load(cache: Path, caplog: pytest.L
     What killed compilers left is removed then, a day later: until then somebody may compile there. Whole graphs stay.
     """
     compiled("llama").close()
-    (kept,) = cache.rglob("*.step")
+    *_, kept = cache.rglob("*.part")
     before = kept.stat().st_mtime_ns
     compiled("llama").close()
     assert kept.stat().st_mtime_ns == before
@@ -122,7 +122,7 @@ def test_a_compiled_step_that_gives_other_scores_is_refused(spoil: Any, monkeypa
 
     def spoilt(self: CompiledStep, *places: Path) -> Any:
         run = artifact(self, *places)
-        return lambda *inputs: [spoil(run(*inputs)[0])]
+        return lambda values: spoil(run(values))
 
     monkeypatch.setattr(CompiledStep, "_artifact", spoilt)
     with pytest.raises(lmkit.EngineError, match=r"load it without compile=True \(its compiled step gave other scores"):
