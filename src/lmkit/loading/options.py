@@ -39,7 +39,7 @@ class LoadOptions(TypedDict, total=False):
             positions counted as vLLM does (`LoadPlan.reasons["context"]`).
         compile: True compiles the decode step of a `Generator` or a `Translator` or the pass of an `Unmasker`, for any
             number of rows, and lmkit's own kernels, which multiply what is `"int8"` or `"int4"` on an x86 processor, if
-            a C++ compiler is here; `"kernels"` compiles these alone. The first load of a model takes about a minute
+            a C++ compiler is here; `"kernels"` compiles these alone. The first load of a model takes half a minute
             longer for its step, the first one on a machine some seconds for the kernels, later ones a few seconds: the
             code is kept in the cache folder of lmkit. With True an `OptionError` for families that have no such step.
         prefix_cache_bytes: How many bytes of keys and values of recent prompts and answers a `Generator` may keep, so
