@@ -13,6 +13,7 @@ import every_family
 import lmkit
 from checkpoints import texts, wrapper
 from lmkit.engine.compiled import CompiledDecoderStep, CompiledPass, CompiledStep
+from lmkit.engine.graph import compiled_for
 from lmkit.kernels.native.operators import refusal
 from native_kernels import NEEDED, kernels
 
@@ -83,6 +84,17 @@ def test_a_compiled_step_is_kept_for_the_next_load(cache: Path, caplog: pytest.L
     )
     assert kept.stat().st_mtime_ns != before
     assert "does not load, and is compiled again" in caplog.text
+
+
+def test_what_is_compiled_for_one_card_is_not_run_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of a graph has the card, its capability and the versions that made it: two cards share a home folder."""
+    names = iter(["NVIDIA A100", "NVIDIA H100", "NVIDIA H100"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: next(names))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    one, other, same = (compiled_for(torch.device("cuda", 0)) for _ in range(3))
+    assert one != other == same
+    assert "NVIDIA H100" in other
+    assert "(9, 0)" in other
 
 
 def noisy(scores: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -47,6 +48,9 @@ logger = logging.getLogger("lmkit")
 
 STEPS_PER_SEARCH = 64
 """How many steps other rows make between two groups of beam searches by generate(), which they have to wait for."""
+
+AHEAD_ON, MOST_AHEAD = ("cuda",), 8
+"""Where greedy rows run ahead of the host, and for how many steps at the most: then new rows may join them."""
 
 MOST_KEPT_ROWS = 8
 """Of a call with more rows, a batch, only what its rows share is kept: such texts are seldom continued."""
@@ -404,6 +408,9 @@ class Batches:
                 self._running.remove(decoder)
 
     def _step(self, decoder: Decoder) -> None:
+        if isinstance(decoder, CausalDecoder) and (steps := self._ahead(decoder)) > 1:
+            self._steps_ahead(decoder, steps)
+            return
         row = decoder.rows[0]
         guesses = guess(row) if row.request.lookup and len(decoder.rows) == 1 else []
         guesses = row.fitting(guesses[: self._scaling.room(row.length)])
@@ -419,6 +426,36 @@ class Batches:
                 break
         decoder.crop(len(logits) - taken)
         self._look(decoder, taken)
+
+    def _ahead(self, decoder: CausalDecoder) -> int:
+        """Return how many steps of a batch can be made in one go, while no rows join and nobody is told anything."""
+        rows = decoder.rows
+        if self._chooser.device.type not in AHEAD_ON or decoder.waits or self._filling is not None:
+            return 1
+        asked = any(row.streams for row in rows) or any(ticket.waiting for ticket in self._tickets)
+        guessed = len(rows) == 1 and rows[0].request.lookup
+        if asked or guessed or not all(map(self._chooser.greedy, rows)):
+            return 1
+        return min(MOST_AHEAD, *(row.remaining for row in rows))
+
+    def _steps_ahead(self, decoder: CausalDecoder, steps: int) -> None:
+        """Make several steps, each of which is asked for before the host has the tokens of the one before.
+
+        A row that turns out to have ended has then read its last token too, which nobody sees.
+        """
+        token_ids, given, give = None, 0, None
+        for step in range(steps):
+            logits = one_token(self._chooser.device, functools.partial(decoder.step, token_ids))
+            likeliest, following = self._chooser.likeliest(logits)
+            self._counts["forwards"] += step > 0  # the first is counted as any step is
+            if give is not None:
+                given += give(decoder.rows)
+            token_ids, give = likeliest[:, None], following
+            if any(row.done or row.ticket.cancelled.is_set() for row in decoder.rows):
+                break
+        if give is not None:
+            given += give(decoder.rows)
+        self._look(decoder, given)
 
     def _read_anew(self, decoder: Decoder) -> None:
         """Take rows out of a batch whose keys and values do not hold any more; they wait, with the tokens they have."""

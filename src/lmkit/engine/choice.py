@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmkit.engine.inputs import fetched, input_device, sent
+from lmkit.engine.inputs import arriving, fetched, input_device, sent
 from lmkit.engine.processors import more
 from lmkit.errors import EngineError
 from lmkit.kernels.logits import forbidding, highest, logprobs, sampled, sums, top
@@ -155,6 +155,38 @@ class Chooser:
                 row.error = row.error or EngineError(NO_CHOICE.format(step=step))
             else:
                 row.accept(last, self._logprob(row, told.get(place)), own if own >= 0 else None)
+
+    def greedy(self, row: Row) -> bool:
+        """Say whether a row takes the likeliest token at every step, and is told nothing else about it."""
+        asked = row.request
+        told = asked.logprobs is not None or asked.grammar is not None or asked.config.forced_eos_token_id is not None
+        return self.steering(row).plain and not told
+
+    def likeliest(self, logits: torch.Tensor) -> tuple[torch.Tensor, Callable[[Sequence[Row]], int]]:
+        """Take the likeliest tokens, before the host knows them.
+
+        Args:
+            logits: The scores of rows that are `greedy`. *Shape:* `(rows, vocabulary)`.
+
+        Returns:
+            The tokens, where the scores are (*shape:* `(rows,)`), and what waits for them, gives each row that has not
+            ended meanwhile its own, or its error, and says how many were given.
+        """
+        greatest, likeliest = highest(logits.to(self.device))
+        arrived = arriving(likeliest, greatest)
+
+        def give(rows: Sequence[Row]) -> int:
+            token_ids, scores = (part.tolist() for part in arrived())
+            running = [place for place, row in enumerate(rows) if not row.done]
+            for place in running:
+                row, token_id = rows[place], token_ids[place]
+                if _usable(scores[place], logits, place):
+                    row.accept(token_id, None, token_id)
+                else:
+                    row.error = EngineError(_unusable(row, logits[place], len(row.token_ids) + 1))
+            return len(running)
+
+        return likeliest, give
 
     def _divided(
         self, rows: Sequence[Row], logits: torch.Tensor, greatest: torch.Tensor, likeliest: torch.Tensor

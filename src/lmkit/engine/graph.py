@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -71,6 +71,17 @@ def _without_pool() -> None:
         threads = pool()
         pool.cache_clear()  # first, so that who else compiles takes a new one
         threads.shutdown()
+
+
+def compiled_for(device: torch.device) -> list[str]:
+    """Name what runs compiled code: what is kept in a home folder may be found by a machine with another card."""
+    found = [torch.backends.cpu.get_cpu_capability()]
+    if device.type == "cuda":
+        cuda: Any = torch.cuda
+        found += [cuda.get_device_name(device), str(cuda.get_device_capability(device)), str(torch.version.cuda)]
+    with contextlib.suppress(PackageNotFoundError):
+        found.append(f"triton {version('triton')}")
+    return found
 
 
 class Graph(ABC):
@@ -145,7 +156,7 @@ class Graph(ABC):
         told = [
             [version("lmkit"), torch.__version__, transformers.__version__, SETTINGS, TRACED, type(self).__name__],
             [self._model.config._attn_implementation],  # noqa: SLF001 - it has no public name
-            [str(self._device), torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()],
+            [str(self._device), torch.get_num_threads(), compiled_for(self._device)],
             [str(type(self._model)), self._model.config.to_dict(), described, shapes],
             [vars(module).get("scaling") for module in self._model.modules()],
             [dict(self._sizes), [*self._takes], sorted(map(str, orders))],

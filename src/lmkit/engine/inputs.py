@@ -10,7 +10,7 @@ from lmkit.planning.layout import embedded_rows
 from lmkit.planning.placement import main_device
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 def input_device(model: Any) -> torch.device:
@@ -38,14 +38,30 @@ def sent(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -
 
 def fetched(*parts: torch.Tensor) -> Sequence[torch.Tensor]:
     """Copy tensors of one device to the CPU in one go: floating-point ones as float32, others as int32."""
-    if parts[0].device.type == "cpu":
-        return parts
+    return arriving(*parts)()
+
+
+def arriving(*parts: torch.Tensor) -> Callable[[], Sequence[torch.Tensor]]:
+    """Begin to copy as `fetched` does; what is returned waits for the copy, and for nothing that is asked for later."""
+    device = parts[0].device
+    if device.type == "cpu":
+        return lambda: parts
     packed = [part.float().view(torch.int32) if part.is_floating_point() else part.int() for part in parts]
-    here = torch.split(torch.cat([part.flatten() for part in packed]).cpu(), [part.numel() for part in parts])
-    return [
-        one.view(torch.float32 if part.is_floating_point() else torch.int32).view(part.shape)
-        for one, part in zip(here, parts, strict=True)
-    ]
+    copied = torch.cat([part.flatten() for part in packed]).to("cpu", non_blocking=device.type == "cuda")
+    copy = torch.Event(device) if device.type == "cuda" else None
+    if copy is not None:
+        copy.record()
+
+    def arrived() -> Sequence[torch.Tensor]:
+        if copy is not None:
+            copy.synchronize()
+        here = torch.split(copied, [part.numel() for part in parts])
+        return [
+            one.view(torch.float32 if part.is_floating_point() else torch.int32).view(part.shape)
+            for one, part in zip(here, parts, strict=True)
+        ]
+
+    return arrived
 
 
 def padded(

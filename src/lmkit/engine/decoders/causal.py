@@ -82,18 +82,24 @@ class CausalDecoder(Decoder):
         logits = self._forward(chunk, 1)
         return None if self._unread.shape[1] else logits[:, -1]
 
-    def step(self) -> torch.Tensor:
-        """Read the newest tokens."""
+    def step(self, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Read the newest tokens: those of the rows, or `token_ids`, which only the device knows yet (`(rows, 1)`)."""
+        if token_ids is None:
+            token_ids = sent([row.token_ids[-1:] for row in self.rows], self._device)
         if self._compiled is not None and len(self.rows) <= self._compiled.most_rows:
-            return self._compiled_step(self._compiled)
-        return self._forward(sent([row.token_ids[-1:] for row in self.rows], self._device), 1)[:, -1]
+            return self._compiled_step(self._compiled, token_ids)
+        return self._forward(token_ids, 1)[:, -1]
 
-    def _compiled_step(self, compiled: CompiledStep) -> torch.Tensor:
+    @property
+    def waits(self) -> bool:
+        """Whether a step has to know how long texts are, their newest tokens included."""
+        return bool(self._scaling.kind)
+
+    def _compiled_step(self, compiled: CompiledStep, token_ids: torch.Tensor) -> torch.Tensor:
         """Read the newest tokens: the step computes with all columns reserved, and a mask hides the rest."""
         buffers = [layer.opened() for layer in self._cache.layers]
-        pads = torch.tensor(self._pads, device=self._device)[:, None]
+        pads = self._pads_there()
         columns = [self._columns(self._cache.layers[number], pads) for number in compiled.firsts]
-        token_ids = torch.tensor([row.token_ids[-1:] for row in self.rows], device=self._device)
         scores = compiled(token_ids, self.width - pads, columns, buffers)
         self.width += 1
         return scores
@@ -103,7 +109,7 @@ class CausalDecoder(Decoder):
         columns = torch.arange(layer.columns, device=self._device)
         left = (pads + layer.width - layer.get_seq_length()).clamp(min=0)  # of the padding, in a window
         seen = (columns >= layer.start + left) & (columns < layer.end)
-        return torch.tensor([layer.end - 1], device=self._device), seen[:, None, None]
+        return sent([layer.end - 1], self._device), seen[:, None, None]
 
     def verify(self, guesses: Sequence[int]) -> torch.Tensor | None:
         """Read the newest token of the only row and a guess at the next ones; windows cannot be taken back."""
@@ -158,13 +164,17 @@ class CausalDecoder(Decoder):
         self.width += columns
         self._pads = [pad + columns for pad in self._pads]
 
+    def _pads_there(self) -> torch.Tensor:
+        """Return how many columns of padding each row has, on the device. *Shape:* `(rows, 1)`."""
+        if self._sent[0] != self._pads:
+            self._sent = list(self._pads), sent(self._pads, self._device)[:, None]
+        return self._sent[1]
+
     def _forward(self, token_ids: torch.Tensor, kept: int) -> torch.Tensor:
         """Read a column of tokens per row, or several; return the last `kept` scores of each row."""
         before, after = self.width, self.width + token_ids.shape[1]
         inputs: dict[str, Any] = {"input_ids": token_ids, "attention_mask": None}
-        if self._sent[0] != self._pads:
-            self._sent = list(self._pads), sent(self._pads, self._device)[:, None]
-        pads = self._sent[1]
+        pads = self._pads_there()
         if any(self._pads):
             inputs["attention_mask"] = (torch.arange(after, device=self._device) >= pads).long()
         if self._positions:
