@@ -1,5 +1,7 @@
 """Steps that are asked for before the host has the tokens of the one before: on a CPU, where all of it can be seen."""
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -99,16 +101,44 @@ def test_a_step_that_fails_is_tried_again_with_the_tokens_that_were_given() -> N
 
 
 @pytest.mark.usefixtures("events")
-def test_a_caller_who_leaves_ends_the_steps() -> None:
-    """A stream that is closed ends its row within the steps that are on their way, and the next call is right."""
+def test_a_row_that_has_ended_is_not_failed_by_the_pass_on_its_way() -> None:
+    """A row ends by a stop string while the next pass, which it does not need, fails: it has its result."""
     prompt = texts("llama")[0]
+    plain = wrapper("llama")(prompt, max_new_tokens=20)
+    expected = wrapper("llama")(prompt, max_new_tokens=20, stop=[plain.text[5:7]])
+    assert expected.finish_reason == "stop"
+    failed = []
+
+    def fail(step: int, _kwargs: dict[str, Any]) -> None:
+        if step == expected.generated_tokens:
+            failed.append(step)
+            raise RuntimeError("no such pass is needed")
+
+    with loaded() as generator, checkpoints.before_forwards(generator.model, fail):
+        found = generator(prompt, max_new_tokens=20, stop=[plain.text[5:7]])
+        assert generator.stats.generated_tokens == expected.generated_tokens
+    assert failed
+    assert (found.token_ids, found.text) == (expected.token_ids, expected.text)
+
+
+@pytest.mark.usefixtures("events")
+def test_a_model_that_is_closed_ends_the_steps() -> None:
+    """`close()` from another thread ends a row within the steps that are on their way."""
+    prompt, seen = texts("llama")[0], []
     with loaded() as generator:
-        stream = generator.stream(prompt, max_new_tokens=200)
-        next(stream)
-        stream.close()
-        found = list(generator(prompt, max_new_tokens=5).token_ids)
-        assert found == checkpoints.generated("llama", [prompt], max_new_tokens=5)[0]
-        assert generator.stats.generated_tokens < 40
+        closer = threading.Thread(target=generator.close)
+
+        def close(step: int, _kwargs: dict[str, Any]) -> None:
+            seen.append(step)
+            if step == 3:
+                closer.start()
+                while not generator._engine._batches.closed:
+                    time.sleep(0.001)
+
+        with checkpoints.before_forwards(generator.model, close), pytest.raises(lmkit.EngineError, match="closed"):
+            generator(prompt, max_new_tokens=200)
+        closer.join()
+    assert seen == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,10 @@ def agree(compute: Callable[..., list[torch.Tensor]], given: list[torch.Tensor],
     for values in (given, other):
         expected, found = ([one.clone() for one in values] for _ in range(2))
         (result,) = compute(*expected)
-        chain: Any = Chain(parts.calls, parts.graphs, parts.result)
-        assert torch.equal(chain([*found]), result)
+        chain: Any = Chain(parts.calls, parts.graphs, len(given), parts.result)
+        held = [*found]
+        assert torch.equal(chain(held), result)
+        assert sum(one is not None for one in held[len(given) :]) == 1  # what parts gave each other is let go
         assert all(map(torch.equal, found, expected))  # the buffers too
     return parts
 

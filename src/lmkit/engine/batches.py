@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from lmkit.engine.cache import Prefix
     from lmkit.engine.compiled import CompiledDecoderStep, CompiledStep
+    from lmkit.engine.computing import Lane
     from lmkit.engine.decoders.base import Decoder
     from lmkit.engine.request import Request
     from lmkit.engine.ticket import Ticket
@@ -72,9 +73,10 @@ class Batches:
         start: int | None,
         lock: Any,
         *,
+        lane: Lane,
         compiled: CompiledStep | CompiledDecoderStep | None = None,
     ) -> None:
-        """Serve `model`; see `Engine`. `lock` guards tickets."""
+        """Serve `model`; see `Engine`. `lock` guards tickets, and `lane` is where passes run."""
         self._model: Any = model
         self._codec = codec
         self._start = start
@@ -92,6 +94,7 @@ class Batches:
         self._prefixes = PrefixStore(plan.prefix_cache_bytes)
         self._scheduler = Scheduler(model, plan.key_values)
         self._lock = lock
+        self._lane = lane
         self._tickets: list[Ticket] = []
         self._room = False  # whether rows that wait may have room that they had not before
         self._reader: Reader | None = None
@@ -443,19 +446,23 @@ class Batches:
 
         A row that turns out to have ended has then read its last token too, which nobody sees.
         """
-        token_ids, given, give = None, 0, None
-        for step in range(steps):
-            logits = one_token(self._chooser.device, functools.partial(decoder.step, token_ids))
-            likeliest, following = self._chooser.likeliest(logits)
-            self._counts["forwards"] += step > 0  # the first is counted as any step is
+        token_ids, give = None, None
+        try:
+            for _ in range(steps):
+                logits = one_token(self._chooser.device, functools.partial(decoder.step, token_ids))
+                likeliest, following = self._chooser.likeliest(logits)
+                self._counts["forwards"] += 1
+                if give is not None:
+                    self._counts["generated_tokens"] += give(decoder.rows)
+                token_ids, give = likeliest[:, None], following
+                over = any(row.done or row.ticket.cancelled.is_set() for row in decoder.rows)
+                if over or self._lane.halted:
+                    break
+        finally:  # a pass that fails takes no tokens away that are on their way
             if give is not None:
-                given += give(decoder.rows)
-            token_ids, give = likeliest[:, None], following
-            if any(row.done or row.ticket.cancelled.is_set() for row in decoder.rows):
-                break
-        if give is not None:
-            given += give(decoder.rows)
-        self._look(decoder, given)
+                self._counts["generated_tokens"] += give(decoder.rows)
+        self._counts["forwards"] -= 1  # one is counted as that of any step
+        self._look(decoder, 0)
 
     def _read_anew(self, decoder: Decoder) -> None:
         """Take rows out of a batch whose keys and values do not hold any more; they wait, with the tokens they have."""

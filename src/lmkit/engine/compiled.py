@@ -14,12 +14,14 @@ from transformers.modeling_outputs import BaseModelOutput
 from lmkit._borrowed import cache_name
 from lmkit.engine.body_and_head import Reader
 from lmkit.engine.cache import KeyValues, WindowLayer
-from lmkit.engine.graph import Graph, Taken
+from lmkit.engine.graph import LARGEST, Graph, Taken
 from lmkit.kernels import attention
 from lmkit.kernels.quantized import runs_torch_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from lmkit.engine.cache import GrowingLayer
 
 ROWS, WIDTH, WINDOW = 64, 256, 192
 """The rows and the columns of a step that are traced, plain and in windows: a graph takes any, but for `most_rows`."""
@@ -81,6 +83,15 @@ class CompiledStep(Graph):
         self._cached = cache_name(model) or ""
         super().__init__(model)
 
+    def fits(self, rows: int, layers: Sequence[GrowingLayer]) -> bool:
+        """Say whether it takes so many rows of these layers: on a card kernels count a tensor's numbers in 32 bits."""
+        if self._device.type == "cpu" or rows > self.most_rows:
+            return rows <= self.most_rows
+        heads = getattr(self._model.config.get_text_config(decoder=True), "num_attention_heads", 1)
+        columns = 2 * max(layer.columns for layer in layers)  # a step may have them grow by half
+        keys = self._sample.layers[0].keys
+        return rows * columns * max(heads, keys.shape[1]) * keys.shape[3] <= LARGEST
+
     def __call__(
         self,
         token_ids: torch.Tensor,
@@ -102,7 +113,9 @@ class CompiledStep(Graph):
         """
         keys, values = [pair[0] for pair in buffers], [pair[1] for pair in buffers]
         slots, masks = zip(*columns, strict=True)
-        return self._compute(token_ids, positions, *slots, *keys, *values, *masks)
+        first = 2 + len(slots)
+        kept = range(first, first + len(keys) + len(values))
+        return self._replayed([token_ids, positions, *slots, *keys, *values, *masks], kept)
 
     @functools.cached_property
     def _sample(self) -> KeyValues:

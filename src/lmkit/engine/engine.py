@@ -56,8 +56,8 @@ class Engine:
         graph = CompiledStep if start is None else CompiledDecoderStep
         compiled = graph(model) if plan.compiled else None
         self._lock = threading.RLock()
-        self._batches = Batches(model, codec, plan, start, self._lock, compiled=compiled)
         self._lane = Lane(input_device(model))
+        self._batches = Batches(model, codec, plan, start, self._lock, lane=self._lane, compiled=compiled)
         self._leader: Ticket | None = None
         self._leads: int | None = None  # the leader's thread, while it runs steps
         self._waiters: list[Ticket] = []

@@ -24,6 +24,7 @@ import torch
 from lmkit._interrupts import surely
 from lmkit.engine.inputs import input_device
 from lmkit.engine.repeats import Call, Chain, divided
+from lmkit.engine.replay import REPLAYED_ON, Replay
 from lmkit.errors import EngineError
 from lmkit.kernels.native.build import cache_folder
 from lmkit.kernels.native.operators import refusal
@@ -40,7 +41,7 @@ TOLERANCE = 0.05
 """How far compiled scores of the median row may be from the model's own, as a share of their spread: of SmolLM2's rows
 most are the same bit for bit, in bfloat16, int8 and int4, and single ones up to 0.2 off (Xeon)."""
 
-TRACED = 6
+TRACED = 7
 """The number of what is traced: another one where a `_traced` or the order of its inputs has changed."""
 
 SETTINGS = {
@@ -51,6 +52,9 @@ SETTINGS = {
 }
 """For inductor: packed weights (`kernels.packed`) have no strides to assert, and as inputs fit none of its patterns.
 Fused operations round to half precision where the model does, so that tokens are the model's."""
+
+LARGEST = 2**31 - 1
+"""How many numbers a tensor of a graph may have on a card: inductor's kernels there count in 32 bits."""
 
 CALLS, KERNELS = "calls.json", "kernels"
 """What a graph's folder holds beside its parts: how they are called, and inductor's own cache with their kernels."""
@@ -95,6 +99,7 @@ class Graph(ABC):
         """Load the graph of `model`, whose plan says that it has one, from the cache folder; or compile and keep it."""
         self._model = model
         self._device = input_device(model)
+        self._replay = Replay()
         self._named = every = WithWholes(model, head_copies(model))
         named = [*every.named_parameters(remove_duplicate=False), *every.named_buffers(remove_duplicate=False)]
         once = {id(tensor): tensor for _, tensor in named}
@@ -136,6 +141,12 @@ class Graph(ABC):
     def _compute(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Run the graph."""
         return self._chain([*self._weights, *inputs])
+
+    def _replayed(self, inputs: Sequence[torch.Tensor], kept: range) -> torch.Tensor:
+        """Run the graph, by a record where there is one; inputs at the places `kept` are read and written in place."""
+        if self._device.type not in REPLAYED_ON:
+            return self._compute(*inputs)
+        return self._replay(self._compute, inputs, kept)
 
     def _tokens(self, rows: int, columns: int, seed: int) -> torch.Tensor:
         """Draw tokens to try the model with. *Shape:* `(rows, columns)`."""
@@ -195,22 +206,23 @@ class Graph(ABC):
         told = json.loads((folder / CALLS).read_text(encoding="utf-8"))
         with self._inductor(folder):
             parts = [CompiledArtifact.load(path=str(folder / name)) for name in told["parts"]]
-        return Chain([Call(*call) for call in told["calls"]], parts, told["result"])
+        return Chain([Call(*call) for call in told["calls"]], parts, told["inputs"], told["result"])
 
     def _made(self, folder: Path) -> Chain:
         """Compile the graph, and keep it in a folder."""
         graph, check = self._trace()
         check()
-        calls, graphs, inputs, result = divided(graph)
+        calls, graphs, takes, result = divided(graph)
         names = [f"{number}.part" for number in range(len(graphs))]
+        inputs = len(graph.graph.find_nodes(op="placeholder"))
         with self._inductor(folder):
-            parts = [self._part(*part) for part in zip(graphs, inputs, strict=True)]
+            parts = [self._part(*part) for part in zip(graphs, takes, strict=True)]
             check()  # inductor asks about sizes too
             for part, name in zip(parts, names, strict=True):
                 part.save(path=str(folder / name))
-        told = json.dumps({"calls": calls, "parts": names, "result": result})
+        told = json.dumps({"calls": calls, "parts": names, "inputs": inputs, "result": result})
         (folder / CALLS).write_text(told, encoding="utf-8")
-        return Chain(calls, parts, result)
+        return Chain(calls, parts, inputs, result)
 
     @contextlib.contextmanager
     def _inductor(self, folder: Path) -> Iterator[None]:
@@ -274,7 +286,9 @@ class Graph(ABC):
             many = {"rows": 2**12, "sources": 2**10, "places": 2**12, "read": length - 1}
             symbols = {one.node.expr: name for name, one in named.items() if isinstance(one, torch.SymInt)}
             sizes = {symbol: many.get(str(name), length) for symbol, name in symbols.items()}
-            if not all(guard.expr.subs(sizes) for guard in found.guards):
+            # Those who call see to what a card's kernels can count.
+            asked = [guard.expr for guard in found.guards if LARGEST not in guard.expr.atoms()]
+            if not all(expr.subs(sizes) for expr in asked):
                 raise EngineError("its code reads long texts otherwise than short ones")
 
     def _on_weights(self, *inputs: torch.Tensor) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -51,18 +52,28 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Chain:
-    """Computes a graph by calling its parts one after another, as `Parts` says."""
+    """Computes a graph, of so many inputs, by calling its parts one after another, as `Parts` says."""
 
     calls: Sequence[Call]
     parts: Sequence[Callable[..., Sequence[Any]]]
+    inputs: int
     result: int
 
     def __call__(self, values: list[Any]) -> torch.Tensor:
-        """Compute from the graph's inputs, to which all that parts give is appended."""
-        for part, takes in self.calls:
+        """Compute from the graph's inputs, to which what parts give is appended for as long as others take it."""
+        for (part, takes), last in zip(self.calls, self._last, strict=True):
             values += self.parts[part](*[values[place] for place in takes])
+            for place in last:
+                values[place] = None
         found: torch.Tensor = values[self.result]
         return found
+
+    @cached_property
+    def _last(self) -> list[list[int]]:
+        """What each call is the last one to take, of what calls give."""
+        calls = {place: number for number, call in enumerate(self.calls) for place in call.takes}
+        calls = {place: number for place, number in calls.items() if self.inputs <= place != self.result}
+        return [[place for place, last in calls.items() if last == number] for number in range(len(self.calls))]
 
 
 class Layers(NamedTuple):

@@ -86,7 +86,7 @@ class CausalDecoder(Decoder):
         """Read the newest tokens: those of the rows, or `token_ids`, which only the device knows yet (`(rows, 1)`)."""
         if token_ids is None:
             token_ids = sent([row.token_ids[-1:] for row in self.rows], self._device)
-        if self._compiled is not None and len(self.rows) <= self._compiled.most_rows:
+        if self._compiled is not None and self._compiled.fits(len(self.rows), self._cache.layers):
             return self._compiled_step(self._compiled, token_ids)
         return self._forward(token_ids, 1)[:, -1]
 
