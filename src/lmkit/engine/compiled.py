@@ -90,7 +90,7 @@ class CompiledStep(Graph):
         heads = getattr(self._model.config.get_text_config(decoder=True), "num_attention_heads", 1)
         columns = 2 * max(layer.columns for layer in layers)  # a step may have them grow by half
         keys = self._sample.layers[0].keys
-        return rows * columns * max(heads, keys.shape[1]) * keys.shape[3] <= LARGEST
+        return bool(rows * columns * max(heads, keys.shape[1]) * keys.shape[3] <= LARGEST)
 
     def __call__(
         self,

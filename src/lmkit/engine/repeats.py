@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from torch.fx import GraphModule, Node
+    from torch.fx import Graph, GraphModule, Node
 
 MOST_CALLS = 8
 """How often the part of layers is called at the most: it holds as many of them as that takes. A call costs a step some
@@ -93,12 +93,16 @@ def divided(traced: GraphModule) -> Parts:
     (output,) = traced.graph.find_nodes(op="output")
     given = traced.graph.find_nodes(op="placeholder")
     places = {node: place for place, node in enumerate(given)}
+    sizes = _sizes(traced.graph, given)
+    pieces = _pieces([node for node in traced.graph.nodes if node.op not in ("placeholder", "output")])
+    wanted = [[*_takes(piece), *_asked(piece, sizes)] for piece in pieces]
+    used = {*output.all_input_nodes, *itertools.chain(*wanted)}
     known: dict[str, int] = {}
     calls: list[Call] = []
     graphs: list[GraphModule] = []
     inputs: list[list[Any]] = []
-    for piece in _pieces([node for node in traced.graph.nodes if node.op not in ("placeholder", "output")]):
-        takes, leaves = _takes(piece), _leaves(piece)
+    for piece, takes in zip(pieces, wanted, strict=True):
+        leaves = [node for node in piece if node in used]
         spelled = f"{_spelled(piece)} {[*map(piece.index, leaves)]}"
         if spelled not in known:
             known[spelled] = len(graphs)
@@ -107,6 +111,40 @@ def divided(traced: GraphModule) -> Parts:
         calls.append(Call(known[spelled], [places[node] for node in takes]))
         places |= {node: len(places) + number for number, node in enumerate(leaves)}
     return Parts(calls, graphs, inputs, places[output.all_input_nodes[0]])
+
+
+def _sizes(graph: Graph, given: list[Node]) -> dict[str, Node]:
+    """Ask for each size that may be any before all else: parts are given those that they need by name.
+
+    Inductor of torch 2.14 takes them from no tensor that the part does not ask, nor from one of bools.
+    """
+    found: dict[str, Node] = {}
+    begin = given[-1].next
+    for node in given:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dtype != torch.bool:
+            for dim, size in enumerate(value.shape):
+                name = str(size)
+                if isinstance(size, torch.SymInt) and name not in found and name in _symbols(node):
+                    with graph.inserting_before(begin):
+                        found[name] = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+                    found[name].meta["val"] = size
+    return found
+
+
+def _asked(piece: list[Node], sizes: Mapping[str, Node]) -> list[Node]:
+    """Return the sizes that operations depend on, of those that they neither ask for nor take."""
+    takes = _takes(piece)
+    names = set().union(*map(_symbols, (*takes, *piece)))
+    there = {*takes, *piece}
+    return [size for name, size in sizes.items() if name in names and size not in there]
+
+
+def _symbols(node: Node) -> set[str]:
+    """Name the sizes that may be any in what a node gives."""
+    value = node.meta.get("val")
+    sizes = value.shape if isinstance(value, torch.Tensor) else [value]
+    return {str(one) for size in sizes if isinstance(size, torch.SymInt) for one in size.node.expr.free_symbols}
 
 
 def _pieces(operations: list[Node]) -> list[list[Node]]:
