@@ -6,6 +6,7 @@ Run by `nox -s gpu`, or where nox is not, by `python benchmarks/gpu.py`. Nothing
 import gc
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +50,17 @@ def test_families_have_the_tokens_of_generate(name: str) -> None:
     with on_card(name) as loaded:
         assert [list(one.token_ids) for one in loaded(texts(name), max_new_tokens=8, **told)] == expected
         assert list(loaded(texts(name)[0], max_new_tokens=8, **told).token_ids) == expected[0]
+
+
+def test_compiled_steps_are_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """T6: compiled steps of rows that end one after another are recorded as CUDA graphs, and have generate's tokens."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    prompts, budgets = texts("llama"), [8, 24, 16, 24, 12]
+    with on_card("llama", compile=True) as loaded:
+        found = loaded(prompts, max_new_tokens=budgets[: len(prompts)])
+    for prompt, budget, one in zip(prompts, budgets, found, strict=False):
+        assert list(one.token_ids) == checkpoints.generated("llama", [prompt], max_new_tokens=budget)[0]
+    assert "CUDA graphs" not in caplog.text
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -123,7 +123,8 @@ def _sizes(graph: Graph, given: list[Node]) -> dict[str, Node]:
     for node in given:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dtype != torch.bool:
-            for dim, size in enumerate(value.shape):
+            shape: tuple[Any, ...] = tuple(value.shape)
+            for dim, size in enumerate(shape):
                 name = str(size)
                 if isinstance(size, torch.SymInt) and name not in found and name in _symbols(node):
                     with graph.inserting_before(begin):
