@@ -41,7 +41,7 @@ def agree(compute: Callable[..., list[torch.Tensor]], given: list[torch.Tensor],
     for values in (given, other):
         expected, found = ([one.clone() for one in values] for _ in range(2))
         (result,) = compute(*expected)
-        chain: Any = Chain(parts.calls, parts.graphs, len(given), parts.result)
+        chain: Any = Chain(parts.calls, parts.graphs, len(given), parts.sizes, parts.result)
         held = [*found]
         assert torch.equal(chain(held), result)
         assert sum(one is not None for one in held[len(given) :]) == 1  # what parts gave each other is let go
@@ -54,7 +54,7 @@ def test_layers_that_are_alike_are_one_part(layers: int) -> None:
     """Any number of layers is divided into few parts and calls that compute the same, for any sizes."""
     parts = agree(model(layers), inputs(layers), inputs(layers, rows=5))
     assert len(parts.calls) <= MOST_CALLS + 2
-    if layers == 1:
+    if layers <= 3:  # too little is saved
         assert len(parts.graphs) == len(parts.calls) == 1
         return
     assert len(parts.graphs) <= 3

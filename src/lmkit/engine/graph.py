@@ -41,7 +41,7 @@ TOLERANCE = 0.05
 """How far compiled scores of the median row may be from the model's own, as a share of their spread: of SmolLM2's rows
 most are the same bit for bit, in bfloat16, int8 and int4, and single ones up to 0.2 off (Xeon)."""
 
-TRACED = 7
+TRACED = 8
 """The number of what is traced: another one where a `_traced` or the order of its inputs has changed."""
 
 SETTINGS = {
@@ -206,13 +206,13 @@ class Graph(ABC):
         told = json.loads((folder / CALLS).read_text(encoding="utf-8"))
         with self._inductor(folder):
             parts = [CompiledArtifact.load(path=str(folder / name)) for name in told["parts"]]
-        return Chain([Call(*call) for call in told["calls"]], parts, told["inputs"], told["result"])
+        return Chain([Call(*call) for call in told["calls"]], parts, told["inputs"], told["sizes"], told["result"])
 
     def _made(self, folder: Path) -> Chain:
         """Compile the graph, and keep it in a folder."""
         graph, check = self._trace()
         check()
-        calls, graphs, takes, result = divided(graph)
+        calls, graphs, takes, sizes, result = divided(graph)
         names = [f"{number}.part" for number in range(len(graphs))]
         inputs = len(graph.graph.find_nodes(op="placeholder"))
         with self._inductor(folder):
@@ -220,9 +220,9 @@ class Graph(ABC):
             check()  # inductor asks about sizes too
             for part, name in zip(parts, names, strict=True):
                 part.save(path=str(folder / name))
-        told = json.dumps({"calls": calls, "parts": names, "inputs": inputs, "result": result})
+        told = json.dumps({"calls": calls, "parts": names, "inputs": inputs, "sizes": sizes, "result": result})
         (folder / CALLS).write_text(told, encoding="utf-8")
-        return Chain(calls, parts, inputs, result)
+        return Chain(calls, parts, inputs, sizes, result)
 
     @contextlib.contextmanager
     def _inductor(self, folder: Path) -> Iterator[None]:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph, GraphModule, Node
 
+LEAST = 16
+"""How many operations a division must save."""
+
 MOST_CALLS = 8
 """How often the part of layers is called at the most: it holds as many of them as that takes. A call costs a step some
 15 microseconds, and a layer in a part one or two seconds of compiling (Xeon, two cores)."""
@@ -27,7 +30,7 @@ class Call(NamedTuple):
 
     Attributes:
         part: Which one.
-        takes: Where its inputs stand among all values: those of the graph first, then what calls give, in order.
+        takes: Where its inputs stand among all values: those of the graph first, its sizes, then what calls give.
     """
 
     part: int
@@ -41,12 +44,14 @@ class Parts(NamedTuple):
         calls: In their order.
         graphs: Each part as a graph, which returns a tuple.
         inputs: What each part is traced with.
+        sizes: The sizes that parts are given: of which of the graph's inputs, and along which dimension.
         result: Where the graph's result stands among all values.
     """
 
     calls: list[Call]
     graphs: list[GraphModule]
     inputs: list[list[Any]]
+    sizes: list[tuple[int, int]]
     result: int
 
 
@@ -57,10 +62,12 @@ class Chain:
     calls: Sequence[Call]
     parts: Sequence[Callable[..., Sequence[Any]]]
     inputs: int
+    sizes: Sequence[Sequence[int]]
     result: int
 
     def __call__(self, values: list[Any]) -> torch.Tensor:
         """Compute from the graph's inputs, to which what parts give is appended for as long as others take it."""
+        values += [values[place].shape[dim] for place, dim in self.sizes]
         for (part, takes), last in zip(self.calls, self._last, strict=True):
             values += self.parts[part](*[values[place] for place in takes])
             for place in last:
@@ -72,7 +79,7 @@ class Chain:
     def _last(self) -> list[list[int]]:
         """What each call is the last one to take, of what calls give."""
         calls = {place: number for number, call in enumerate(self.calls) for place in call.takes}
-        calls = {place: number for place, number in calls.items() if self.inputs <= place != self.result}
+        calls = {place: number for place, number in calls.items() if self.inputs <= place != self.result}  # sizes too
         return [[place for place, last in calls.items() if last == number] for number in range(len(self.calls))]
 
 
@@ -92,9 +99,12 @@ def divided(traced: GraphModule) -> Parts:
     """
     (output,) = traced.graph.find_nodes(op="output")
     given = traced.graph.find_nodes(op="placeholder")
-    places = {node: place for place, node in enumerate(given)}
+    operations = [node for node in traced.graph.nodes if node.op not in ("placeholder", "output")]
     sizes = _sizes(traced.graph, given)
-    pieces = _pieces([node for node in traced.graph.nodes if node.op not in ("placeholder", "output")])
+    places = {node: place for place, node in enumerate([*given, *sizes.values()])}
+    pieces = _pieces(operations)
+    if not all(any(isinstance(node.meta.get("val"), torch.Tensor) for node in _leaves(piece)) for piece in pieces):
+        pieces = [operations]  # what gives nothing but sizes is no part
     wanted = [[*_takes(piece), *_asked(piece, sizes)] for piece in pieces]
     used = {*output.all_input_nodes, *itertools.chain(*wanted)}
     known: dict[str, int] = {}
@@ -110,11 +120,12 @@ def divided(traced: GraphModule) -> Parts:
             inputs.append([node.meta["val"] for node in takes])
         calls.append(Call(known[spelled], [places[node] for node in takes]))
         places |= {node: len(places) + number for number, node in enumerate(leaves)}
-    return Parts(calls, graphs, inputs, places[output.all_input_nodes[0]])
+    asked = [(places[size.all_input_nodes[0]], int(str(size.args[1]))) for size in sizes.values()]
+    return Parts(calls, graphs, inputs, asked, places[output.all_input_nodes[0]])
 
 
 def _sizes(graph: Graph, given: list[Node]) -> dict[str, Node]:
-    """Ask for each size that may be any before all else: parts are given those that they need by name.
+    """Ask for each size that may be any: parts are given those that they need.
 
     Inductor of torch 2.14 takes them from no tensor that the part does not ask, nor from one of bools.
     """
@@ -164,7 +175,7 @@ def _alike(operations: list[Node]) -> Layers:
     """Find the layers that are alike and have most operations in all, counted without the first one."""
     numbers: dict[str, int] = {}
     looks = torch.tensor([numbers.setdefault(_look(node), len(numbers)) for node in operations])
-    best, found = 0, Layers(0, 0, 0)
+    best, found = LEAST, Layers(0, 0, 0)
     for size in range(1, len(operations) // 2 + 1):
         same = looks[:-size] == looks[size:]
         edge = same.new_zeros(1)
