@@ -111,9 +111,9 @@ def threads(bench: Bench) -> Iterator[Finding]:
     for caller in callers:
         caller.join()
     after = _machine.resident_bytes(), torch.accelerator.memory_reserved() if device() != "cpu" else 0
-    names = ["resident", *(["reserved on the card"] if device() != "cpu" else [])]
-    for what, one, other in zip(names, after, before, strict=False):
-        yield versus("T2", f"{what}, behind 8 threads : before", one / 2**20, other / 2**20, "MiB")
+    for what, one, other in zip(("resident", "reserved on the card"), after, before, strict=True):
+        if what == "resident" or device() != "cpu":
+            yield versus("T2", f"{what}, behind 8 threads : before", one / 2**20, other / 2**20, "MiB")
 
 
 def choice(bench: Bench) -> Iterator[Finding]:
