@@ -178,4 +178,4 @@ def test_rows_that_run_ahead_have_the_tokens_of_others(name: str, events: list[s
                 found = [*every, *again, *generator(prompts, max_new_tokens=30, stop=[stop])]
         expected.append([(one.token_ids, one.text, one.finish_reason, one.stop_reason) for one in found])
     assert expected[0] == expected[1]
-    assert "ahead" in events
+    assert ("ahead" in events) == (wrapper(name).plan.engine == "lmkit")  # what generate() runs is generate()'s
