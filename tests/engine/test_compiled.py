@@ -13,7 +13,7 @@ import every_family
 import lmkit
 from checkpoints import texts, wrapper
 from lmkit.engine.compiled import CompiledDecoderStep, CompiledPass, CompiledStep
-from lmkit.engine.graph import compiled_for
+from lmkit.engine.graph import LARGEST, compiled_for
 from lmkit.kernels.native.operators import refusal
 from native_kernels import NEEDED, kernels
 
@@ -95,6 +95,20 @@ def test_what_is_compiled_for_one_card_is_not_run_on_another(monkeypatch: pytest
     assert one != other == same
     assert "NVIDIA H100" in other
     assert "(9, 0)" in other
+
+
+def test_a_card_is_not_given_more_numbers_than_its_kernels_count() -> None:
+    """On a card steps beyond 2**31 numbers in a tensor are not compiled ones; a CPU counts on."""
+    model = checkpoints.reference("llama")[0]
+    step: Any = object.__new__(CompiledStep)
+    step._model, step._cached, step.most_rows, step._device = model, "past_key_values", 2**40, torch.device("cpu")
+    layer: Any = type("Layer", (), {"columns": 2**10})()
+    size = step._sample.layers[0].keys.shape[3] * model.config.num_attention_heads
+    most = LARGEST // (size * 2 * 2**10)
+    assert step.fits(most + 1, [layer])
+    step._device = torch.device("cuda", 0)
+    assert step.fits(most, [layer])
+    assert not step.fits(most + 1, [layer])
 
 
 def noisy(scores: torch.Tensor) -> torch.Tensor:
