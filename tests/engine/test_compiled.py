@@ -12,6 +12,7 @@ import checkpoints
 import every_family
 import lmkit
 from checkpoints import texts, wrapper
+from lmkit._borrowed import cache_name
 from lmkit.engine.compiled import CompiledDecoderStep, CompiledPass, CompiledStep
 from lmkit.engine.graph import LARGEST, compiled_for
 from lmkit.kernels.native.operators import refusal
@@ -101,7 +102,7 @@ def test_a_card_is_not_given_more_numbers_than_its_kernels_count() -> None:
     """On a card steps beyond 2**31 numbers in a tensor are not compiled ones; a CPU counts on."""
     model = checkpoints.reference("llama")[0]
     step: Any = object.__new__(CompiledStep)
-    step._model, step._cached, step.most_rows, step._device = model, "past_key_values", 2**40, torch.device("cpu")
+    step._model, step._cached, step.most_rows, step._device = model, cache_name(model), 2**40, torch.device("cpu")
     layer: Any = type("Layer", (), {"columns": 2**10})()
     size = step._sample.layers[0].keys.shape[3] * model.config.num_attention_heads
     most = LARGEST // (size * 2 * 2**10)
