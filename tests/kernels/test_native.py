@@ -55,21 +55,28 @@ def native(layer: Any, isa: str = HERE[0] if HERE else "") -> Any:
     return layer
 
 
-def rounded(rows: torch.Tensor, share: int) -> torch.Tensor:
-    """Round rows as the documentation says: 127 steps up to the largest magnitude of each 32 or 16 numbers."""
+def rounded(rows: torch.Tensor, bits: int, isa: str) -> torch.Tensor:
+    """Round rows as the documentation says.
+
+    To 127 steps up to the largest magnitude of each 32 numbers, or 16 before weights in 4 bits; to 127 * 256 steps up
+    to the largest of all where AMX multiplies by 8 bits.
+    """
+    share, steps = (16 if bits == 4 else 32), 127
+    if isa == "amx" and bits == 8:
+        share, steps = max(rows.shape[-1], 1), 127 * 256
     found = torch.zeros(rows.shape, dtype=torch.float64)
     for first in range(0, rows.shape[-1], share):
         part = rows[..., first : first + share].float()
         most = part.abs().amax(-1, keepdim=True)
-        whole = (part * torch.tensor(127.0).div(most.clamp(min=1e-36))).round()
-        found[..., first : first + share] = whole.double() * (most / 127).double()
+        whole = (part * torch.tensor(float(steps)).div(most.clamp(min=1e-34))).round()
+        found[..., first : first + share] = whole.double() * (most / steps).double()
     return found
 
 
 def check(layer: Any, rows: torch.Tensor) -> torch.Tensor:
     """Compare a layer's product with that of its widened weight and rounded rows in float64; return it."""
     weight, size = widened(layer.state_dict())
-    near = rounded(rows, 16 if isinstance(layer, Int4Linear) else 32)
+    near = rounded(rows, layer.BITS, layer.native)
     found = layer(rows)
     exact, most = near @ weight.T, near.abs() @ size.T
     if layer.bias is not None:
@@ -282,7 +289,7 @@ def test_an_embedding_is_looked_up_and_is_the_head(tokens: int, dtype: torch.dty
     assert not head.state_dict()
     with pytest.raises(IndexError):
         embedding(torch.tensor([tokens]))
-    exact = rounded(numbers(3, 40, seed=1).to(dtype), 32) @ (numbers_.double() * scales.double()[:, None]).T
+    exact = rounded(numbers(3, 40, seed=1).to(dtype), 8, HERE[0]) @ (numbers_.double() * scales.double()[:, None]).T
     torch.testing.assert_close(head(numbers(3, 40, seed=1).to(dtype)).double(), exact, rtol=2e-2, atol=2e-2)
 
 
@@ -308,7 +315,7 @@ def test_a_model_is_put_on_kernels_and_saved_without(name: str, word: Any, tmp_p
     load: Any = lmkit.load
     with load(task, folder, word, "cpu") as plain, load(task, folder, word, "cpu", compile="kernels") as fast:
         assert (plain.plan.kernels, fast.plan.kernels) == ("torch", "native")
-        assert "rows are rounded to 8 bits, with a scale for 32 numbers" in fast.plan.reasons["kernels"]
+        assert linear.rounding(HERE[0]) in fast.plan.reasons["kernels"]
         assert any(getattr(module, "native", None) for module in fast.model.modules())
         expected, found = plain.model.state_dict(), fast.model.state_dict()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -426,7 +433,7 @@ def test_without_a_home_there_is_no_place_for_kernels(monkeypatch: pytest.Monkey
 def test_a_wrong_kernel_is_not_used() -> None:
     """Kernels that are off by 1%, that swap outputs or that give NaN do not pass their trial."""
     ops = kernels()
-    linear.check(ops)
+    linear.check(ops, HERE[0])
     for spoil in (lambda found: found * 1.01, lambda found: found.roll(1, -1), lambda found: found * torch.nan):
 
         class Spoilt:
@@ -436,7 +443,7 @@ def test_a_wrong_kernel_is_not_used() -> None:
                 return wrong
 
         with pytest.raises(NoKernelsError, match="multiplies wrongly"):
-            linear.check(Spoilt)
+            linear.check(Spoilt, HERE[0])
 
 
 def test_a_build_that_is_killed_leaves_nothing_that_counts(tmp_path: Path) -> None:

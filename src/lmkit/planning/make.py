@@ -15,7 +15,7 @@ from lmkit.checkpoint.gguf import end_tokens
 from lmkit.checkpoint.tasks import check_task
 from lmkit.errors import PlacementError, listed
 from lmkit.kernels.native.build import instructions
-from lmkit.kernels.native.linear import SHARE
+from lmkit.kernels.native.linear import rounding
 from lmkit.kernels.native.operators import refusal
 from lmkit.planning.adapters import bringing, templated
 from lmkit.planning.layout import offload, size
@@ -215,8 +215,8 @@ def _untied(trial: Trial) -> str | None:
 
 def _kernels(trial: Trial) -> str | None:
     if trial.native:
-        told = f"lmkit's own, for this processor's {instructions()}, compiled once on this machine: rows are rounded to"
-        told += f" 8 bits, with a scale for {SHARE[8]} numbers, and for {SHARE[4]} before weights in 4 bits"
+        isa = instructions()
+        told = f"lmkit's own, for this processor's {isa}, compiled once on this machine: {rounding(isa)}"
         twice = trial.skeleton.head_bytes
         more = f"; the output layer, which is embeddings' too, is held in 8 bits as well, {size(twice)} more"
         return told + more if twice else told

@@ -35,7 +35,7 @@ def describe(name: str) -> None:
         torch.library.register_fake(f"{name}::attend_many", attend_many)
 
 
-def check(operators: Any) -> None:
+def check(operators: Any, _isa: str) -> None:
     """Compare the kernels with attention in float64, on odd shapes.
 
     Raises:

@@ -25,12 +25,16 @@ if TYPE_CHECKING:
 _AVX512: Final = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni")
 
 INSTRUCTIONS: Final[Mapping[str, Sequence[str]]] = {
+    "amx": (*_AVX512, "avx512_bf16", "amx_tile", "amx_int8", "fma3"),
     "avx512bf16": (*_AVX512, "avx512_bf16", "fma3"),
     "avx512vnni": (*_AVX512, "fma3"),
     "avxvnni": ("avx2", "avx_vnni", "fma3"),
     "avx2": ("avx2", "fma3"),
 }
 """The sets of instructions that kernels are written for, the best first, and what torch must say of the processor."""
+
+FLAG: Final = {"fma3": "fma", "amx_tile": "amx-tile", "amx_int8": "amx-int8"}
+"""What compilers call instructions where that is not torch's name without a line."""
 
 FLAGS: Final = (
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"),
@@ -101,7 +105,7 @@ def library(isa: str, name: str, accept: Callable[[Path], None]) -> None:
     Raises:
         NoKernelsError: There is no compiler, it fails, or what it made cannot be loaded.
     """
-    allowed = [f"-m{one.replace('_', '').removesuffix('3')}" for one in INSTRUCTIONS[isa]]  # gcc says fma, torch fma3
+    allowed = [f"-m{FLAG.get(one, one.replace('_', ''))}" for one in INSTRUCTIONS[isa]]
     command = [*compiler(), *FLAGS, *allowed, f"-DLMKIT_OPERATORS={name}"]
     there = Path(torch.__file__).parent
     command += [f"-I{there / 'include'}", f"-L{there / 'lib'}"]

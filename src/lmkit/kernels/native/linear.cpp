@@ -14,6 +14,7 @@
 #include <optional>
 #include <vector>
 
+#include "tiles.h"
 #include "vectors.h"
 
 namespace {
@@ -243,10 +244,19 @@ void linear(const Tensor& input, const Tensor& weight, const Tensor& scales, con
   STD_TORCH_CHECK(BITS == 8 || inputs % GROUP == 0, "rows do not divide into groups");
   const int64_t pairs = blocks * BLOCK * groups * 2;
   STD_TORCH_CHECK(scales.numel() == (BITS == 4 ? pairs : outputs), "the scales have another size");
+  const int64_t rows = outputs ? to.numel() / outputs : 0;
+  if (!rows) return;
   const auto* bytes = static_cast<const uint8_t*>(weight.const_data_ptr());
-  const Layer<T> layer{bytes, static_cast<const T*>(scales.const_data_ptr()), bias, inputs, outputs, groups};
-  if (const int64_t rows = outputs ? to.numel() / outputs : 0)
-    linear<BITS, T>(layer, static_cast<const T*>(input.const_data_ptr()), rows, static_cast<T*>(to.mutable_data_ptr()));
+  const auto* by = static_cast<const T*>(scales.const_data_ptr());
+  const auto* from = static_cast<const T*>(input.const_data_ptr());
+  auto* found = static_cast<T*>(to.mutable_data_ptr());
+#if defined(__AMX_INT8__)
+  if (BITS == 8 && inputs <= LONGEST) {
+    multiply_tiled(Tiled<T>{bytes, by, bias, inputs, groups * GROUP, outputs}, from, rows, found);
+    return;
+  }
+#endif
+  linear<BITS, T>(Layer<T>{bytes, by, bias, inputs, outputs, groups}, from, rows, found);
 }
 
 template <typename T>

@@ -15,13 +15,16 @@ GROUP: Final = 32
 """How many inputs of a weight in 4 bits share a scale; rows of every weight are padded to whole groups."""
 
 SHARE: Final = {8: 32, 4: 16}
-"""How many numbers of a row share a scale when they are rounded, for weights of so many bits: by perplexity, with which
-`"int4"` has to stay within 0.3% of what it is with wide rows (docs/performance.md)."""
+"""How many numbers of a row share a scale when they are rounded to 8 bits, for weights of so many bits: by perplexity,
+with which `"int4"` has to stay within 0.3% of what it is with wide rows (docs/performance.md)."""
+
+LONGEST: Final = 2**16
+"""With AMX, rows of up to so many numbers are rounded to 16 bits before weights in 8 bits, and share one scale."""
 
 ALL: Final = slice(None)
 
-TINY: Final = 1e-36
-"""Groups whose largest magnitude is no more than this are zeros."""
+TINY: Final = {8: 1e-36, 16: 1e-34}
+"""Numbers whose largest magnitude is no more than this are zeros, when they are rounded to so many bits."""
 
 TOLERANCE: Final = 1e-5
 """How far a product may be from float64's, as a share of the largest, when it is tried in float32."""
@@ -85,21 +88,28 @@ def describe(name: str) -> None:
     torch.library.register_fake(f"{name}::linear", linear)
 
 
-def check(operators: Any) -> None:
-    """Compare the kernels with products in float64, on odd shapes.
+def rounding(isa: str) -> str:
+    """Say how the kernels for a set of instructions round rows."""
+    fine = f"8 bits, with a scale for {SHARE[8]} numbers, and for {SHARE[4]} before weights in 4 bits"
+    wide = f"16 bits with a scale for each; before weights in 4 bits to 8 bits, with a scale for {SHARE[4]} numbers"
+    return f"rows are rounded to {wide if isa == 'amx' else fine}"
+
+
+def check(operators: Any, isa: str) -> None:
+    """Compare the kernels for a set of instructions with products in float64, on odd shapes.
 
     Raises:
         NoKernelsError: One is wrong.
     """
     draws = torch.Generator().manual_seed(0)
-    for outputs, inputs, rows in ((1, 1, 1), (33, 100, 7), (70, 64, 3), (32, 160, 13)):
+    for outputs, inputs, rows in ((1, 1, 1), (33, 100, 7), (70, 64, 3), (32, 160, 21)):
         for dtype in (torch.float32, torch.bfloat16):
             given = torch.randn(rows, inputs, generator=draws).to(dtype)
             bias = torch.randn(outputs, generator=draws).to(dtype)
             numbers = torch.randint(-128, 128, (outputs, inputs), generator=draws).to(torch.int8)
             scales = torch.rand(outputs, generator=draws).to(dtype)
             found = operators.linear(given, pack8(numbers), scales, bias, 8, outputs)
-            _compare(found, rounded(given, 8) @ (numbers.double() * scales.double()[:, None]).T + bias.double(), 8)
+            _compare(found, rounded(given, 8, isa) @ (numbers.double() * scales.double()[:, None]).T + bias.double(), 8)
             if inputs % GROUP:
                 continue
             levels = torch.randint(0, 16, (outputs, inputs), generator=draws).to(torch.uint8)
@@ -108,17 +118,19 @@ def check(operators: Any) -> None:
             found = operators.linear(given, packed, pack_scales(pairs), None, 4, outputs)
             scale, offset = pairs.double().transpose(0, 1)[..., None].unbind(2)
             wide = (levels.double().view(outputs, -1, GROUP) - 8) * scale + offset
-            _compare(found, rounded(given, 4) @ wide.flatten(1).T, 4)
+            _compare(found, rounded(given, 4, isa) @ wide.flatten(1).T, 4)
 
 
-def rounded(rows: torch.Tensor, bits: int) -> torch.Tensor:
-    """Round rows as the kernels do, in float64: to 127 steps between 0 and the largest magnitude of each `SHARE`."""
+def rounded(rows: torch.Tensor, bits: int, isa: str) -> torch.Tensor:
+    """Round rows in float64 as the kernels do before weights of so many `bits`, in steps of their largest magnitude."""
+    whole = isa == "amx" and bits == 8 and rows.shape[-1] <= LONGEST  # noqa: PLR2004
+    most, tiny = (127 * 256, TINY[16]) if whole else (127, TINY[8])
     padded = torch.nn.functional.pad(rows.float(), (0, -rows.shape[-1] % GROUP))
-    padded = padded.reshape(*rows.shape[:-1], -1, SHARE[bits])
-    most = padded.abs().amax(-1, keepdim=True)
-    inverse = torch.full_like(most, 127).div(most)  # 127 / most would multiply with a rounded reciprocal
-    numbers = torch.where(most > TINY, padded * inverse, 0).round()
-    wide: torch.Tensor = (numbers.double() * (most / 127).double()).flatten(-2)[..., : rows.shape[-1]]
+    padded = padded.reshape(*rows.shape[:-1], -1, padded.shape[-1] if whole else SHARE[bits])
+    largest = padded.abs().amax(-1, keepdim=True)
+    inverse = torch.full_like(largest, most).div(largest)  # most / largest would multiply with a rounded reciprocal
+    numbers = torch.where(largest > tiny, padded * inverse, 0).round()
+    wide: torch.Tensor = (numbers.double() * (largest / most).double()).flatten(-2)[..., : rows.shape[-1]]
     return wide
 
 

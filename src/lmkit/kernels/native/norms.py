@@ -17,7 +17,7 @@ def describe(name: str) -> None:
     torch.library.register_fake(f"{name}::rms_norm", lambda given, _weight, _eps: torch.empty_like(given))
 
 
-def check(operators: Any) -> None:
+def check(operators: Any, _isa: str) -> None:
     """Compare the kernel with a norm in float64, on odd shapes.
 
     Raises:

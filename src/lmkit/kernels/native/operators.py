@@ -47,7 +47,7 @@ def operators(isa: str | None = None) -> Any:
         try:
             read(path)
             for part in PARTS:
-                part.check(found)
+                part.check(found, chosen)
         except (OSError, RuntimeError, AttributeError) as error:
             raise NoKernelsError(f"what was compiled does not run ({error.__cause__ or error})") from error
 
