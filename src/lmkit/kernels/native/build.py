@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _AVX512: Final = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_vnni")
 
 INSTRUCTIONS: Final[Mapping[str, Sequence[str]]] = {
-    "amx": (*_AVX512, "avx512_bf16", "amx_tile", "amx_int8", "fma3"),
+    "amx": (*_AVX512, "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "fma3"),
     "avx512bf16": (*_AVX512, "avx512_bf16", "fma3"),
     "avx512vnni": (*_AVX512, "fma3"),
     "avxvnni": ("avx2", "avx_vnni", "fma3"),
@@ -33,7 +33,7 @@ INSTRUCTIONS: Final[Mapping[str, Sequence[str]]] = {
 }
 """The sets of instructions that kernels are written for, the best first, and what torch must say of the processor."""
 
-FLAG: Final = {"fma3": "fma", "amx_tile": "amx-tile", "amx_int8": "amx-int8"}
+FLAG: Final = {"fma3": "fma"} | {f"amx_{one}": f"amx-{one}" for one in ("tile", "int8", "bf16")}
 """What compilers call instructions where that is not torch's name without a line."""
 
 FLAGS: Final = (

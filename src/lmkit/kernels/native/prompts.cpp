@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "amx.h"
 #include "attention.h"
 
 namespace {
@@ -15,6 +16,11 @@ using namespace lmkit;
 
 constexpr int64_t TALL = 6, WIDE = 4;             // rows and registers that are computed at a time
 constexpr int64_t TOKENS = 8 * TALL, COLUMNS = WIDE * LANES;  // of a block
+#if defined(__AMX_BF16__)
+constexpr int64_t STEP = TILE;  // pairs that are multiplied at a time: keys and queries are padded to that with zeros
+#else
+constexpr int64_t STEP = 1;
+#endif
 constexpr float LEAST = -std::numeric_limits<float>::infinity();
 
 // Sums of products of TALL rows of pairs with N registers of outputs; `weights` has a line of pairs for each step.
@@ -38,6 +44,65 @@ void multiply(const uint16_t* rows, int64_t row, const uint16_t* weights, int64_
     for (int64_t n = 0; n < N; ++n) store(to + r * length + n * LANES, sums[r][n]);
 }
 
+// The same for some rows, and for `wide` times as many outputs as a register holds.
+void multiply(const uint16_t* rows, int64_t row, int64_t count, const uint16_t* weights, int64_t line, int64_t pairs,
+              float* to, int64_t length, int64_t wide, bool add) {
+  for (int64_t r = 0; r < count; r += TALL) {
+    int64_t n = 0;
+    for (; n + WIDE <= wide; n += WIDE)
+      multiply<WIDE>(rows + r * row, row, weights + n * 2 * LANES, line, pairs, to + r * length + n * LANES, length, add);
+    for (; n + 2 <= wide; n += 2)
+      multiply<2>(rows + r * row, row, weights + n * 2 * LANES, line, pairs, to + r * length + n * LANES, length, add);
+    for (; n < wide; ++n)
+      multiply<1>(rows + r * row, row, weights + n * 2 * LANES, line, pairs, to + r * length + n * LANES, length, add);
+  }
+}
+
+using Multiply = void (*)(const uint16_t*, int64_t, int64_t, const uint16_t*, int64_t, int64_t, float*, int64_t, int64_t,
+                          bool);
+
+#if defined(__AMX_BF16__)
+
+// The same by tiles: 0 to 2 are sums, 3 to 5 rows, 6 outputs.
+template <int64_t TILES>
+void by_tiles(const uint16_t* rows, int64_t row, const uint16_t* weights, int64_t line, int64_t pairs, float* to,
+              int64_t length, int64_t wide, bool add) {
+  const int64_t row_bytes = row * 2, line_bytes = line * 2, bytes = length * 4;
+  for (int64_t n = 0; n < wide; ++n, to += LANES, weights += 2 * LANES) {
+    if (add) {
+      _tile_loadd(0, to, bytes);
+      if constexpr (TILES > 1) _tile_loadd(1, to + TILE * length, bytes);
+      if constexpr (TILES > 2) _tile_loadd(2, to + 2 * TILE * length, bytes);
+    } else {
+      _tile_zero(0);
+      if constexpr (TILES > 1) _tile_zero(1);
+      if constexpr (TILES > 2) _tile_zero(2);
+    }
+    for (int64_t pair = 0; pair < pairs; pair += STEP) {
+      const uint16_t* from = rows + 2 * pair;
+      _tile_loadd(6, weights + pair * line, line_bytes);
+      _tile_loadd(3, from, row_bytes);
+      if constexpr (TILES > 1) _tile_loadd(4, from + TILE * row, row_bytes);
+      if constexpr (TILES > 2) _tile_loadd(5, from + 2 * TILE * row, row_bytes);
+      _tile_dpbf16ps(0, 3, 6);
+      if constexpr (TILES > 1) _tile_dpbf16ps(1, 4, 6);
+      if constexpr (TILES > 2) _tile_dpbf16ps(2, 5, 6);
+    }
+    _tile_stored(0, to, bytes);
+    if constexpr (TILES > 1) _tile_stored(1, to + TILE * length, bytes);
+    if constexpr (TILES > 2) _tile_stored(2, to + 2 * TILE * length, bytes);
+  }
+}
+
+void by_tiles(const uint16_t* rows, int64_t row, int64_t count, const uint16_t* weights, int64_t line, int64_t pairs,
+              float* to, int64_t length, int64_t wide, bool add) {
+  static_assert(TOKENS == 3 * TILE, "a block has three tiles of tokens");
+  constexpr decltype(&by_tiles<1>) BY[] = {by_tiles<1>, by_tiles<2>, by_tiles<3>};
+  BY[(count - 1) / TILE](rows, row, weights, line, pairs, to, length, wide, add);
+}
+
+#endif
+
 // Memory that begins at the beginning of a line of the cache.
 struct Aligned {
   std::unique_ptr<char[]> memory;
@@ -47,6 +112,9 @@ struct Aligned {
     data = reinterpret_cast<uint16_t*>((place + 63) / 64 * 64);
   }
 };
+
+// As many ones, of 64.
+inline uint64_t first_bits(int64_t count) { return count <= 0 ? 0 : ~uint64_t{0} >> std::max<int64_t>(0, 64 - count); }
 
 // A mask or a bias, of any shape that broadcasts.
 struct Spread {
@@ -67,21 +135,13 @@ struct Spread {
   int64_t at(int64_t row, int64_t head, int64_t token) const {
     return row * strides[0] + head * strides[1] + token * strides[2];
   }
-  // Whether none or all of some columns are seen by some tokens, whose first is at `place`.
-  void look(int64_t place, int64_t tokens, int64_t columns, bool& none, bool& all) const {
-    bool some = false, every = true;
-    for (int64_t token = 0; token < (strides[2] ? tokens : 1); ++token) {
-      const bool* from = seen + place + token * strides[2];
-      uint8_t any = 0, each = 1;
-      for (int64_t column = 0; column < columns; ++column) any |= from[column], each &= from[column];
-      some |= any, every &= each;
-    }
-    none |= !some;
-    all &= every;
+  // Which columns a token sees, as bits.
+  uint64_t bits(int64_t place, int64_t columns) const {
+    const __mmask64 there = first_bits(columns);
+    return _mm512_mask_test_epi8_mask(there, _mm512_maskz_loadu_epi8(there, seen + place), splat(-1));
   }
-  // Add to scores, or hide them.
+  // Add to scores.
   void put(int64_t place, int64_t columns, float* scores) const {
-    if (seen) for (int64_t c = 0; c < columns; ++c) scores[c] = seen[place + c] ? scores[c] : HIDDEN;
     if (wide) for (int64_t c = 0; c < columns; ++c) scores[c] = std::max(scores[c] + wide[place + c], HIDDEN);
     if (half) for (int64_t c = 0; c < columns; ++c) scores[c] = std::max(scores[c] + widened(half[place + c]), HIDDEN);
   }
@@ -96,7 +156,7 @@ struct Prompts {
 
   const int64_t rows = query.size(0), heads = query.size(1), tokens = query.size(2), size = query.size(3);
   const int64_t groups = key.size(1), columns = key.size(2), value_size = value.size(3);
-  const int64_t pairs = (size + 1) / 2, length = (value_size + LANES - 1) / LANES * LANES;
+  const int64_t pairs = (size + 2 * STEP - 1) / (2 * STEP) * STEP, length = (value_size + LANES - 1) / LANES * LANES;
   const int64_t blocks = (columns + COLUMNS - 1) / COLUMNS;
   const int64_t key_block = pairs * 2 * COLUMNS, value_block = COLUMNS * length;
   const Aligned keys{rows * groups * blocks * key_block}, values{rows * groups * blocks * value_block};
@@ -110,8 +170,12 @@ struct Prompts {
     const uint16_t* from = static_cast<const uint16_t*>(key.const_data_ptr()) + row * key.stride(0) +
                            group * key.stride(1) + first * step;
     std::fill(to, to + key_block, 0);
-    for (int64_t column = 0; column < count; ++column)
-      for (int64_t d = 0; d < size; ++d) to[d / 2 * 2 * COLUMNS + 2 * column + d % 2] = from[column * step + d];
+    for (int64_t pair = 0; pair < size / 2; ++pair)
+      for (int64_t column = 0; column < count; ++column)
+        std::memcpy(to + (pair * COLUMNS + column) * 2, from + column * step + 2 * pair, 4);
+    if (size % 2)
+      for (int64_t column = 0; column < count; ++column)
+        to[(size / 2 * COLUMNS + column) * 2] = from[column * step + size - 1];
     to = values.data + task * value_block;
     from = static_cast<const uint16_t*>(value.const_data_ptr()) + row * value.stride(0) + group * value.stride(1) +
            first * value_step;
@@ -127,17 +191,18 @@ struct Prompts {
     alignas(64) float scores[TOKENS * COLUMNS];
     alignas(64) float totals[TOKENS * LANES];
     float most[TOKENS];
+    uint64_t seen[TOKENS];  // which columns
     std::vector<uint16_t> asking;
     std::vector<float> sums;
   };
 
-  // Turn scores of a block into shares, relative to the largest score so far; what was summed before follows.
-  void weigh(Room& room) const {
-    for (int64_t token = 0; token < TOKENS; ++token) {
+  // Turn scores of a block, times `by`, into shares, relative to the largest score so far; what was summed before follows.
+  void weigh(Room& room, int64_t count, int64_t wide, float by) const {
+    for (int64_t token = 0; token < count; ++token) {
       float* scores = room.scores + token * COLUMNS;
       Floats most = load_floats(scores);
-      for (int64_t n = 1; n < WIDE; ++n) most = larger(most, load_floats(scores + n * LANES));
-      const float before = room.most[token], now = std::max(before, largest(most));
+      for (int64_t n = 1; n < wide; ++n) most = larger(most, load_floats(scores + n * LANES));
+      const float before = room.most[token], now = std::max(before, largest(most) * by);
       Floats total = load_floats(room.totals + token * LANES);
       if (now > before) {
         const Floats factor = exponential(splat(before - now));
@@ -146,9 +211,9 @@ struct Prompts {
         for (int64_t d = 0; d < length; d += LANES) store(sums + d, times(load_floats(sums + d), factor));
         room.most[token] = now;
       }
-      for (int64_t n = 0; n < WIDE; n += 2) {
-        const Floats first = exponential(add(load_floats(scores + n * LANES), splat(-now)));
-        const Floats second = exponential(add(load_floats(scores + (n + 1) * LANES), splat(-now)));
+      for (int64_t n = 0; n < wide; n += 2) {
+        const Floats first = exponential(fused(load_floats(scores + n * LANES), splat(by), splat(-now)));
+        const Floats second = exponential(fused(load_floats(scores + (n + 1) * LANES), splat(by), splat(-now)));
         total = add(total, add(first, second));
         store(room.shares + token * COLUMNS + n * LANES, reinterpret_cast<Ints>(_mm512_cvtne2ps_pbh(second, first)));
       }
@@ -156,21 +221,21 @@ struct Prompts {
     }
   }
 
-  // Scale scores, and add and hide what is to be.
-  void adjust(int64_t row, int64_t head, int64_t token, int64_t first, bool whole, float* scores) const {
-    for (int64_t c = 0; c < COLUMNS; ++c) scores[c] *= scale;
-    if (whole) return;
+  // Scale scores of a token, and add and hide what is to be.
+  void adjust(int64_t row, int64_t head, int64_t token, int64_t first, int64_t wide, uint64_t seen, float* scores) const {
+    for (int64_t c = 0; c < wide * LANES; ++c) scores[c] *= scale;
     const int64_t count = std::min(COLUMNS, columns - first);
-    token = std::min(token, tokens - 1);
     bias.put(bias.at(row, head, token) + first, count, scores);
     mask.put(mask.at(row, head, token) + first, count, scores);
-    if (causal)
-      for (int64_t c = 0; c < COLUMNS; ++c) scores[c] = c <= token - first ? scores[c] : HIDDEN;
-    for (int64_t c = count; c < COLUMNS; ++c) scores[c] = LEAST;
+    const uint64_t there = first_bits(count);
+    for (int64_t n = 0; n < wide; ++n, scores += LANES, seen >>= LANES) {
+      const Floats shown = _mm512_mask_blend_ps(static_cast<__mmask16>(seen), splat(HIDDEN), load_floats(scores));
+      store(scores, _mm512_mask_blend_ps(static_cast<__mmask16>(there >> n * LANES), splat(LEAST), shown));
+    }
   }
 
   // A block of tokens of a head.
-  void attend(int64_t task, Room& room) const {
+  void attend(int64_t task, Room& room, Multiply by) const {
     const int64_t many = (tokens + TOKENS - 1) / TOKENS;
     const int64_t begin = (many - 1 - task / heads % many) * TOKENS, head = task % heads, row = task / heads / many;
     const int64_t count = std::min(TOKENS, tokens - begin), group = row * groups + head / (heads / groups);
@@ -184,28 +249,24 @@ struct Prompts {
     std::fill(room.most, room.most + TOKENS, LEAST);
     for (int64_t number = 0; number < blocks; ++number) {
       const int64_t first = number * COLUMNS, last = std::min(first + COLUMNS, columns);
-      bool none = causal && first >= begin + count, all = last - first == COLUMNS && !(causal && last > begin + 1);
-      if (mask.seen) mask.look(mask.at(row, head, begin) + first, count, last - first, none, all);
-      if (none) continue;
-      const bool whole = all && !mask.wide && !mask.half && !bias.wide && !bias.half;
-      for (int64_t token = 0; token < TOKENS; token += TALL) {
-        multiply<WIDE>(room.asking.data() + token * pairs * 2, pairs * 2,
-                       keys.data + (group * blocks + number) * key_block, 2 * COLUMNS, pairs,
-                       room.scores + token * COLUMNS, COLUMNS, false);
-        for (int64_t one = token; one < token + TALL; ++one)
-          adjust(row, head, begin + one, first, whole, room.scores + one * COLUMNS);
+      if (causal && first >= begin + count) break;
+      uint64_t some = 0, all = first_bits(last - first);
+      for (int64_t token = 0; token < count; ++token) {
+        uint64_t& seen = room.seen[token];
+        seen = causal ? first_bits(begin + token + 1 - first) : ~uint64_t{0};
+        if (mask.seen) seen &= mask.bits(mask.at(row, head, begin + token) + first, last - first);
+        some |= seen, all &= seen;
       }
-      weigh(room);
-      const uint16_t* weights = values.data + (group * blocks + number) * value_block;
-      for (int64_t token = 0; token < TOKENS; token += TALL) {
-        const uint16_t* shares = room.shares + token * COLUMNS;
-        float* sums = room.sums.data() + token * length;
-        int64_t d = 0;
-        for (; d + WIDE * LANES <= length; d += WIDE * LANES)
-          multiply<WIDE>(shares, COLUMNS, weights + 2 * d, 2 * length, COLUMNS / 2, sums + d, length, true);
-        for (; d < length; d += LANES)
-          multiply<1>(shares, COLUMNS, weights + 2 * d, 2 * length, COLUMNS / 2, sums + d, length, true);
-      }
+      if (!some) continue;
+      const bool whole = all == ~uint64_t{0} && scale > 0 && !mask.wide && !mask.half && !bias.wide && !bias.half;
+      const int64_t wide = (last - first + 2 * LANES - 1) / (2 * LANES) * 2;
+      by(room.asking.data(), pairs * 2, count, keys.data + (group * blocks + number) * key_block, 2 * COLUMNS, pairs,
+         room.scores, COLUMNS, wide, false);
+      for (int64_t token = 0; token < count && !whole; ++token)
+        adjust(row, head, begin + token, first, wide, room.seen[token], room.scores + token * COLUMNS);
+      weigh(room, count, wide, whole ? scale : 1);
+      by(room.shares, COLUMNS, count, values.data + (group * blocks + number) * value_block, 2 * length,
+         wide * LANES / 2, room.sums.data(), length, length / LANES, true);
     }
     for (int64_t token = 0; token < count; ++token) {
       const float total = sum(load_floats(room.totals + token * LANES)), inverse = total > 0 ? 1 / total : total;
@@ -223,7 +284,14 @@ struct Prompts {
     const int64_t tasks = rows * heads * ((tokens + TOKENS - 1) / TOKENS);
     torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
       const auto room = std::make_unique<Room>();
-      for (int64_t task = next++; task < tasks; task = next++) attend(task, *room);
+#if defined(__AMX_BF16__)
+      if (has_tiles()) {
+        const Tiles tiles(TILE);
+        for (int64_t task = next++; task < tasks; task = next++) attend(task, *room, by_tiles);
+        return;
+      }
+#endif
+      for (int64_t task = next++; task < tasks; task = next++) attend(task, *room, multiply);
     });
   }
 };

@@ -4,14 +4,14 @@
 
 #if defined(__AMX_INT8__)
 
-#include <sys/syscall.h>
 #include <torch/csrc/stable/ops.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <optional>
 
+#include "amx.h"
 #include "vectors.h"
 
 namespace lmkit {
@@ -20,7 +20,6 @@ namespace {
 
 constexpr int64_t BLOCK = 32, VECTORS = BLOCK / LANES;
 constexpr int64_t STEP = 64;               // numbers of a row in a tile
-constexpr int64_t TILE = 16;               // rows of a tile, which AMX multiplies
 constexpr int64_t FEW = 4;                 // rows that vectors multiply faster
 constexpr int64_t STEP_BYTES = BLOCK * STEP, LINE = 64;
 constexpr int64_t CACHED = 3 << 17;        // bytes of rows that stay in a core's cache beside a block
@@ -120,7 +119,7 @@ void by_vectors(const uint8_t* weight, const int8_t* digits, const Rounded& rows
 using Multiply = decltype(&by_vectors<1>);
 constexpr Multiply BY_VECTORS[FEW] = {by_vectors<1>, by_vectors<2>, by_vectors<3>, by_vectors<4>};
 
-// The same for a tile of rows: tiles 0 to 3 are sums, 4 and 5 digits, 6 and 7 weights.
+// The same for a tile of rows. Tiles 0 to 3 are sums, 4 and 5 digits, 6 and 7 weights.
 void by_tiles(const uint8_t* weight, const int8_t* digits, const Rounded& rows, int32_t* to, const uint8_t* ahead,
               int64_t lines) {
   const int64_t half = rows.each * STEP;
@@ -145,28 +144,6 @@ void by_tiles(const uint8_t* weight, const int8_t* digits, const Rounded& rows, 
   _tile_stored(1, to + LANES, stride);
   _tile_stored(2, to + rows.each * BLOCK, stride);
   _tile_stored(3, to + rows.each * BLOCK + LANES, stride);
-}
-
-// Say how many rows tiles of digits and of sums have.
-void configure(int64_t rows) {
-  struct alignas(64) {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-  } told;
-  for (int tile = 0; tile < 8; ++tile) {
-    told.bytes[tile] = 64;
-    told.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : TILE);
-  }
-  __asm__ volatile("" ::"r"(&told) : "memory");  // gcc takes the instruction to read eight bytes of it
-  _tile_loadconfig(&told);
-}
-
-// Ask the system for the tiles, once; where it refuses, vectors multiply, to the same numbers.
-bool allowed() {
-  constexpr long REQUEST = 0x1023, TILES = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
-  static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
-  return granted;
 }
 
 inline void store_narrow(float* to, Floats value) { store(to, value); }
@@ -199,7 +176,7 @@ void finish(const int32_t* sums, int64_t each, const Tiled<T>& layer, const Roun
 }  // namespace
 
 template <typename T> void multiply_tiled(const Tiled<T>& layer, const T* input, int64_t rows, T* to) {
-  const bool tiled = rows > FEW && layer.inputs >= STEP && allowed();
+  const bool tiled = rows > FEW && layer.inputs >= STEP && has_tiles();
   Rounded found(rows, layer.inputs, tiled ? TILE : FEW);
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, WORTH / 4 / layer.inputs), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) round_row(input + row * layer.given, layer, row, found);
@@ -210,7 +187,8 @@ template <typename T> void multiply_tiled(const Tiled<T>& layer, const T* input,
   const int64_t grain = std::max<int64_t>(1, WORTH / (size * std::min(rows, most * found.each)));
   torch::stable::parallel_for(0, chunks * blocks, grain, [&](int64_t begin, int64_t end) {
     alignas(64) int32_t sums[2 * TILE * BLOCK];
-    if (tiled) configure(found.each);
+    std::optional<Tiles> tiles_of_thread;
+    if (tiled) tiles_of_thread.emplace(found.each);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t number = task % blocks, first = task / blocks * most, count = std::min(most, tiles - first);
       const uint8_t* weight = layer.weight + number * size;
@@ -224,7 +202,6 @@ template <typename T> void multiply_tiled(const Tiled<T>& layer, const T* input,
         finish(sums, found.each, layer, found, number * BLOCK, row, std::min(found.each, rows - row), to);
       }
     }
-    if (tiled) _tile_release();
   });
 }
 
