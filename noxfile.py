@@ -162,7 +162,7 @@ def sanitize(session: nox.Session) -> None:
         "LD_PRELOAD": " ".join(str(path).strip() for path in found),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
     }
-    tested = [f"tests/kernels/test_{name}.py" for name in ("native", "native_attention", "norms")]
+    tested = [f"tests/kernels/test_{name}.py" for name in ("native", "native_attention", "native_packed", "norms")]
     run_shared(session, "pytest", *tested, "-k", SANITIZED, env=env)
 
 

@@ -15,10 +15,20 @@ from torch.nn.functional import linear
 
 import checkpoints
 import lmkit
-from lmkit.kernels.packed import PackedLinear, pack, packs
+from lmkit.kernels.packed import Order, PackedLinear, pack, packs
+from native_kernels import HERE, kernels
 
 pytestmark = pytest.mark.skipif(not packs(), reason="this processor or this torch has no bfloat16 kernel to pack for")
 BF16 = torch.bfloat16
+OWN = pytest.param(Order("amx"), marks=pytest.mark.skipif("amx" not in HERE, reason="this processor has no AMX"))
+EVERY_KERNEL = pytest.mark.parametrize("kernel", [Order(), OWN], ids=lambda kernel: kernel.isa or "torch")
+
+
+@pytest.fixture(autouse=True)
+def own() -> None:
+    """Have lmkit's own kernels built, where one is tried."""
+    if "amx" in HERE:
+        kernels("amx")
 
 
 def layer(inputs: int = 48, outputs: int = 80, *, bias: bool = True, seed: int = 0) -> torch.nn.Linear:
@@ -39,25 +49,29 @@ def packed_in(model: Any) -> list[PackedLinear]:
     return [module for module in model.modules() if isinstance(module, PackedLinear)]
 
 
+@EVERY_KERNEL
 @pytest.mark.parametrize("shape", [(1, 48), (7, 48), (3, 5, 48), (2, 1, 1, 48)], ids=str)
 @pytest.mark.parametrize("outputs", [1, 17, 80, 1000])
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
-def test_a_packed_layer_multiplies_like_the_plain_one(shape: tuple[int, ...], outputs: int, *, bias: bool) -> None:
+def test_a_packed_layer_multiplies_like_the_plain_one(
+    shape: tuple[int, ...], outputs: int, kernel: Order, *, bias: bool
+) -> None:
     """The product is the layer's own in float32, but for bfloat16's rounding, whatever the shape."""
     plain = layer(outputs=outputs, bias=bias)
     given = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(BF16)
-    found = PackedLinear(plain, tied=False)(given)
+    found = PackedLinear(plain, tied=False, kernel=kernel)(given)
     exact = linear(given.float(), plain.weight.float(), plain.bias.float() if bias else None)
     assert found.dtype is BF16
     torch.testing.assert_close(found.float(), exact, rtol=2**-7, atol=2**-7)
     torch.testing.assert_close(found, plain(given), rtol=2**-6, atol=2**-6)
 
 
-def test_the_weight_comes_back_bit_by_bit() -> None:
+@EVERY_KERNEL
+def test_the_weight_comes_back_bit_by_bit(kernel: Order) -> None:
     """What asks for the weight, or saves it, gets the one that was packed."""
     plain = layer()
-    packed = PackedLinear(plain, tied=False)
+    packed = PackedLinear(plain, tied=False, kernel=kernel)
     assert torch.equal(packed.state_dict()["weight"], plain.weight)
     assert torch.equal(packed.weight, plain.weight)
     assert packed.weight is packed.weight
@@ -70,17 +84,31 @@ def unpickled(module: Any) -> Any:
     return pickle.loads(pickle.dumps(module))  # noqa: S301 - written in the line itself
 
 
+@EVERY_KERNEL
 @pytest.mark.parametrize("way", [copy.deepcopy, unpickled])
 @torch.no_grad()
-def test_copies_are_packed_too(way: Any) -> None:
+def test_copies_are_packed_too(way: Any, kernel: Order) -> None:
     """A deep copy and an unpickled one are packed layers of their own with the same weight and products."""
-    packed = PackedLinear(layer(), tied=False)
+    packed = PackedLinear(layer(), tied=False, kernel=kernel)
     again = way(packed)
     given = torch.randn(3, 48).to(BF16)
     assert type(again) is PackedLinear
     assert torch.equal(again(given), packed(given))
     assert torch.equal(again.state_dict()["weight"], packed.state_dict()["weight"])
     assert (again.in_features, again.out_features) == (48, 80)
+
+
+@EVERY_KERNEL
+def test_gradients_go_through_to_the_input(kernel: Order) -> None:
+    """An adapter below a layer can be trained: where gradients are wanted, torch multiplies by the weight."""
+    plain = layer()
+    packed = PackedLinear(plain, tied=False, kernel=kernel)
+    mine, theirs = (torch.ones(3, 48, dtype=BF16, requires_grad=True) for _ in range(2))
+    packed(mine).sum().backward()
+    plain(theirs).sum().backward()
+    assert mine.grad is not None
+    assert theirs.grad is not None
+    assert torch.equal(mine.grad, theirs.grad)
 
 
 def test_only_plain_bfloat16_layers_are_packed() -> None:

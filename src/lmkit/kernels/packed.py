@@ -1,54 +1,62 @@
-"""Linear layers whose weights lie in the order that a CPU's bfloat16 kernel reads.
+"""Linear layers whose weights lie in the order that a CPU's bfloat16 kernel reads: torch's, or lmkit's own.
 
 `torch.nn.functional.linear` brings a weight into that order anew at every call. Done once, a row costs half as much
 on a processor with AVX512-BF16 (`docs/performance.md` has the figures); the results are those of the same kernel.
+lmkit's own, which needs AMX and is asked for, takes half of that again.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
+from lmkit.kernels.native import linear as native
+from lmkit.kernels.native.operators import operators
 from lmkit.kernels.together import Joinable, Joint, place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
 class PackedLinear(Joinable):
     """A linear layer that holds its weight packed, and unpacks it for who asks for it.
 
     Attributes:
-        packed: The weight in the kernel's own layout, which only the kernel and `to_dense` can read; of all layers of
-            a `Joint`, if it is one of these.
+        packed: The weight in the kernel's own layout, which only the kernel and `Order.unpack` can read; of all layers
+            of a `Joint`, if it is one of these.
     """
 
     OUTPUTS: ClassVar[Mapping[str, int]] = {"bias": 0}
 
     packed: torch.Tensor
 
-    def __init__(self, linear: torch.nn.Linear, *, tied: bool, packed: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, linear: torch.nn.Linear, *, tied: bool, packed: torch.Tensor | None = None, kernel: Order | None = None
+    ) -> None:
         """Take the place of `linear`; a `tied` weight is another module's too, which keeps it."""
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.training = linear.training
         self.bias = linear.bias
+        self.kernel = kernel or Order()
         # In a tuple, so that it is not registered a second time.
         self._dense: tuple[Any, ...] = (linear.weight,) if tied else ()
-        packed = pack_weight(linear.weight) if packed is None else packed
+        packed = self.kernel.pack(linear.weight) if packed is None else packed
         self.register_buffer("packed", packed, persistent=False)  # a `Buffer` would be another object for each of them
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         """Multiply by this layer alone. *Shape:* `(…, in_features)` to `(…, out_features)`."""
+        if rows.requires_grad and torch.is_grad_enabled():  # the kernels have no derivative
+            return torch.nn.functional.linear(rows, self.weight, self.bias)
         if self.joint is None:
-            return multiply_packed(rows, self.packed, self.bias)
-        span = self.joint.span(self)
-        behind = self.joint.whole.out_features - span.stop
-        bias = None if self.bias is None else torch.nn.functional.pad(self.bias, (span.start, behind))
-        return multiply_packed(rows, self.packed, bias)[..., span]
+            return self.kernel.multiply(rows, self.packed, self.bias, self.out_features)
+        span, every = self.joint.span(self), self.joint.whole.out_features
+        bias = None if self.bias is None else torch.nn.functional.pad(self.bias, (span.start, every - span.stop))
+        return self.kernel.multiply(rows, self.packed, bias, every)[..., span]
 
     @property
     def weight(self) -> torch.nn.Parameter:  # type: ignore[override]
@@ -63,7 +71,8 @@ class PackedLinear(Joinable):
         destination[f"{prefix}weight"] = self._dense[0].detach() if self._dense else self._unpacked()
 
     def _unpacked(self) -> torch.Tensor:
-        dense = self.packed.to_dense()
+        every = self.out_features if self.joint is None else self.joint.whole.out_features
+        dense = self.kernel.unpack(self.packed, every, self.in_features)
         return dense if self.joint is None else dense[self.joint.span(self)].clone()  # which holds no others
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,21 +81,46 @@ class PackedLinear(Joinable):
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Pack the weight again."""
-        packed = pack_weight(state["_buffers"]["packed"])
+        packed = state["kernel"].pack(state["_buffers"]["packed"])
         super().__setstate__({**state, "_buffers": {"packed": packed}})  # type: ignore[no-untyped-call]
 
 
-def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Bring a weight into the kernel's order. *Shape:* `(out_features, in_features)`."""
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)  # noqa: SLF001
-    return packed
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The order of a packed weight, and the kernel that reads it.
+
+    Attributes:
+        isa: The set of instructions of lmkit's own kernel; None is torch's.
+    """
+
+    isa: str | None = None
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """Bring a weight into the kernel's order. *Shape:* `(out_features, in_features)`."""
+        if self.isa is not None:
+            return native.pack16(weight.detach())
+        packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)  # noqa: SLF001
+        return packed
+
+    def unpack(self, packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
+        """Return what was packed. *Shape:* `(outputs, inputs)`."""
+        return packed.to_dense() if self.isa is None else native.unpack16(packed)[:outputs, :inputs].contiguous()
+
+    def multiply(
+        self, rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, outputs: int
+    ) -> torch.Tensor:
+        """Multiply by a packed weight. *Shape:* `(…, inputs)` to `(…, outputs)`."""
+        if self.isa is not None:
+            return _own(self.isa)(rows, packed, bias, outputs)
+        ops = torch.ops.mkldnn  # torch has no public one
+        product: torch.Tensor = ops._linear_pointwise(rows, packed, bias, "none", [], "")  # noqa: SLF001
+        return product
 
 
-def multiply_packed(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiply by a packed weight. *Shape:* `(…, in_features)` to `(…, out_features)`."""
-    ops = torch.ops.mkldnn  # torch has no public one
-    product: torch.Tensor = ops._linear_pointwise(rows, packed, bias, "none", [], "")  # noqa: SLF001
-    return product
+@functools.cache
+def _own(isa: str) -> Callable[..., torch.Tensor]:
+    kernel: Callable[..., torch.Tensor] = operators(isa).packed_linear.default
+    return kernel
 
 
 @functools.cache
@@ -98,19 +132,27 @@ def packs() -> bool:
     return bool(has and ops._is_mkldnn_bf16_supported())  # noqa: SLF001
 
 
-def pack(model: torch.nn.Module, together: Iterable[Sequence[str]] = ()) -> int:
+def multiplies(isa: str) -> bool:
+    """Say whether lmkit's own kernels for a set of instructions multiply by bfloat16: where oneDNN is slower."""
+    return isa == "amx"
+
+
+def pack(model: torch.nn.Module, together: Iterable[Sequence[str]] = (), isa: str | None = None) -> int:
     """Pack the bfloat16 linear layers of a model that are on a CPU, one after the other; return how many.
+
+    For torch's kernel, or for lmkit's own with a set of instructions that has one (`multiplies`).
 
     Only plain `torch.nn.Linear` modules are replaced, each in its own place; a hook of accelerate's, which moves
     weights about, keeps a module as it is. Layers whose names are in `together` are packed as one.
     """
-    shared = _shared(model)
-    joints = [joint for names in together if (joint := _packed_as_one([place(model, name) for name in names], shared))]
+    shared, kernel = _shared(model), Order(isa)
+    places = [[place(model, name) for name in names] for names in together]
+    joints = [joint for some in places if (joint := _packed_as_one(some, shared, kernel))]
     count = sum(len(members) for _, members in joints)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, torch.nn.Linear) and _packs(parent, child):
-                packed = PackedLinear(child, tied=id(child.weight) in shared)
+                packed = PackedLinear(child, tied=id(child.weight) in shared, kernel=kernel)
                 parent._modules[name] = packed  # noqa: SLF001 - setattr would do the same
                 count += 1
     if count:
@@ -122,7 +164,7 @@ def pack(model: torch.nn.Module, together: Iterable[Sequence[str]] = ()) -> int:
 
 
 def _packed_as_one(
-    places: Sequence[tuple[torch.nn.Module, str]], shared: set[int]
+    places: Sequence[tuple[torch.nn.Module, str]], shared: set[int], kernel: Order
 ) -> tuple[PackedLinear, list[PackedLinear]] | None:
     """Pack layers as one, and put layers with this weight in their places; None where one of them cannot be packed."""
     linears: list[Any] = [parent._modules[name] for parent, name in places]  # noqa: SLF001
@@ -134,8 +176,8 @@ def _packed_as_one(
         linears[0].in_features, sum(one.out_features for one in linears), bias=False, device="meta"
     )
     joined.weight = torch.nn.Parameter(torch.cat([one.weight.detach() for one in linears]), requires_grad=False)
-    whole = PackedLinear(joined, tied=False)
-    members = [PackedLinear(linear, tied=False, packed=whole.packed) for linear in linears]
+    whole = PackedLinear(joined, tied=False, kernel=kernel)
+    members = [PackedLinear(linear, tied=False, packed=whole.packed, kernel=kernel) for linear in linears]
     for (parent, name), member in zip(places, members, strict=True):
         parent._modules[name] = member  # noqa: SLF001
     return whole, members

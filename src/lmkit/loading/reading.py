@@ -103,12 +103,17 @@ def with_kernels(plan: LoadPlan, model: Any, wish: Wish) -> tuple[LoadPlan, Any]
         why = f"torch's, although lmkit's own were asked for: {error}"
         logger.warning("%s: kernels: %s", plan.name, why)
         told = {"kernels": why} | ({"attention": f"without a kernel of lmkit's own: {error}"} if attends else {})
-        kept = "torch" if plan.kernels == "native" else plan.kernels
+        kept: Any = {"native": "packed" if _is_wide(model) else "torch"}.get(plan.kernels, plan.kernels)
         return replace(plan, kernels=kept, reasons={**plan.reasons, **told}), None
-    if plan.kernels == "native":
+    if plan.kernels == "native" and not _is_wide(model):
         ordered.put_on(model, isa)
         tied.put_on_head(model, isa)
     return plan, kernels
+
+
+def _is_wide(model: Any) -> bool:
+    """Say whether a model's linear layers are not quantized."""
+    return getattr(model, "hf_quantizer", None) is None
 
 
 def as_compiled(plan: LoadPlan, model: Any) -> LoadPlan:
@@ -122,8 +127,9 @@ def as_compiled(plan: LoadPlan, model: Any) -> LoadPlan:
 
 def carry_out(plan: LoadPlan, model: Any, kernels: Any) -> None:
     """Replace of a model that was read what the plan says."""
-    if plan.kernels == "packed":
-        pack(model, plan._together)  # noqa: SLF001 - names that are for this alone
+    if plan.kernels == "packed" or (plan.kernels == "native" and _is_wide(model)):
+        isa = instructions() if plan.kernels == "native" else None
+        pack(model, plan._together, isa)  # noqa: SLF001 - names that are for this alone
     else:
         join(model, plan._together)  # noqa: SLF001
     if plan.attention == attention.NAME:

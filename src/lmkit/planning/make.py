@@ -214,20 +214,22 @@ def _untied(trial: Trial) -> str | None:
 
 
 def _kernels(trial: Trial) -> str | None:
+    if not trial.native and trial.skeleton.native:
+        return f"torch's, although lmkit's own were asked for: {refusal()}"
+    if not (trial.native or trial.packed):
+        return None
     if trial.native:
         isa = instructions()
-        told = f"lmkit's own, for this processor's {isa}, compiled once on this machine: {rounding(isa)}"
-        twice = trial.skeleton.head_bytes
-        more = f"; the output layer, which is embeddings' too, is held in 8 bits as well, {size(twice)} more"
-        return told + more if twice else told
-    if trial.skeleton.native:
-        return f"torch's, although lmkit's own were asked for: {refusal()}"
-    if not trial.packed:
-        return None
-    reason = "bfloat16 on this CPU: linear layers are reordered once for its matrix kernel"
-    if not (twice := trial.skeleton.twice_bytes):
+        rows = "linear layers in bfloat16 are reordered once for them" if trial.packed else rounding(isa)
+        reason = f"lmkit's own, for this processor's {isa}, compiled once on this machine: {rows}"
+    else:
+        reason = "bfloat16 on this CPU: linear layers are reordered once for its matrix kernel"
+    twice = trial.skeleton.twice_bytes if trial.packed else trial.skeleton.head_bytes
+    if not twice:
         return reason
-    return f"{reason}; those whose weight is another module's too are held twice, {size(twice)} more"
+    if trial.packed:
+        return f"{reason}; those whose weight is another module's too are held twice, {size(twice)} more"
+    return f"{reason}; the output layer, which is embeddings' too, is held in 8 bits as well, {size(twice)} more"
 
 
 def _together(trial: Trial) -> str | None:

@@ -43,7 +43,7 @@ class LoadPlan(Result):
         precision: What the weights will be held in.
         placement: Which devices may hold them, and how much of each.
         kernels: `"packed"` where linear layers are kept in the order of the processor's own kernel, `"native"` where
-            quantized ones are in that of lmkit's own, else `"torch"`.
+            they are in that of lmkit's own, quantized or in bfloat16, else `"torch"`.
         attention: `"lmkit"` for its own attention on a CPU (`reasons` says what that gains), else what transformers
             calls the one that it chooses, such as `"sdpa"`.
         engine: `"lmkit"` where its own loop runs rows, `"generate"` where each step is prepared by transformers.

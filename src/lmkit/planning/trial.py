@@ -10,7 +10,9 @@ from lmkit.checkpoint.config import context, known_rotary, saved_quantization
 from lmkit.checkpoint.files import Source, mapped_weights, reading
 from lmkit.checkpoint.find import Access
 from lmkit.errors import PrecisionError, listed
+from lmkit.kernels.native.build import instructions
 from lmkit.kernels.native.operators import refusal
+from lmkit.kernels.packed import multiplies
 from lmkit.planning.adapters import Adapter, check_base, rows_of
 from lmkit.planning.layout import Layout, lay_out, longest, measured_again, on_devices, shortage, size
 from lmkit.planning.precision import Precision, possible_words, resolve_precision
@@ -129,7 +131,8 @@ class Trial:
         skeleton: The model without memory.
         layout: Where its parts go.
         adapters: What adapters take, in bytes.
-        native: Whether quantized layers will be multiplied by lmkit's own kernels, unless they fail to build.
+        native: Whether linear layers will be multiplied by lmkit's own kernels, unless they fail to build: those that
+            are quantized, or where these kernels have one for it, those in bfloat16.
     """
 
     case: Case
@@ -147,16 +150,17 @@ class Trial:
             PrecisionError: It is not accepted, or an adapter replaces what it would quantize.
         """
         wish, kind = case.wish, placed.device_type
-        half = case.machine.bfloat16(kind)
+        units = case.machine.bfloat16(kind)
         precision = resolve_precision(
-            word or wish.precision, case.dtype, kind, bfloat16=half, saved=case.saved_quantization
+            word or wish.precision, case.dtype, kind, bfloat16=units, saved=case.saved_quantization
         )
         same = like is not None and precision.dtype is like.skeleton.precision.dtype
         skeleton = _skeleton(case, placed, precision, like.skeleton.key_values if like and same else None)
         for adapter in wish.adapters:
             check_base(adapter, skeleton)
         adapters = sum(adapter.elements for adapter in wish.adapters) * skeleton.precision.dtype.itemsize
-        native = skeleton.native and refusal() is None
+        half = skeleton.packs and bool(wish.compile)
+        native = (skeleton.native or half) and refusal() is None and (not half or multiplies(instructions()))
         twice = skeleton.twice_bytes if skeleton.packs else skeleton.head_bytes if native else 0
         layout = lay_out(skeleton, placed, beside=adapters + skeleton.buffers_bytes + twice)
         trial = cls(case, placed, skeleton, layout, adapters, native=native)

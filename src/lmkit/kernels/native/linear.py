@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits in the order that the kernels of `linear.cpp` read, and how these are tried."""
+"""Weights in the order that lmkit's own kernels multiply them in, and how these are tried."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ BLOCK: Final = 32
 
 GROUP: Final = 32
 """How many inputs of a weight in 4 bits share a scale; rows of every weight are padded to whole groups."""
+
+PAIRS: Final = 32
+"""To how many inputs rows of a weight in bfloat16 are padded."""
 
 SHARE: Final = {8: 32, 4: 16}
 """How many numbers of a row share a scale when they are rounded to 8 bits, for weights of so many bits: by perplexity,
@@ -61,6 +64,17 @@ def unpack4(packed: torch.Tensor) -> torch.Tensor:
     return (levels[..., ::2] | levels[..., 1::2] << 4).reshape(packed.shape)
 
 
+def pack16(weight: torch.Tensor) -> torch.Tensor:
+    """Bring bfloat16 into the order of `packed.cpp`, pairs of inputs side by side. *Shape:* the same, padded."""
+    padded = _padded(weight, PAIRS)
+    return padded.view(-1, BLOCK, padded.shape[1] // 2, 2).transpose(1, 2).reshape(padded.shape).contiguous()
+
+
+def unpack16(packed: torch.Tensor) -> torch.Tensor:
+    """Return the weight that `pack16` was given. *Shape:* the same, still padded."""
+    return packed.view(-1, packed.shape[1] // 2, BLOCK, 2).transpose(1, 2).reshape(packed.shape)
+
+
 def pack_scales(scales: torch.Tensor) -> torch.Tensor:
     """Bring scales and offsets in 4 bits into the kernel's order. *Shape:* `(groups, outputs, 2)`, padded."""
     padded = _padded(scales.transpose(0, 1).flatten(1), 1)
@@ -85,7 +99,12 @@ def describe(name: str) -> None:
     def linear(input: Any, _weight: Any, _scales: Any, _bias: Any, _bits: int, outputs: int) -> Any:  # noqa: A002
         return input.new_empty((*input.shape[:-1], outputs))
 
+    def packed_linear(input: Any, _weight: Any, _bias: Any, outputs: int) -> Any:  # noqa: A002
+        return input.new_empty((*input.shape[:-1], outputs))
+
     torch.library.register_fake(f"{name}::linear", linear)
+    if hasattr(getattr(torch.ops, name), "packed_linear"):  # which needs AMX
+        torch.library.register_fake(f"{name}::packed_linear", packed_linear)
 
 
 def rounding(isa: str) -> str:
@@ -106,6 +125,10 @@ def check(operators: Any, isa: str) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             given = torch.randn(rows, inputs, generator=draws).to(dtype)
             bias = torch.randn(outputs, generator=draws).to(dtype)
+            if dtype is torch.bfloat16 and hasattr(operators, "packed_linear"):
+                weight = torch.randn(outputs, inputs, generator=draws).to(dtype)
+                found = operators.packed_linear(given, pack16(weight), bias, outputs)
+                _compare(found, given.double() @ weight.double().T + bias.double(), 16)
             numbers = torch.randint(-128, 128, (outputs, inputs), generator=draws).to(torch.int8)
             scales = torch.rand(outputs, generator=draws).to(dtype)
             found = operators.linear(given, pack8(numbers), scales, bias, 8, outputs)
