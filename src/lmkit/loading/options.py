@@ -38,10 +38,11 @@ class LoadOptions(TypedDict, total=False):
         context_length: How many tokens the model takes at once, where that is not what its config says, scaled rotary
             positions counted as vLLM does (`LoadPlan.reasons["context"]`).
         compile: True compiles the decode step of a `Generator` or a `Translator` or the pass of an `Unmasker`, for any
-            number of rows, and lmkit's own kernels, which multiply what is `"int8"` or `"int4"` on an x86 processor, if
-            a C++ compiler is here; `"kernels"` compiles these alone. The first load of a model takes half a minute
-            longer for its step, the first one on a machine some seconds for the kernels, later ones a few seconds: the
-            code is kept in the cache folder of lmkit. With True an `OptionError` for families that have no such step.
+            number of rows, and lmkit's own kernels, which attend and multiply what is `"int8"` or `"int4"` on an x86
+            processor, with AMX `"bfloat16"` too, if a C++ compiler is here; `"kernels"` compiles these alone. The first
+            load of a model takes half a minute longer for its step, the first one on a machine some seconds for the
+            kernels, later ones a few seconds: the code is kept in the cache folder of lmkit. With True an `OptionError`
+            for families that have no such step.
         prefix_cache_bytes: How many bytes of keys and values of recent prompts and answers a `Generator` may keep, so
             that a prompt which begins like one of them reads only the rest; 0 keeps none. 256 MiB if left out. Families
             whose keys and values cannot be kept keep none, as `LoadPlan.prefix_cache_bytes` says.
