@@ -110,24 +110,31 @@ void multiply_by_tiles(const uint8_t* weight, const Planes& rows, int64_t group,
   }
 }
 
-// Go through all groups of rows and all blocks of a weight, of `size` bytes each, on all threads: `multiply` a group
-// with a block, the next one of which is fetched ahead, and `finish` with its sums.
-template <typename Multiply, typename Finish>
+// A block as it lies.
+inline const uint8_t* as_it_lies(const uint8_t* block, int64_t, uint8_t*) { return block; }
+
+// Go through all groups of rows and all blocks of a weight, of `size` bytes each, on all threads: `open` a block, where
+// that needs `room`, of so many bytes; `multiply` each group with it, while the next one is fetched; and `finish` with
+// the sums.
+template <typename Open, typename Multiply, typename Finish>
 void for_blocks(const uint8_t* weight, int64_t size, int64_t blocks, const Planes& rows, int64_t groups, bool tiled,
-                Multiply multiply, Finish finish) {
+                int64_t room, Open open, Multiply multiply, Finish finish) {
   const int64_t most = std::max<int64_t>(1, ROWS_CACHED / rows.bytes()), chunks = (groups + most - 1) / most;
   const int64_t grain = std::max<int64_t>(1, WORTH_A_THREAD / (size * std::min(groups, most) * rows.each));
   torch::stable::parallel_for(0, chunks * blocks, grain, [&](int64_t begin, int64_t end) {
     alignas(64) int32_t sums[2 * TILE * OUTPUTS];
     std::optional<Tiles> tiles;
     if (tiled) tiles.emplace(rows.each);
+    const std::unique_ptr<uint8_t[]> held(new uint8_t[room + LINE]);
+    uint8_t* opened = held.get() + (LINE - reinterpret_cast<uintptr_t>(held.get()) % LINE);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t number = task % blocks, first = task / blocks * most, count = std::min(most, groups - first);
-      const uint8_t* block = weight + number * size;
+      const uint8_t* from = weight + number * size;
+      const uint8_t* block = open(from, number, opened);
       const int64_t lines = number + 1 < blocks ? (size / LINE / rows.steps + count - 1) / count : 0;
       for (int64_t group = first; group < first + count; ++group) {
-        const uint8_t* ahead = block + size + (group - first) * lines * rows.steps * LINE;
-        multiply(block, group, sums, ahead, ahead + lines * rows.steps * LINE <= block + 2 * size ? lines : 0);
+        const uint8_t* ahead = from + size + (group - first) * lines * rows.steps * LINE;
+        multiply(block, group, sums, ahead, ahead + lines * rows.steps * LINE <= from + 2 * size ? lines : 0);
         finish(sums, group, number * OUTPUTS);
       }
     }

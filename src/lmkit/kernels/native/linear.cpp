@@ -255,6 +255,12 @@ void linear(const Tensor& input, const Tensor& weight, const Tensor& scales, con
     multiply_tiled(Tiled<T>{bytes, by, bias, inputs, groups * GROUP, outputs}, from, rows, found);
     return;
   }
+  if constexpr (BITS == 4 && sizeof(T) == 2) {
+    if (rows >= MANY && tiles_can_be_had()) {
+      multiply_widened({bytes, by, bias, inputs, inputs, outputs}, from, rows, found);
+      return;
+    }
+  }
 #endif
   linear<BITS, T>(Layer<T>{bytes, by, bias, inputs, outputs, groups}, from, rows, found);
 }

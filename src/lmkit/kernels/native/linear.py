@@ -26,6 +26,9 @@ LONGEST: Final = 2**16
 
 ALL: Final = slice(None)
 
+MANY: Final = 8
+"""With AMX, before so many rows in bfloat16 weights in 4 bits are widened to it block by block; no row is rounded."""
+
 TINY: Final = {8: 1e-36, 16: 1e-34}
 """Numbers whose largest magnitude is no more than this are zeros, when they are rounded to so many bits."""
 
@@ -111,7 +114,14 @@ def rounding(isa: str) -> str:
     """Say how the kernels for a set of instructions round rows."""
     fine = f"8 bits, with a scale for {SHARE[8]} numbers, and for {SHARE[4]} before weights in 4 bits"
     wide = f"16 bits with a scale for each; before weights in 4 bits to 8 bits, with a scale for {SHARE[4]} numbers"
+    wide += f", and {MANY} rows and more in bfloat16 not at all"
     return f"rows are rounded to {wide if isa == 'amx' else fine}"
+
+
+def widens(rows: torch.Tensor, isa: str) -> bool:
+    """Say whether weights in 4 bits are widened to bfloat16 before they multiply rows. *Shape:* `(…, inputs)`."""
+    many = rows.shape[:-1].numel() >= MANY
+    return isa == "amx" and rows.dtype is torch.bfloat16 and many
 
 
 def check(operators: Any, isa: str) -> None:
@@ -140,8 +150,11 @@ def check(operators: Any, isa: str) -> None:
             packed = pack4(levels[:, ::2] | levels[:, 1::2] << 4)
             found = operators.linear(given, packed, pack_scales(pairs), None, 4, outputs)
             scale, offset = pairs.double().transpose(0, 1)[..., None].unbind(2)
-            wide = (levels.double().view(outputs, -1, GROUP) - 8) * scale + offset
-            _compare(found, rounded(given, 4, isa) @ wide.flatten(1).T, 4)
+            wide = ((levels.double().view(outputs, -1, GROUP) - 8) * scale + offset).flatten(1)
+            near, wide = (
+                (given.double(), wide.to(dtype).double()) if widens(given, isa) else (rounded(given, 4, isa), wide)
+            )
+            _compare(found, near @ wide.T, 4)
 
 
 def rounded(rows: torch.Tensor, bits: int, isa: str) -> torch.Tensor:

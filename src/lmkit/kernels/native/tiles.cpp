@@ -120,6 +120,7 @@ template <typename T> void multiply_tiled(const Tiled<T>& layer, const T* input,
   const Multiply by = tiled ? multiply_by_tiles<true, 2> : BY_VECTORS[each - 1];
   for_blocks(
       layer.weight, layer.inputs * OUTPUTS, (layer.outputs + OUTPUTS - 1) / OUTPUTS, found.digits, groups, tiled,
+      0, as_it_lies,
       [&](const uint8_t* block, int64_t group, int32_t* sums, const uint8_t* ahead, int64_t lines) {
         by(block, found.digits, group, sums, ahead, lines);
       },

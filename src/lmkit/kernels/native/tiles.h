@@ -1,4 +1,4 @@
-// Products of rows with weights in 8 bits on processors with AMX, which multiplies tiles of whole numbers.
+// Products of rows with weights in 8 and 4 bits on processors with AMX, by tiles of whole numbers and of bfloat16.
 #pragma once
 #include <cstdint>
 
@@ -18,6 +18,11 @@ template <typename T> struct Tiled {
 };
 
 template <typename T> void multiply_tiled(const Tiled<T>& layer, const T* input, int64_t rows, T* to);
+
+// How many rows make it worth to widen weights in 4 bits to bfloat16, block by block: then rows are not rounded.
+constexpr int64_t MANY = 8;
+void multiply_widened(const Tiled<uint16_t>& layer, const uint16_t* input, int64_t rows, uint16_t* to);
+bool tiles_can_be_had();
 
 #endif
 
