@@ -132,6 +132,7 @@ BORROWED: Final = tuple(
         ("torch:ops.mkldnn._reorder_linear_weight", "kernels.packed", _PLAIN),
         ("torch:ops.mkldnn._linear_pointwise", "kernels.packed, engine.graph", _PLAIN),
         ("torch:ops.mkldnn._is_mkldnn_bf16_supported", "kernels.packed", _PLAIN),
+        ("torch:cpu._init_amx", "kernels.native.build", "AMX is not used"),
         ("torch:ops.aten._weight_int8pack_mm", "kernels.quantized, kernels.cuda", _WIDE),
         ("torch:ops.aten._weight_int4pack_mm", "kernels.cuda", _NO_ROWS),
         ("torch:ops.aten._convert_weight_to_int4pack", "kernels.cuda", _FAILS),

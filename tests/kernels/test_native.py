@@ -233,6 +233,7 @@ def test_wrong_tensors_are_refused() -> None:
     )
     for arguments in (
         (torch.tensor(1.0), weight, scales, None, 8, 40),
+        (torch.ones(2, 0), weight[:0], scales, None, 8, 40),
         (rows[:, :32], weight, scales, None, 8, 40),
         (rows, weight, scales[:39], None, 8, 40),
         (rows, weight, scales, torch.ones(39), 8, 40),

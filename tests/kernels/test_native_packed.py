@@ -1,6 +1,7 @@
 """lmkit's own product in bfloat16, which needs AMX, against float64."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import checkpoints
+import gguf_tiny
 import lmkit
 from checkpoints import texts
-from lmkit.kernels.native import linear
+from lmkit.kernels import packed as packing
+from lmkit.kernels.native import build, linear
 from lmkit.kernels.native.build import NoKernelsError
-from lmkit.kernels.packed import PackedLinear, multiplies
+from lmkit.kernels.packed import Order, PackedLinear, multiplies
 from lmkit.loading import reading
 from native_kernels import HERE, kernels
 from quantized_layers import numbers
@@ -93,6 +96,7 @@ def test_wrong_tensors_are_refused() -> None:
     ops, rows, weight = kernels("amx"), numbers(2, 64).to(BF16), linear.pack16(numbers(40, 64).to(BF16))
     for arguments in (
         (torch.tensor(1.0, dtype=BF16), weight, None, 40),
+        (rows[:, :0], weight[:0], None, 40),
         (rows[:, :32], weight, None, 40),
         (rows, weight, None, 70),
         (rows, weight, torch.ones(39, dtype=BF16), 40),
@@ -163,3 +167,49 @@ def test_where_the_kernel_fails_torchs_packs(monkeypatch: pytest.MonkeyPatch) ->
         assert generator.plan.kernels == "packed"
         assert "multiplies wrongly" in generator.plan.reasons["kernels"]
         assert generator("She", max_new_tokens=3).token_ids
+
+
+def test_joined_layers_share_one_weight() -> None:
+    """What multiplies for q, k and v is there once, and the model takes what its plan says."""
+    with lmkit.load("causal", str(checkpoints.folder("llama")), "bfloat16", "cpu", compile="kernels") as generator:
+        attention = generator.model.model.layers[0].self_attn
+        whole = attention.q_proj.joint.whole
+        places = {layer.packed.data_ptr() for layer in (attention.q_proj, attention.k_proj, attention.v_proj)}
+        assert places == {whole.packed.data_ptr()}
+
+
+def test_a_gguf_file_in_bfloat16_is_put_on_the_kernel(tmp_path: Path) -> None:
+    """Its model has a quantizer of transformers', although nothing is quantized."""
+    gguf_tiny.save(tmp_path / "tiny.gguf")
+    with lmkit.load("causal", tmp_path / "tiny.gguf", "bfloat16", "cpu", compile="kernels") as generator:
+        assert generator.plan.kernels == "native"
+        layers = [module for module in generator.model.modules() if isinstance(module, PackedLinear)]
+        assert {layer.kernel.isa for layer in layers} == {"amx"}
+        assert generator("She", max_new_tokens=3).token_ids
+
+
+def test_a_pickle_is_opened_in_the_order_of_its_new_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a processor with AMX, and one of an earlier version, which wrote no order."""
+    plain = torch.nn.Linear(64, 40).to(BF16)
+    kernels("amx")
+    packed = PackedLinear(plain, tied=False, kernel=Order("amx"))
+    state = packed.__getstate__()
+    monkeypatch.setattr(packing, "instructions", lambda: "avx2")
+    for written in (state, {name: value for name, value in state.items() if name != "kernel"}):
+        again = object.__new__(PackedLinear)
+        again.__setstate__(written)
+        assert again.kernel == Order()
+        assert torch.equal(again.weight, plain.weight)
+
+
+@pytest.mark.parametrize("refusing", ["system", "compiler"])
+def test_without_tiles_vectors_compute(refusing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system refuses tiles, or the compiler is older than they are, the next best instructions are taken."""
+    assert build.instructions() == "amx"
+    if refusing == "system":
+        monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
+    else:
+        monkeypatch.setattr(build, "_version", lambda _path: "g++ (Debian 10.2.1-6) 10.2.1 20210110")
+    assert build.instructions() == "avx512bf16"
+    plan = lmkit.plan("causal", str(checkpoints.folder("llama")), "bfloat16", "cpu", compile="kernels")
+    assert plan.kernels == "packed"

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 
 from lmkit.kernels.native import linear as native
-from lmkit.kernels.native.operators import operators
+from lmkit.kernels.native.build import instructions
+from lmkit.kernels.native.operators import operators, refusal
 from lmkit.kernels.together import Joinable, Joint, place
 
 if TYPE_CHECKING:
@@ -50,8 +51,14 @@ class PackedLinear(Joinable):
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         """Multiply by this layer alone. *Shape:* `(…, in_features)` to `(…, out_features)`."""
-        if rows.requires_grad and torch.is_grad_enabled():  # the kernels have no derivative
-            return torch.nn.functional.linear(rows, self.weight, self.bias)
+        trained = torch.is_grad_enabled() and rows.requires_grad and not torch.compiler.is_compiling()
+        if trained:
+            found: torch.Tensor = _Trained.apply(rows, self.bias, self)  # type: ignore[no-untyped-call]
+            return found
+        return self.multiply(rows)
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply without a derivative, which the kernels do not have. *Shape:* as `product`."""
         if self.joint is None:
             return self.kernel.multiply(rows, self.packed, self.bias, self.out_features)
         span, every = self.joint.span(self), self.joint.whole.out_features
@@ -62,27 +69,46 @@ class PackedLinear(Joinable):
     def weight(self) -> torch.nn.Parameter:  # type: ignore[override]
         """The weight as it was loaded; kept from then on, since who asks once asks at every step (T5 does)."""
         if not self._dense:
-            self._dense = (torch.nn.Parameter(self._unpacked(), requires_grad=False),)
+            self._dense = (torch.nn.Parameter(self.unpacked(), requires_grad=False),)
         dense: torch.nn.Parameter = self._dense[0]
         return dense
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self._dense[0].detach() if self._dense else self._unpacked()
+        destination[f"{prefix}weight"] = self._dense[0].detach() if self._dense else self.unpacked()
 
-    def _unpacked(self) -> torch.Tensor:
+    def unpacked(self) -> torch.Tensor:
+        """Return what was packed. *Shape:* `(out_features, in_features)`."""
         every = self.out_features if self.joint is None else self.joint.whole.out_features
         dense = self.kernel.unpack(self.packed, every, self.in_features)
         return dense if self.joint is None else dense[self.joint.span(self)].clone()  # which holds no others
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the weight as a plain tensor: the packed one knows neither."""
-        return super().__getstate__() | {"_buffers": {"packed": self._unpacked()}}
+        return super().__getstate__() | {"_buffers": {"packed": self.unpacked()}}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Pack the weight again."""
-        packed = state["kernel"].pack(state["_buffers"]["packed"])
-        super().__setstate__({**state, "_buffers": {"packed": packed}})  # type: ignore[no-untyped-call]
+        """Pack the weight again, in an order that this processor's kernels read."""
+        kernel = state.get("kernel") or Order()  # which earlier versions did not write
+        kernel = kernel if kernel.isa is None or (refusal() is None and kernel.isa == instructions()) else Order()
+        made = {"kernel": kernel, "_buffers": {"packed": kernel.pack(state["_buffers"]["packed"])}}
+        super().__setstate__({**state, **made})  # type: ignore[no-untyped-call]
+
+
+class _Trained(torch.autograd.Function):
+    """A product by a packed layer whose input or bias is trained."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, _bias: torch.Tensor | None, layer: PackedLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return layer.multiply(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grown: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        (given,) = grown
+        rows = given @ ctx.layer.unpacked() if ctx.needs_input_grad[0] else None
+        bias = given.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return rows, bias, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +218,7 @@ def let_go_of_file(module: torch.nn.Module, *, integers: bool = True) -> None:
         if parameter.device.type == "cpu" and (integers or parameter.is_floating_point()):
             parameter.data = parameter.data.clone()
     for name, buffer in module.named_buffers(recurse=False):
-        if buffer.device.type == "cpu" and not buffer.is_mkldnn:
+        if buffer.device.type == "cpu" and not isinstance(module, PackedLinear):
             setattr(module, name, buffer.clone())  # not its data: a buffer may be a view, which holds what it views
 
 

@@ -1,9 +1,9 @@
 """Linear layers whose weights are held in 8 or 4 bits, on kernels of lmkit's own for CPUs, or torch's.
 
-lmkit's own take any number of rows, and round them to 8 bits. With torch's, what is multiplied keeps its dtype. Few
-rows then go through torch's packed kernels. More rows go through matrix products on weights that are widened block by
-block: the kernels widen a weight anew for every four rows, so from `FEW` rows on doing it once is cheaper. Where torch
-lacks a kernel, all rows go that way.
+lmkit's own take any number of rows, and round them (`native.linear.rounding`). With torch's, what is multiplied keeps
+its dtype. Few rows then go through torch's packed kernels. More rows go through matrix products on weights that are
+widened block by block: the kernels widen a weight anew for every four rows, so from `FEW` rows on doing it once is
+cheaper. Where torch lacks a kernel, all rows go that way.
 """
 
 from __future__ import annotations

@@ -112,8 +112,8 @@ def with_kernels(plan: LoadPlan, model: Any, wish: Wish) -> tuple[LoadPlan, Any]
 
 
 def _is_wide(model: Any) -> bool:
-    """Say whether a model's linear layers are not quantized."""
-    return getattr(model, "hf_quantizer", None) is None
+    """Say whether a model's linear layers are not what lmkit quantized; GGUF files have a quantizer of their own."""
+    return not any(isinstance(module, ordered.Ordered) for module in model.modules())
 
 
 def as_compiled(plan: LoadPlan, model: Any) -> LoadPlan:

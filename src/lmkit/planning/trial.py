@@ -163,6 +163,7 @@ class Trial:
         native = (skeleton.native or half) and refusal() is None and (not half or multiplies(instructions()))
         twice = skeleton.twice_bytes if skeleton.packs else skeleton.head_bytes if native else 0
         layout = lay_out(skeleton, placed, beside=adapters + skeleton.buffers_bytes + twice)
+        native = native and (not half or "cpu" in layout.bytes_per_device)
         trial = cls(case, placed, skeleton, layout, adapters, native=native)
         return trial._measured_again() if trial._left_wide else trial
 

@@ -28,6 +28,9 @@ inline bool has_tiles() {
   return granted;
 }
 
+// Tell gcc that memory is read, of which it does not know when tiles or what they are told are loaded.
+inline void all_is_written(const void* from = nullptr) { __asm__ volatile("" ::"r"(from) : "memory"); }
+
 // This thread's tiles, for as long as it lives; 0 to 5 have so many rows.
 struct Tiles {
   explicit Tiles(int64_t rows) {
@@ -40,7 +43,7 @@ struct Tiles {
       told.bytes[tile] = 64;
       told.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : TILE);
     }
-    __asm__ volatile("" ::"r"(&told) : "memory");  // gcc takes the instruction to read eight bytes of it
+    all_is_written(&told);
     _tile_loadconfig(&told);
   }
   ~Tiles() { _tile_release(); }
@@ -74,6 +77,7 @@ inline void fetch(const uint8_t* from, int64_t lines) {
 template <bool WHOLE, int64_t PLANES>
 void multiply_by_tiles(const uint8_t* weight, const Planes& rows, int64_t group, void* to, const uint8_t* ahead,
                        int64_t lines) {
+  all_is_written();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);

@@ -60,8 +60,11 @@ def check(operators: Any, _isa: str) -> None:
         _compare(found, exactly((query, key, value), *added, cap))
         if rows == sources and dtype is torch.bfloat16 and hasattr(operators, "attend_many"):
             query = torch.randn(rows, heads, columns, size, generator=draws).to(dtype)
-            before = None if masked else torch.ones(columns, columns, dtype=torch.bool).tril()[None, None]
-            found = operators.attend_many(query, key, value, None, bias, not masked, SCALE)
+            before = torch.ones(columns, columns, dtype=torch.bool).tril()[None, None]
+            if masked:
+                before = before & (torch.rand(rows, 1, columns, columns, generator=draws) > 0.5)  # noqa: PLR2004
+                before[..., 0] = True
+            found = operators.attend_many(query, key, value, before if masked else None, bias, not masked, SCALE)
             _compare(found, exactly((query, key, value), before, bias, None, 0.0))
 
 

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -45,6 +46,9 @@ FLAGS: Final = (
 COMPILERS: Final = ("c++", "g++", "clang++")
 """Which compilers are looked for, unless the variable CXX names one."""
 
+KNOWS_AMX: Final = 11
+"""The first version of gcc and of clang that does."""
+
 LIBRARY: Final = "kernels.so"
 """What the kernels' folder in the cache holds."""
 
@@ -76,9 +80,21 @@ def instructions() -> str:
     """
     has = torch.cpu.get_capabilities()
     for name, needed in INSTRUCTIONS.items():
-        if all(has.get(one) for one in needed):
+        if all(has.get(one) for one in needed) and (name != "amx" or _tiles()):
             return name
     raise NoKernelsError("this processor has neither AVX2 nor AVX512-VNNI")
+
+
+def _tiles() -> bool:
+    """Say whether the system lets this process use AMX, and the compiler, if there is one, knows it."""
+    allow = getattr(torch.cpu, "_init_amx", None)
+    if allow is None or not allow():
+        return False
+    try:
+        told = re.search(r"\b(\d+)\.\d+", _version(compiler()[0]))
+    except NoKernelsError:
+        return True  # which is said elsewhere
+    return told is None or int(told[1]) >= KNOWS_AMX
 
 
 def compiler() -> list[str]:

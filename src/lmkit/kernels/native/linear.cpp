@@ -1,5 +1,6 @@
 // Products of rows with weights in 8 or 4 bits. Rows are rounded to 8 bits, with a scale for SHARE numbers, so that
-// nearly all sums are of integers. An output depends neither on the rows beside it nor on the number of threads.
+// nearly all sums are of integers. An output depends neither on the rows beside it nor on the number of threads. With
+// AMX it is tiles that multiply by 8 bits, and MANY rows or more by 4 (`tiles.h`).
 //
 // Weights lie in blocks of 32 outputs. 8 bits, plus 128: for each four inputs 128 bytes, output by output. 4 bits: the
 // same for eight inputs, the first four in the low halves of bytes. Their scales and offsets: a pair for each output of
@@ -14,6 +15,7 @@
 #include <optional>
 #include <vector>
 
+#include "amx.h"
 #include "tiles.h"
 #include "vectors.h"
 
@@ -256,7 +258,7 @@ void linear(const Tensor& input, const Tensor& weight, const Tensor& scales, con
     return;
   }
   if constexpr (BITS == 4 && sizeof(T) == 2) {
-    if (rows >= MANY && tiles_can_be_had()) {
+    if (rows >= MANY && has_tiles()) {
       multiply_widened({bytes, by, bias, inputs, inputs, outputs}, from, rows, found);
       return;
     }
@@ -279,7 +281,7 @@ Tensor quantized_linear(const Tensor& given, const Tensor& weight, const Tensor&
   const Tensor input = given.is_contiguous() ? given : torch::stable::contiguous(given);
   const ScalarType dtype = input.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "rows are float32 or bfloat16");
-  STD_TORCH_CHECK(input.dim() > 0, "rows have a length");
+  STD_TORCH_CHECK(input.dim() > 0 && input.size(input.dim() - 1) > 0, "rows have a length");
   STD_TORCH_CHECK(bits == 8 || bits == 4, "weights have 8 or 4 bits");
   STD_TORCH_CHECK(scales.scalar_type() == dtype, "rows and scales have two dtypes");
   STD_TORCH_CHECK(weight.is_contiguous() && scales.is_contiguous(), "weights and scales are contiguous");

@@ -85,7 +85,7 @@ Tensor packed_linear(const Tensor& given, const Tensor& weight, const std::optio
   const Tensor input = given.is_contiguous() ? given : torch::stable::contiguous(given);
   const bool half = weight.scalar_type() == ScalarType::BFloat16 && input.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(half && (!bias || bias->scalar_type() == ScalarType::BFloat16), "rows and weights are bfloat16");
-  STD_TORCH_CHECK(input.dim() > 0, "rows have a length");
+  STD_TORCH_CHECK(input.dim() > 0 && input.size(input.dim() - 1) > 0, "rows have a length");
   STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == outputs), "the bias is another layer's");
   const int64_t inputs = input.size(input.dim() - 1), blocks = (outputs + OUTPUTS - 1) / OUTPUTS;
   const int64_t size = blocks * OUTPUTS * ((inputs + STEP - 1) / STEP * STEP);
@@ -127,7 +127,5 @@ void lmkit::multiply_widened(const Tiled<uint16_t>& layer, const uint16_t* input
   multiply({layer.weight, groups * STEP_BYTES / 4, groups * STEP_BYTES, layer.bias, layer.inputs, layer.outputs}, open,
            input, rows, to);
 }
-
-bool lmkit::tiles_can_be_had() { return has_tiles(); }
 
 #endif

@@ -68,6 +68,7 @@ template <int64_t TILES>
 void by_tiles(const uint16_t* rows, int64_t row, const uint16_t* weights, int64_t line, int64_t pairs, float* to,
               int64_t length, int64_t wide, bool add) {
   const int64_t row_bytes = row * 2, line_bytes = line * 2, bytes = length * 4;
+  all_is_written();
   for (int64_t n = 0; n < wide; ++n, to += LANES, weights += 2 * LANES) {
     if (add) {
       _tile_loadd(0, to, bytes);
@@ -212,8 +213,8 @@ struct Prompts {
         room.most[token] = now;
       }
       for (int64_t n = 0; n < wide; n += 2) {
-        const Floats first = exponential(fused(load_floats(scores + n * LANES), splat(by), splat(-now)));
-        const Floats second = exponential(fused(load_floats(scores + (n + 1) * LANES), splat(by), splat(-now)));
+        const Floats first = exponential(add(times(load_floats(scores + n * LANES), splat(by)), splat(-now)));
+        const Floats second = exponential(add(times(load_floats(scores + (n + 1) * LANES), splat(by)), splat(-now)));
         total = add(total, add(first, second));
         store(room.shares + token * COLUMNS + n * LANES, reinterpret_cast<Ints>(_mm512_cvtne2ps_pbh(second, first)));
       }

@@ -22,7 +22,6 @@ template <typename T> void multiply_tiled(const Tiled<T>& layer, const T* input,
 // How many rows make it worth to widen weights in 4 bits to bfloat16, block by block: then rows are not rounded.
 constexpr int64_t MANY = 8;
 void multiply_widened(const Tiled<uint16_t>& layer, const uint16_t* input, int64_t rows, uint16_t* to);
-bool tiles_can_be_had();
 
 #endif
 
