@@ -28,7 +28,7 @@ from lmkit.kernels.native.build import instructions
 from lmkit.kernels.native.operators import operators, refusal
 from lmkit.kernels.openmp import release_pool
 from lmkit.kernels.ordered import hold
-from lmkit.kernels.packed import PackedLinear, pack
+from lmkit.kernels.packed import Order, PackedLinear, multiplies, pack
 from lmkit.kernels.quantized import Int4Linear, Int8Linear
 from lmkit.kernels.together import join
 
@@ -103,7 +103,14 @@ def timed(work: Callable[[Any], object], times: int = 15) -> list[float]:
     return taken
 
 
-SIDES = ("packed bfloat16", "torch int8", "torch int4", "lmkit int8", "lmkit int4")
+SIDES = (
+    "packed bfloat16",
+    "torch int8",
+    "torch int4",
+    "lmkit int8",
+    "lmkit int4",
+    "lmkit bfloat16 (without AMX torch's)",
+)
 
 
 def products(outputs: int, inputs: int, rows: list[int]) -> list[tuple[int, list[float]]]:
@@ -121,6 +128,9 @@ def products(outputs: int, inputs: int, rows: list[int]) -> list[tuple[int, list
                 layer.to_native(instructions())
             layer.pack()
             layers.append(layer)
+    isa = instructions() if refusal() is None else None
+    own = isa is not None and multiplies(isa)
+    layers.append(PackedLinear(linear, tied=False, kernel=Order(isa)) if own else layers[0])
     found = []
     for count in rows:
         given = torch.randn(count, inputs).bfloat16()
@@ -215,7 +225,7 @@ def stepping(folder: Path, rows: list[int]) -> list[tuple[int, float, float]]:
             model(input_ids=token_ids, use_cache=True, **{cache_name(model) or "": cache})
             cache.crop(-1)
 
-        def compiled(given: Any = (token_ids, positions, mask, slot, widened)) -> None:
+        def compiled(given: Any = (token_ids, positions, [(slot, mask)], widened)) -> None:
             step(*given)
 
         found.append((count, milliseconds(plain), milliseconds(compiled)))

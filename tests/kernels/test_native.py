@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +29,13 @@ from lmkit.loading import reading
 from native_kernels import CACHE, HERE, NEEDED, kernels
 from quantized_layers import filled, numbers, widened
 
-pytestmark = NEEDED
+pytestmark = [NEEDED, pytest.mark.usefixtures("one_thread")]
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS: tuple[Any, ...] = (Int8Linear, Int4Linear)
 EVERY_ISA = pytest.mark.parametrize("isa", HERE)
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.NAME)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 PROPERTY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Compute with one thread, unless a test says otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def native(layer: Any, isa: str = HERE[0] if HERE else "") -> Any:

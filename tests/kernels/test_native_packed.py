@@ -1,6 +1,5 @@
 """lmkit's own product in bfloat16, which needs AMX, against float64."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,11 @@ from lmkit.loading import reading
 from native_kernels import HERE, kernels
 from quantized_layers import numbers
 
-pytestmark = pytest.mark.skipif("amx" not in HERE, reason="this processor has no AMX")
+pytestmark = [
+    pytest.mark.skipif("amx" not in HERE, reason="this processor has no AMX"),
+    pytest.mark.usefixtures("one_thread"),
+]
 BF16 = torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Compute with one thread, unless a test says otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def multiply(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

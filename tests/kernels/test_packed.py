@@ -100,12 +100,17 @@ def test_copies_are_packed_too(way: Any, kernel: Order) -> None:
 
 @EVERY_KERNEL
 def test_gradients_go_through_to_the_input(kernel: Order) -> None:
-    """An adapter below a layer can be trained: where gradients are wanted, torch multiplies by the weight."""
+    """An adapter below a layer can be trained, and so can its bias."""
     plain = layer()
-    packed = PackedLinear(plain, tied=False, kernel=kernel)
+    packed = PackedLinear(copy.deepcopy(plain), tied=False, kernel=kernel)
     mine, theirs = (torch.ones(3, 48, dtype=BF16, requires_grad=True) for _ in range(2))
-    packed(mine).sum().backward()
-    plain(theirs).sum().backward()
+    for one, rows in ((packed, mine), (plain, theirs)):
+        assert one.bias is not None
+        one.bias.requires_grad_()
+        one(rows).sum().backward()
+    assert packed.bias is not None
+    assert packed.bias.grad is not None
+    assert torch.equal(packed.bias.grad, plain.bias.grad)
     assert mine.grad is not None
     assert theirs.grad is not None
     assert torch.equal(mine.grad, theirs.grad)
