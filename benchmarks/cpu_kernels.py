@@ -207,7 +207,7 @@ def accuracy(folder: Path) -> dict[str, float]:
 
 def stepping(folder: Path, rows: list[int]) -> list[tuple[int, float, float]]:
     """Time a step of so many rows at `COLUMNS` tokens, as the model comes and compiled."""
-    model = load("causal", folder).model
+    model = load("causal", folder, compile="kernels").model
     step = CompiledStep(model)
     found = []
     for count in rows:
