@@ -228,13 +228,14 @@ def test_rows_that_left_give_their_memory_back() -> None:
 
 
 def test_prefixes_are_taken_out_and_put_back() -> None:
-    """What `taken` copies of a row, `begin` puts at the end of an empty cache's columns, zeros before it."""
+    """What `taken` copies of a row, `begin` puts where the row begins in an empty cache, with zeros beside it."""
     both = Both(3, 7, 0, sliding=False)
     first, second = both.mine.taken(0, 7), both.mine.taken(2, 4)
     both.update(1, 5)  # a copy does not follow what happens to its row
     fresh = KeyValues(hf.LlamaConfig(num_hidden_layers=2))
-    fresh.begin([first, None, second], [5, 0, 3])
+    fresh.begin([first, None, second], [5, 0, 3], [0, 3, 2], 9, 4)
     for layer, plain in zip(fresh.layers, both.plain, strict=True):
+        assert (layer.width, layer.columns >= 9) == (5, True)
         for mine, whole in ((layer.keys, plain.keys), (layer.values, plain.values)):
             assert torch.equal(mine[0], whole[0, :, :5])
             assert not mine[1].any()

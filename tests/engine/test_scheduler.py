@@ -27,7 +27,12 @@ def row(prompt: int, answer: int = 10, name: str = "") -> Any:
     config = SimpleNamespace(max_new_tokens=answer)
     ids = (0,) * prompt
     return SimpleNamespace(
-        request=SimpleNamespace(input_ids=ids, config=config), input_ids=ids, length=prompt, name=name, width=1
+        request=SimpleNamespace(input_ids=ids, config=config),
+        input_ids=ids,
+        length=prompt,
+        name=name,
+        width=1,
+        behind=0,
     )
 
 

@@ -19,6 +19,7 @@ from lmkit.engine.decoders.beam import BeamDecoder, probe
 from lmkit.engine.decoders.causal import CausalDecoder
 from lmkit.engine.decoders.fallback import FallbackDecoder, SearchDecoder
 from lmkit.engine.decoders.seq2seq import Seq2SeqDecoder
+from lmkit.engine.decoders.unpadding import TRIAL, unpads
 from lmkit.engine.failures import CLOSED, DEAD, dead, no_memory, out_of_memory, step_failed
 from lmkit.engine.inputs import filler
 from lmkit.engine.prefixes import FEWEST, SAVED, SHORTEST, PrefixStore, shared
@@ -98,6 +99,7 @@ class Batches:
         self._tickets: list[Ticket] = []
         self._room = False  # whether rows that wait may have room that they had not before
         self._reader: Reader | None = None
+        self._unpads: bool | None = None  # not known
         self._filling: Decoder | None = None
         self._running: list[Decoder] = []
         self._steps = 0
@@ -325,7 +327,8 @@ class Batches:
             decoder = FallbackDecoder(self._model, rows, self._pad, self._start)
         elif self._start is None:
             known = [self._known(row) for row in rows]
-            decoder = CausalDecoder(self._model, rows, self._pad, known, scaling=self._scaling, compiled=self._compiled)
+            how: Any = {"scaling": self._scaling, "compiled": self._compiled, "unpads": self._without_padding}
+            decoder = CausalDecoder(self._model, rows, self._pad, known, **how)
         elif rows[0].width > 1:
             searches = cast("list[Search]", rows)
             decoder = BeamDecoder(self._model, searches, self._pad, self._start, self._compiled, reader=self._reading)
@@ -338,6 +341,12 @@ class Batches:
     def _known(self, row: Row, least: int = SHORTEST) -> tuple[Prefix | None, int]:
         """Return the kept keys and values of a row's first tokens, and how many those are, at the least."""
         return self._prefixes.find(row.input_ids, self._scaling.kept(row.length), row.behind or least)
+
+    def _without_padding(self, saved: int) -> bool:
+        """Say whether to read prompts without padding, which saves so many tokens; to find out runs the model once."""
+        if self._unpads is None and saved >= TRIAL:
+            self._unpads = unpads(self._model, self._pad)
+        return bool(self._unpads)
 
     def _reading(self) -> Reader:
         """Return what reads without the head; to make it runs the model, so it is asked for in a forward pass."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from lmkit.kernels import unpadded
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -63,16 +65,21 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append columns. *Shape:* `(rows, heads, columns, size)` each; returns all live columns."""
-        columns = key_states.shape[-2]
+        """Append columns. *Shape:* `(rows, heads, columns, size)` each; returns all live columns.
+
+        Of a pass without padding it is one row of tokens, and what lies beside their places stays as it is.
+        """
+        layout = unpadded.layout()
+        rows, columns = (len(key_states), key_states.shape[-2]) if layout is None else layout.shape
         if not self._buffers:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.rows = len(key_states)
+            self.rows = rows
             self._reserve((key_states, value_states), self.rows, columns)
         elif self.end + columns > self.columns:
             self._reserve(self._buffers, self.rows, columns)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[: self.rows, :, self.end : self.end + columns] = states
+            place = buffer[: self.rows, :, self.end : self.end + columns]
+            place.copy_(states) if layout is None else layout.write(states, place)
         self.end += columns
         return self._live()
 
@@ -260,17 +267,26 @@ class KeyValues:
         for layer in self.layers:
             layer.room = columns
 
-    def begin(self, prefixes: Sequence[Prefix | None], lengths: Sequence[int]) -> None:
-        """Put the first `lengths[row]` tokens of each row's prefix into an empty cache of plain layers."""
-        width = max(lengths)
+    def begin(
+        self, prefixes: Sequence[Prefix | None], lengths: Sequence[int], starts: Sequence[int], columns: int, rest: int
+    ) -> None:
+        """Put what is known of each row into an empty cache of plain layers.
+
+        Args:
+            prefixes: The keys and values of each row's first tokens.
+            lengths: How many of those tokens are taken over.
+            starts: In which column each row begins.
+            columns: How many columns there will be, once all is read.
+            rest: How many of them are still to be read, the last ones: they count from then on.
+        """
         some = next(prefix for prefix in prefixes if prefix is not None)
         for number, layer in enumerate(self.layers):
-            keys, values = (part.new_zeros(len(lengths), part.shape[0], width, part.shape[2]) for part in some[number])
-            for row, (prefix, length) in enumerate(zip(prefixes, lengths, strict=True)):
-                if prefix is not None and length:
-                    keys[row, :, width - length :] = prefix[number][0][:, :length]
-                    values[row, :, width - length :] = prefix[number][1][:, :length]
-            layer.update(keys, values)
+            states = tuple(part.new_zeros(len(lengths), part.shape[0], columns, part.shape[2]) for part in some[number])
+            for row, (prefix, length, start) in enumerate(zip(prefixes, lengths, starts, strict=True)):
+                for part, known in zip(states, prefix[number] if prefix is not None else (), strict=False):
+                    part[row, :, start : start + length] = known[:, :length]
+            layer.update(*states)
+            layer.crop(-rest)
 
     def taken(self, row: int, tokens: int) -> Prefix:
         """Copy the last `tokens` columns of a row, from plain layers."""

@@ -127,7 +127,7 @@ class Scheduler:
                 # It is full: to take in a few rows at a time would read their prompts one by one.
                 return picked if len(picked) * REFILL >= len(running) or not joins else []
             picked.append(row)
-            if joins and sum(row.length for row in picked) > PROMPT_TOKENS:
+            if joins and sum(row.length - row.behind for row in picked) > PROMPT_TOKENS:
                 break
         return picked
 

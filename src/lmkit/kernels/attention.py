@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch._subclasses import FakeTensor
 
+from lmkit.kernels import unpadded
 from lmkit.kernels.packed import packs
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def put_on(model: Any, kernels: Any = None) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     name = NAME if kernels is None else str(kernels.name)
-    AttentionInterface.register(name, attend if kernels is None else functools.partial(attend, kernels=kernels))
+    own = attend if kernels is None else functools.partial(attend, kernels=kernels)
+    AttentionInterface.register(name, unpadded.spreading(own))
     AttentionMaskInterface.register(name, hiding)
     model.set_attn_implementation(name)  # all its parts'
 
@@ -114,11 +116,14 @@ def hiding(
         dtype=dtype,
         **rest,
     )
-    if here or found is None:
-        return found
-    lines = torch.zeros(*found.shape[:-1], -(-found.shape[-1] // ALIGNED) * ALIGNED, dtype=dtype, device=device)
+    return found if here or found is None else to_add(found, dtype)
+
+
+def to_add(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Turn what tokens see into what is added to their scores. *Shape:* `(..., columns)` both."""
+    lines = torch.zeros(*seen.shape[:-1], -(-seen.shape[-1] // ALIGNED) * ALIGNED, dtype=dtype, device=seen.device)
     # Half of the least number: what it is added to may be negative.
-    return lines[..., : found.shape[-1]].masked_fill_(~found, torch.finfo(dtype).min / 2)
+    return lines[..., : seen.shape[-1]].masked_fill_(~seen, torch.finfo(dtype).min / 2)
 
 
 def is_on(model: Any) -> bool:
