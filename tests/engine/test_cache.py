@@ -241,3 +241,20 @@ def test_prefixes_are_taken_out_and_put_back() -> None:
             assert not mine[1].any()
             assert not mine[2, :, :2].any()
             assert torch.equal(mine[2, :, 2:], whole[2, :, 3:6])
+
+
+def test_places_of_rows_to_come_are_reserved_once() -> None:
+    """A layer that knows how many rows follow reserves for them once, and the one it takes rows from holds nothing."""
+    layer, other, last = GrowingLayer(), GrowingLayer(), GrowingLayer()
+    layer.update(*states(1, 9, 0))
+    other.update(*states(5, 12, 1))
+    last.update(*states(4, 14, 2))
+    layer.pad(3)
+    layer.absorb(other, coming=4)
+    assert (len(layer.keys), len(layer._buffers[0]), other.nbytes, other.rows) == (6, 10, 0, 0)
+    layer.pad(2)
+    assert len(layer._buffers[0]) == 10
+    layer.absorb(last)
+    assert (len(layer.keys), len(layer._buffers[0])) == (10, 10)
+    assert torch.equal(layer.keys[1:6, :, 2:], states(5, 12, 1)[0])
+    assert torch.equal(layer.values[6:], states(4, 14, 2)[1])

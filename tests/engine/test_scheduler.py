@@ -138,6 +138,10 @@ def test_prompts_read_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "PROMPT_TOKENS", 100)
     assert len(pick([ticket(*[row(30)] * 20)])) == 4
     assert len(pick([ticket(*[row(30)] * 20)], joins=False)) == 20
+    known = [row(30) for _ in range(20)]
+    for one in known:
+        one.behind = 20  # tokens that it takes over
+    assert len(pick([ticket(*known)])) == 11
 
 
 def test_rows_that_cannot_join_wait_for_a_batch_of_their_own() -> None:
@@ -201,3 +205,15 @@ def test_each_card_of_a_divided_model_bounds_a_batch(monkeypatch: pytest.MonkeyP
     assert len(pick([ticket(*[row(80)] * 50)], scheduler=Scheduler(model, KEY_VALUES))) == 4
     free["cuda:0"] = 2 * 150 * TOKEN
     assert len(pick([ticket(*[row(80)] * 50)], scheduler=Scheduler(model, KEY_VALUES))) == 2
+
+
+def test_rows_to_come_are_those_that_wait_and_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what waits as many count as a batch has room for beside what runs: by tokens, by memory, after a failure."""
+    scheduler = Scheduler(MODEL, KEY_VALUES)
+    running = [batch(*[row(90)] * 4)]
+    assert scheduler.coming([ticket(*[row(90)] * 3)], running) == 3
+    assert scheduler.coming([ticket(*[row(90)] * 50), ticket(row(5))], running) == 6
+    monkeypatch.setattr(module, "_free", lambda _device: 2 * 500 * TOKEN)
+    assert scheduler.coming([ticket(*[row(90)] * 50)], running) == 1
+    scheduler.failed(8, memory=False)
+    assert scheduler.coming([ticket(*[row(90)] * 50)], running) == 0

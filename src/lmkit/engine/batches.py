@@ -412,7 +412,7 @@ class Batches:
         self._choose(decoder, logits)
         if first is not None and decoder in self._running:
             try:
-                joined = first.join(decoder)
+                joined = first.join(decoder, self._scheduler.coming(self._tickets, self._running))
             except Exception:
                 self._begin_again(first)  # some of its layers may have taken rows in, and others not
                 raise

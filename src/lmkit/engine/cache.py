@@ -24,6 +24,9 @@ AHEAD = 64
 """How many columns a buffer reserves at the least beyond those it needs. Beyond twice as many, it grows by half:
 all that is reserved is memory, and a compiled step reads it."""
 
+MORE_PADDING = 16
+"""How many columns on the left are reserved where rows join: the next ones may need a few, for which all is copied."""
+
 Prefix: TypeAlias = "list[tuple[torch.Tensor, torch.Tensor]]"
 """Keys and values of one row in each layer. *Shape:* `(heads, tokens, size)` each."""
 
@@ -113,7 +116,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
     def pad(self, columns: int) -> None:
         """Add columns of padding on the left."""
         if columns > self.start:
-            self._reserve(self._buffers, self.rows, 0, left=columns)
+            self._reserve(self._buffers, len(self._buffers[0]), 0, left=columns)  # the places of rows to come stay
         self.start -= columns
         for buffer in self._buffers:
             buffer[: self.rows, :, self.start : self.start + columns] = 0
@@ -147,17 +150,18 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
             self._reserve(self._buffers, rows, 0)
         self._live()
 
-    def absorb(self, other: GrowingLayer) -> None:
-        """Append the rows of a layer that is at most as wide."""
+    def absorb(self, other: GrowingLayer, coming: int = 0) -> None:
+        """Append the rows of a layer that is at most as wide, and which is empty then, with `coming` more to follow."""
         rows = self.rows + other.rows
         if rows > (places := len(self._buffers[0])):
-            self._reserve(self._buffers, max(rows, min(2 * places, rows + rows // 4)), 0)
+            self._reserve(self._buffers, rows + (coming or max(min(2 * places - rows, rows // 4), 0)), 0, MORE_PADDING)
         gap = self.width - other.width
         for buffer, part in zip(self._buffers, other._live(), strict=True):
             buffer[self.rows : rows, :, self.start : self.start + gap] = 0
             buffer[self.rows : rows, :, self.start + gap : self.end] = part
         self.rows = rows
         self._live()
+        other.rows, other._buffers, other.keys, other.values = 0, (), None, None  # else all is held twice
 
 
 class WindowLayer(GrowingLayer):  # type: ignore[no-untyped-call]  # as above
@@ -217,12 +221,12 @@ class WindowLayer(GrowingLayer):  # type: ignore[no-untyped-call]  # as above
         self.cumulative_length -= columns
         super().drop(max(self.width - self.cumulative_length, 0))
 
-    def absorb(self, other: GrowingLayer) -> None:
-        """Append the rows of a layer with the same window that had at most as many columns."""
+    def absorb(self, other: GrowingLayer, coming: int = 0) -> None:
+        """Append the rows of a layer with the same window that had at most as many columns; see plain layers."""
         assert isinstance(other, WindowLayer)  # noqa: S101 - for the type checkers
         self._trim()
         other._trim()  # noqa: SLF001 - one of its own kind
-        super().absorb(other)
+        super().absorb(other, coming)
 
 
 def _growing(layer: Any) -> Any:
@@ -341,7 +345,7 @@ class KeyValues:
                     part[holes] = part[movers]
                 layer.keys, layer.values = layer.keys[:rows], layer.values[:rows]
 
-    def absorb(self, other: KeyValues) -> None:
-        """Append the rows of a cache that is at most as wide."""
+    def absorb(self, other: KeyValues, coming: int = 0) -> None:
+        """Append the rows of a cache that is at most as wide, and which is empty then, with `coming` more to follow."""
         for mine, others in zip(self.filled, other.filled, strict=True):
-            mine.absorb(others)
+            mine.absorb(others, coming)

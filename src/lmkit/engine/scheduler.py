@@ -109,9 +109,7 @@ class Scheduler:
         ]
         if not tickets:
             return []
-        most = BATCH_TOKENS.get(self._device.type, BATCH_TOKENS_ELSEWHERE)
-        free = min(_free(device) / share for device, share in self._shares.items())
-        room = free * SHARE_OF_FREE_MEMORY + sum(decoder.nbytes for decoder in decoders)
+        most, room = self._budget(decoders)
         tokens = max(map(_tokens, running), default=0)
         key_values = max(map(self.bytes_for, running), default=0)
         picked: list[Row] = []
@@ -130,6 +128,21 @@ class Scheduler:
             if joins and sum(row.length - row.behind for row in picked) > PROMPT_TOKENS:
                 break
         return picked
+
+    def coming(self, tickets: Sequence[Ticket], decoders: Sequence[Decoder]) -> int:
+        """Return how many of the rows that wait will find room beside those that run, if they are no longer."""
+        rows = [row for decoder in decoders for row in decoder.rows]
+        most, room = self._budget(decoders)
+        fits = [most // max(map(_tokens, rows)), self._most_rows or most]
+        if key_values := max(map(self.bytes_for, rows)):
+            fits.append(int(room // key_values))
+        return max(min(sum(len(ticket.waiting) for ticket in tickets), min(fits) - len(rows)), 0)
+
+    def _budget(self, decoders: Sequence[Decoder]) -> tuple[int, float]:
+        """Return how many tokens a batch may have, and how many bytes of keys and values."""
+        free = min(_free(device) / share for device, share in self._shares.items())
+        room = free * SHARE_OF_FREE_MEMORY + sum(decoder.nbytes for decoder in decoders)
+        return BATCH_TOKENS.get(self._device.type, BATCH_TOKENS_ELSEWHERE), room
 
 
 def _answer(row: Row) -> int:

@@ -65,8 +65,8 @@ class Decoder(ABC):
         """The rows whose keys and values do not hold any more, so that they have to be read anew."""
         return []
 
-    def join(self, other: Decoder) -> bool:  # noqa: ARG002 - most batches take none in
-        """Take in the rows of a batch that has read its prompts, if both can do that."""
+    def join(self, other: Decoder, coming: int = 0) -> bool:  # noqa: ARG002 - most batches take none in
+        """Take in the rows of a batch that has read its prompts, if both can do that; `coming` more are to follow."""
         return False
 
     def verify(self, guesses: Sequence[int]) -> torch.Tensor | None:  # noqa: ARG002

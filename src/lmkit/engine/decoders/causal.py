@@ -165,15 +165,15 @@ class CausalDecoder(Decoder):
             self.width -= spare
             self._pads = [pad - spare for pad in self._pads]
 
-    def join(self, other: Decoder) -> bool:
-        """Take in the rows of another batch of this kind."""
+    def join(self, other: Decoder, coming: int = 0) -> bool:
+        """Take in the rows of another batch of this kind, of which nothing is left; `coming` more are to follow."""
         if not isinstance(other, CausalDecoder):
             return False
         if other.width > self.width:
             self._pad(other.width - self.width)
         theirs = other._pads, other._cache  # noqa: SLF001 - one of its own kind
         self._cache.expect(max(row.remaining for row in (*self.rows, *other.rows)))
-        self._cache.absorb(theirs[1])
+        self._cache.absorb(theirs[1], coming)
         self.rows += other.rows
         self._pads += [pad + self.width - other.width for pad in theirs[0]]
         return True
