@@ -155,13 +155,14 @@ def memory(bench: Bench) -> Report:
     """I: the peak resident size of a process that loads the model and runs A."""
     found = in_fresh_process("memory", str(bench.checkpoint), str(UP_TO))
     alone = in_fresh_process("imports")
-    allowed = found["weights"] + found["keys_values"] + ALLOWED_MIB * MIB
+    needed = found["weights"] + found["keys_values"] + alone["resident"]
+    allowed = needed + ALLOWED_MIB * MIB
     peak = max(found["max_rss"], found["peak"])
-    words = (f"{(peak - found['weights'] - found['keys_values']) / MIB:.0f} MiB more", f"≤ {ALLOWED_MIB} MiB more")
+    words = (f"{(peak - needed) / MIB:.0f} MiB more", f"≤ {ALLOWED_MIB} MiB more")
     report = Report("I")
     report.bound(
-        "peak resident size : weights + keys and values",
-        (f"{peak / MIB:.0f} MiB", f"{(found['weights'] + found['keys_values']) / MIB:.0f} MiB"),
+        "peak resident size : weights, keys and values, and what importing torch and transformers takes",
+        (f"{peak / MIB:.0f} MiB", f"{needed / MIB:.0f} MiB"),
         peak,
         allowed,
         words,
