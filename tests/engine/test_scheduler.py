@@ -45,7 +45,8 @@ class Caller(SimpleNamespace):
 def ticket(*rows: Any, running: int = 0, lazy: bool = False) -> Any:
     """Make a ticket whose rows wait, those that need most at the end."""
     waiting = sorted(rows, key=lambda one: len(one.input_ids) + one.request.config.max_new_tokens)
-    return Caller(waiting=waiting, running=running, lazy=lazy, number=object())
+    cancelled = SimpleNamespace(is_set=lambda: False)
+    return Caller(waiting=waiting, running=running, lazy=lazy, number=object(), left=False, cancelled=cancelled)
 
 
 def batch(*rows: Any, nbytes: int = 0) -> Any:
@@ -213,6 +214,9 @@ def test_rows_to_come_are_those_that_wait_and_fit(monkeypatch: pytest.MonkeyPatc
     running = [batch(*[row(90)] * 4)]
     assert scheduler.coming([ticket(*[row(90)] * 3)], running) == 3
     assert scheduler.coming([ticket(*[row(90)] * 50), ticket(row(5))], running) == 6
+    gone, search = ticket(*[row(90)] * 50), row(90)
+    gone.left, search.width = True, 4
+    assert scheduler.coming([gone, ticket(search, row(5))], running) == 1
     monkeypatch.setattr(module, "_free", lambda _device: 2 * 500 * TOKEN)
     assert scheduler.coming([ticket(*[row(90)] * 50)], running) == 1
     scheduler.failed(8, memory=False)

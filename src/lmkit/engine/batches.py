@@ -27,7 +27,7 @@ from lmkit.engine.row import Row
 from lmkit.engine.scheduler import Scheduler
 from lmkit.engine.speculative import guess
 from lmkit.errors import EngineError
-from lmkit.kernels import rotary
+from lmkit.kernels import attention, rotary
 from lmkit.planning.machine import give_back
 from lmkit.planning.running import pads
 from lmkit.results import EngineStats
@@ -100,6 +100,7 @@ class Batches:
         self._room = False  # whether rows that wait may have room that they had not before
         self._reader: Reader | None = None
         self._unpads: bool | None = None  # not known
+        self._unsaved = 0  # tokens that could have been saved
         self._filling: Decoder | None = None
         self._running: list[Decoder] = []
         self._steps = 0
@@ -276,6 +277,8 @@ class Batches:
             if memory:
                 self._prefixes.clear()
                 give_back()
+            else:
+                self._unpads, self._unsaved = None, 0  # somebody may have changed the model: it is tried anew
             rows = [row for row in decoder.rows if not row.done]
             if len(rows) > 1:
                 logger.info("a step with %d rows failed, trying again with half of them: %s", len(rows), error)
@@ -344,9 +347,15 @@ class Batches:
 
     def _without_padding(self, saved: int) -> bool:
         """Say whether to read prompts without padding, which saves so many tokens; to find out runs the model once."""
-        if self._unpads is None and saved >= TRIAL:
-            self._unpads = unpads(self._model, self._pad)
-        return bool(self._unpads)
+        self._unsaved += saved
+        if self._unpads is None and self._unsaved >= TRIAL:
+            try:
+                self._unpads = unpads(self._model, self._pad)
+            except Exception as error:  # noqa: BLE001 - memory is short: it is tried another time
+                logger.info("prompts are read with padding for now: %s", error)
+                give_back()
+                self._unsaved = 0
+        return bool(self._unpads) and attention.is_on(self._model)
 
     def _reading(self) -> Reader:
         """Return what reads without the head; to make it runs the model, so it is asked for in a forward pass."""

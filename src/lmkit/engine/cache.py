@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lmkit.kernels import unpadded
+from lmkit.kernels.unpadded import laid_out
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from lmkit.kernels.unpadded import Layout
 
 MANY_MOVE = 0.35
 """Where more than this part of the rows moves, all rows are written: torch writes to chosen rows on one core, slowly.
@@ -39,9 +41,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
     Attributes:
         room: The most columns that the rows can still need, so that no more is reserved.
         margin: How many columns are kept free for `pad`; none where rows never get padding.
+        layout: How the tokens of this pass lie, where it reads none of the padding between them.
     """
 
     margin = 1
+    layout: Layout | None = None
 
     def __init__(self) -> None:
         """Begin with nothing reserved."""
@@ -72,7 +76,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
 
         Of a pass without padding it is one row of tokens, and what lies beside their places stays as it is.
         """
-        layout = unpadded.layout()
+        layout = self.layout
         rows, columns = (len(key_states), key_states.shape[-2]) if layout is None else layout.shape
         if not self._buffers:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -84,7 +88,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
             place = buffer[: self.rows, :, self.end : self.end + columns]
             place.copy_(states) if layout is None else layout.write(states, place)
         self.end += columns
-        return self._live()
+        keys, values = self._live()
+        return (keys if layout is None else laid_out(keys, layout)), values
 
     def get_seq_length(self) -> int:
         """Count the live columns."""
@@ -154,7 +159,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
         """Append the rows of a layer that is at most as wide, and which is empty then, with `coming` more to follow."""
         rows = self.rows + other.rows
         if rows > (places := len(self._buffers[0])):
-            self._reserve(self._buffers, rows + (coming or max(min(2 * places - rows, rows // 4), 0)), 0, MORE_PADDING)
+            more = coming or max(min(2 * places - rows, rows // 4), 0)
+            try:
+                self._reserve(self._buffers, rows + more, 0, MORE_PADDING)
+            except (RuntimeError, MemoryError):  # there is no room for rows that are not here yet
+                self._reserve(self._buffers, rows, 0)
         gap = self.width - other.width
         for buffer, part in zip(self._buffers, other._live(), strict=True):
             buffer[self.rows : rows, :, self.start : self.start + gap] = 0
@@ -270,6 +279,11 @@ class KeyValues:
         """Say how many more columns the rows can need."""
         for layer in self.layers:
             layer.room = columns
+
+    def lay_out(self, layout: Layout | None) -> None:
+        """Say how the tokens of the next pass lie, for plain layers; None where it reads rows as they are."""
+        for layer in self.layers:
+            layer.layout = layout
 
     def begin(
         self, prefixes: Sequence[Prefix | None], lengths: Sequence[int], starts: Sequence[int], columns: int, rest: int

@@ -136,7 +136,9 @@ class Scheduler:
         fits = [most // max(map(_tokens, rows)), self._most_rows or most]
         if key_values := max(map(self.bytes_for, rows)):
             fits.append(int(room // key_values))
-        return max(min(sum(len(ticket.waiting) for ticket in tickets), min(fits) - len(rows)), 0)
+        asked = [ticket for ticket in tickets if not ticket.left and not ticket.cancelled.is_set()]
+        waiting = sum(row.width == 1 for ticket in asked for row in ticket.waiting)  # others join no batch
+        return max(min(waiting, min(fits) - len(rows)), 0)
 
     def _budget(self, decoders: Sequence[Decoder]) -> tuple[int, float]:
         """Return how many tokens a batch may have, and how many bytes of keys and values."""

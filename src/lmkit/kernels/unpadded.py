@@ -7,17 +7,15 @@ of one width where they are kept as keys and values, and where they attend; what
 from __future__ import annotations
 
 import functools
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-
-from lmkit._interrupts import surely
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ResultT = TypeVar("ResultT")
+_NOTE: Final = "_lmkit_layout"
+"""What keys carry, so that no other model's are taken for them: a hook may call one in the middle of a pass."""
 
 
 class Layout:
@@ -27,7 +25,8 @@ class Layout:
         shape: How many rows there are, and how many columns the pass reads of each.
         rows: In which row each token is. *Shape:* `(tokens,)`.
         columns: In which column of its row. *Shape:* the same.
-        last: Which token is the last of each row, or of one before it that has any. *Shape:* `(rows,)`.
+        last: Which token is the last of each row, where all rows have one; on the CPU, to index on any device.
+            *Shape:* `(rows,)`.
     """
 
     def __init__(self, there: torch.Tensor, send: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -39,7 +38,7 @@ class Layout:
         """
         self.shape = tuple(there.shape)
         self.rows, self.columns = send(there.nonzero().T)
-        self.last = send(there.sum(1).cumsum(0) - 1)
+        self.last = there.sum(1).cumsum(0) - 1
         self._tokens = send((there.flatten().cumsum(0) - 1).clamp(min=0))  # of each place; in padding it is any
         self._places = self.rows * there.shape[1] + self.columns
 
@@ -64,35 +63,24 @@ class Layout:
         return states.flatten(0, 1).index_select(0, self._places.to(states.device))[None]
 
 
-_layout: ContextVar[Layout | None] = ContextVar("_layout", default=None)
-
-
-def read_by(layout: Layout, do: Callable[[], ResultT]) -> ResultT:
-    """Call `do`, a pass over one row of tokens that lie so."""
-
-    def read() -> ResultT:
-        _layout.set(layout)
-        return do()
-
-    return surely(read, lambda: _layout.set(None))
-
-
-def layout() -> Layout | None:
-    """Return how the tokens of this pass lie; None where it reads rows as they are."""
-    return None if torch.compiler.is_compiling() else _layout.get()
+def laid_out(states: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Note on keys by which layout their tokens were spread, for the attention that takes them next."""
+    setattr(states, _NOTE, layout)
+    return states
 
 
 def spreading(attend: Callable[..., Any]) -> Callable[..., Any]:
     """Return an attention function that attends as `attend` does, also where queries are one row of tokens.
 
-    Keys, values and the mask have the rows then, whose layers keep them so.
+    The keys say so then; they, values and the mask have the rows, whose cache spreads them.
     """
 
     @functools.wraps(attend)
-    def spread(module: torch.nn.Module, query: torch.Tensor, *more: Any, **options: Any) -> Any:
-        if (lying := layout()) is None:
-            return attend(module, query, *more, **options)
-        attended, weights = attend(module, lying.spread(query), *more, **options)
-        return lying.gathered(attended), weights
+    def spread(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, *more: Any, **options: Any) -> Any:
+        layout = None if torch.compiler.is_compiling() else getattr(key, _NOTE, None)
+        if layout is None:
+            return attend(module, query, key, *more, **options)
+        attended, weights = attend(module, layout.spread(query), key, *more, **options)
+        return layout.gathered(attended), weights
 
     return spread

@@ -12,9 +12,9 @@ from lmkit._borrowed import cache_name
 from lmkit.engine.cache import KeyValues, Prefix
 from lmkit.engine.decoders.base import Decoder
 from lmkit.engine.inputs import input_device, padded, sent
-from lmkit.kernels import unpadded
 from lmkit.kernels.attention import to_add
 from lmkit.kernels.rotary import read_as
+from lmkit.kernels.unpadded import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 WORTH_UNPADDING = 1 / 16
 """What share of the places of a batch's prompts is padding, or tokens that are known, at the least to be read without.
 To spread queries, keys and values and to gather what they attended to takes 4% of a pass of SmolLM2 on 2 cores."""
+
+MOST_SEEN = 2**24
+"""A pass without padding is wider than others only while its mask has no more bytes than this."""
 
 
 class CausalDecoder(Decoder):
@@ -100,9 +103,11 @@ class CausalDecoder(Decoder):
         """Read the next columns of the prompts."""
         rest = self._unread.shape[1]
         if any(self._known[1]):
+            self._cache.expect(max(row.remaining for row in self.rows))  # beyond the prompts, all of which are laid out
             self._cache.begin(*self._known, self._pads, self.width + rest, rest)
         self._known = [], []
-        if self._unpads:  # as many tokens, up to twice as wide: what attends has padding still
+        if self._unpads and 2 * columns * len(self.rows) * (self.width + rest) <= MOST_SEEN:
+            # As many tokens, up to twice as wide: what attends has padding still.
             tokens = self._unpadded(min(2 * columns, rest)).sum(0).cumsum(0)
             columns = max(int((tokens <= columns * len(self.rows)).sum()), columns)
         chunk, self._unread = self._unread[:, :columns], self._unread[:, columns:]
@@ -205,7 +210,7 @@ class CausalDecoder(Decoder):
     def _without_padding(self, chunk: torch.Tensor) -> torch.Tensor:
         """Read columns of the prompts, their tokens as one row; return the scores behind the last of each row."""
         before, after = self.width, self.width + chunk.shape[1]
-        layout = unpadded.Layout(self._unpadded(chunk.shape[1]), functools.partial(sent, device=self._device))
+        layout = Layout(self._unpadded(chunk.shape[1]), functools.partial(sent, device=self._device))
         pads, columns = self._pads_there(), torch.arange(after, device=self._device)
         seen = ((columns >= pads[..., None]) & (columns <= columns[before:, None]))[:, None]
         inputs = {
@@ -213,7 +218,9 @@ class CausalDecoder(Decoder):
             "attention_mask": seen if self._device.type == "cpu" else to_add(seen, self._model.dtype),
             "position_ids": (layout.columns + before - pads[layout.rows, 0])[None],
         }
-        logits = unpadded.read_by(layout, lambda: self._read(inputs, layout.last, after))[0]
+        self._cache.lay_out(layout)
+        logits = self._read(inputs, layout.last, after)[0]
+        self._cache.lay_out(None)  # a pass that fails drops the batch
         return logits if self._keeps else logits[layout.last]
 
     def _forward(self, token_ids: torch.Tensor, kept: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from lmkit.engine.body_and_head import alike
 from lmkit.engine.cache import KeyValues
 from lmkit.engine.decoders.causal import CausalDecoder
+from lmkit.engine.failures import out_of_memory
 from lmkit.kernels import attention, rotary
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lmkit")
 
 TRIAL = 256
-"""How many tokens are to be saved before it is tried, which takes as long as to read half as many."""
+"""How many tokens could have been saved before it is tried, which takes as long as to read as many."""
 
 LENGTHS = (9, 24, 3)
 """How many tokens the rows have that it is tried with."""
@@ -45,32 +46,45 @@ class _Row:
 def unpads(model: Any, pad: int) -> bool:
     """Say whether `model` finds the same scores where prompts are read without padding, and behind them.
 
-    Only one that attends by lmkit's function, keeps plain keys and values, and takes positions can; one whose mask says
-    more than what is seen, or that looks at tokens beside each other outside of attention, does not.
+    Only some can (`_cannot`); of these one whose mask says more than what is seen, or that looks at tokens beside each
+    other outside of attention, does not. What is found is logged.
+
+    Raises:
+        Exception: Memory is short, so that it could not be tried.
     """
-    takes = "position_ids" in inspect.signature(model.forward).parameters
-    plain = KeyValues(model.config.get_text_config(decoder=True)).plain
-    if not (attention.is_on(model) and takes and plain) or rotary.scaling(model).kind:
-        return False
+    why = _cannot(model)
     try:
-        ways = [_read(model, pad, unpads=way) for way in (False, True)]
-    except Exception as error:  # noqa: BLE001 - what cannot be tried is not relied on
-        logger.info("prompts are read with padding, for without it the model fails: %s", error)
-        return False
-    same = all(alike(found, expected) for expected, found in zip(*ways, strict=True))
-    if not same:
-        logger.info("prompts are read with padding, for without it the model's scores are others")
-    return same
+        ways = [] if why else [_read(model, pad, unpads=way) for way in (False, True)]
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        why, ways = f"a trial failed ({type(error).__name__}: {error})", []
+    if not all(alike(found, expected) for expected, found in zip(*ways, strict=True)):
+        why = "without it the model's scores are others"
+    logger.info("prompts are read with%s", f" padding, since {why}" if why else "out padding")
+    return why is None
+
+
+def _cannot(model: Any) -> str | None:
+    """Say why a model is not tried at all."""
+    if not attention.is_on(model):
+        return "it does not attend by lmkit's function"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "it takes no positions"
+    if not KeyValues(model.config.get_text_config(decoder=True)).plain:
+        return "it keeps windows"
+    return f"its positions are {kind}" if (kind := rotary.scaling(model).kind) else None
 
 
 def _read(model: Any, pad: int, *, unpads: bool) -> Sequence[torch.Tensor]:
-    """Read ordinary tokens, and one more behind each row; return the scores behind both."""
+    """Read ordinary tokens, in two parts if without padding, and one more behind each row; return both scores."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     middle = vocabulary // 2
     texts = [range(middle + many, middle + 2 * many) for many in LENGTHS]
     rows: list[Any] = [_Row(tuple(token % vocabulary for token in text)) for text in texts]
     none = [(None, 0)] * len(rows)
     decoder = CausalDecoder(model, rows, pad, none, scaling=rotary.Scaling(), unpads=lambda _saved: unpads)
-    first = decoder.fill(max(LENGTHS))
-    assert first is not None  # noqa: S101 - all columns were read
+    first = None
+    while first is None:
+        first = decoder.fill(max(LENGTHS) // 3 if unpads else max(LENGTHS))
     return first, decoder.step(torch.full((len(rows), 1), middle, device=first.device))
