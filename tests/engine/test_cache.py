@@ -258,3 +258,21 @@ def test_places_of_rows_to_come_are_reserved_once() -> None:
     assert (len(layer.keys), len(layer._buffers[0])) == (10, 10)
     assert torch.equal(layer.keys[1:6, :, 2:], states(5, 12, 1)[0])
     assert torch.equal(layer.values[6:], states(4, 14, 2)[1])
+
+
+def test_a_row_joins_where_there_is_no_room_for_those_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places for rows that are not here yet are let go of where memory is short: what is here has its own."""
+    layer, other = GrowingLayer(), GrowingLayer()
+    layer.update(*states(1, 9, 0))
+    other.update(*states(5, 9, 1))
+    plain = GrowingLayer._reserve
+
+    def short(self: GrowingLayer, like: Any, rows: int, columns: int, left: int = 0) -> None:
+        if rows > 6:
+            raise RuntimeError("can't allocate memory")
+        plain(self, like, rows, columns, left)
+
+    monkeypatch.setattr(GrowingLayer, "_reserve", short)
+    layer.absorb(other, coming=50)
+    assert len(layer._buffers[0]) == 6
+    assert torch.equal(layer.keys, torch.cat([states(1, 9, 0)[0], states(5, 9, 1)[0]]))

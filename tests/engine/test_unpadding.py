@@ -155,6 +155,25 @@ def test_long_prompts_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
         assert checkpoints.until_end(row, ends) == checkpoints.generated("llama", [prompt], max_new_tokens=8)[0]
 
 
+def test_a_batch_has_places_for_the_rows_of_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the rows of a call begin in groups, those that wait have places from the first join on."""
+    for name in ("PROMPT_TOKENS", "PROMPT_TOKENS_BESIDE"):
+        monkeypatch.setattr(f"lmkit.engine.scheduler.{name}", 60)
+    places: list[int] = []
+    plain = GrowingLayer.absorb
+
+    def noting(self: GrowingLayer, other: GrowingLayer, coming: int = 0) -> None:
+        plain(self, other, coming)
+        places.append(len(self._buffers[0]))
+
+    monkeypatch.setattr(GrowingLayer, "absorb", noting)
+    given = prompts("llama") * 4
+    with checkpoints.fresh("llama") as generator:
+        generator(given, max_new_tokens=20)
+        assert len(places) > len(generator.model.model.layers)
+    assert set(places) == {len(given)}
+
+
 @pytest.mark.parametrize("how", ["differs", "fails"])
 def test_a_model_that_looks_beside_is_left_alone(
     how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -277,7 +277,7 @@ class Batches:
             if memory:
                 self._prefixes.clear()
                 give_back()
-            else:
+            elif decoder is self._filling and self._unpads:
                 self._unpads, self._unsaved = None, 0  # somebody may have changed the model: it is tried anew
             rows = [row for row in decoder.rows if not row.done]
             if len(rows) > 1:
@@ -330,8 +330,15 @@ class Batches:
             decoder = FallbackDecoder(self._model, rows, self._pad, self._start)
         elif self._start is None:
             known = [self._known(row) for row in rows]
-            how: Any = {"scaling": self._scaling, "compiled": self._compiled, "unpads": self._without_padding}
-            decoder = CausalDecoder(self._model, rows, self._pad, known, **how)
+            decoder = CausalDecoder(
+                self._model,
+                rows,
+                self._pad,
+                known,
+                scaling=self._scaling,
+                compiled=self._compiled,
+                unpads=self._without_padding,
+            )
         elif rows[0].width > 1:
             searches = cast("list[Search]", rows)
             decoder = BeamDecoder(self._model, searches, self._pad, self._start, self._compiled, reader=self._reading)

@@ -301,8 +301,9 @@ class KeyValues:
         for number, layer in enumerate(self.layers):
             states = tuple(part.new_zeros(len(lengths), part.shape[0], columns, part.shape[2]) for part in some[number])
             for row, (prefix, length, start) in enumerate(zip(prefixes, lengths, starts, strict=True)):
-                for part, known in zip(states, prefix[number] if prefix is not None else (), strict=False):
-                    part[row, :, start : start + length] = known[:, :length]
+                if prefix is not None:
+                    for part, known in zip(states, prefix[number], strict=True):
+                        part[row, :, start : start + length] = known[:, :length]
             layer.update(*states)
             layer.crop(-rest)
 

@@ -43,7 +43,7 @@ class Layout:
         self._places = self.rows * there.shape[1] + self.columns
 
     def spread(self, states: torch.Tensor) -> torch.Tensor:
-        """Lay tokens out in rows, with some others of them beside them.
+        """Lay tokens out in rows; their padding has the values of any, so it is for queries, whose padding is not read.
 
         Args:
             states: *Shape:* `(1, heads, tokens, size)`.

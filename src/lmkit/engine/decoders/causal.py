@@ -108,7 +108,7 @@ class CausalDecoder(Decoder):
         self._known = [], []
         if self._unpads and 2 * columns * len(self.rows) * (self.width + rest) <= MOST_SEEN:
             # As many tokens, up to twice as wide: what attends has padding still.
-            tokens = self._unpadded(min(2 * columns, rest)).sum(0).cumsum(0)
+            tokens = self._to_read(min(2 * columns, rest)).sum(0).cumsum(0)
             columns = max(int((tokens <= columns * len(self.rows)).sum()), columns)
         chunk, self._unread = self._unread[:, :columns], self._unread[:, columns:]
         logits = self._without_padding(chunk) if self._unpads else self._forward(chunk, 1)[:, -1]
@@ -202,7 +202,7 @@ class CausalDecoder(Decoder):
             self._sent = list(self._pads), sent(self._pads, self._device)[:, None]
         return self._sent[1]
 
-    def _unpadded(self, columns: int) -> torch.Tensor:
+    def _to_read(self, columns: int) -> torch.Tensor:
         """Say which of the next columns hold a token that is to be read. *Shape:* `(rows, columns)`, on the CPU."""
         numbers = torch.arange(self.width, self.width + columns, device="cpu")
         return numbers >= torch.tensor(self._firsts, device="cpu")[:, None]
@@ -210,7 +210,7 @@ class CausalDecoder(Decoder):
     def _without_padding(self, chunk: torch.Tensor) -> torch.Tensor:
         """Read columns of the prompts, their tokens as one row; return the scores behind the last of each row."""
         before, after = self.width, self.width + chunk.shape[1]
-        layout = Layout(self._unpadded(chunk.shape[1]), functools.partial(sent, device=self._device))
+        layout = Layout(self._to_read(chunk.shape[1]), functools.partial(sent, device=self._device))
         pads, columns = self._pads_there(), torch.arange(after, device=self._device)
         seen = ((columns >= pads[..., None]) & (columns <= columns[before:, None]))[:, None]
         inputs = {
